@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Extra arguments for installing torch, for example a package index that holds CPU builds.
+TORCH_ARGS ?=
+# Test processes, and extra arguments for pytest.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup test demo lint docs bench clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Create .venv and install the package with pinned dependencies.
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make setup PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
+	$(PIP) install -c constraints.txt -e '.[test,lint,docs]'
+	touch $@
+
+# ArviZ writes a file on the first import of a day, which two test processes must not do at once.
+test: setup ## Run the tests and the doctests of the package.
+	@$(BIN)/python -W ignore -c 'import arviz'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_ARGS) pyro_lvebm tests
+
+demo: setup ## Fit the digits; write figure, table, ArviZ file and model to demo/.
+	$(BIN)/python -m pyro_lvebm demo --out demo
+
+lint: setup ## Check style, types and layers.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pyro_lvebm
+	$(BIN)/lint-imports
+
+docs: setup ## Build the documentation into docs/_build/html; warnings are errors.
+	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+
+bench: setup ## Print speed ratios; QUICK=1 for a short run.
+	$(BIN)/python -m benchmarks.speed $(if $(filter-out 0,$(QUICK)),--quick)
+
+clean: ## Remove outputs and caches; keep .venv.
+	rm -rf demo docs/_build build dist *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

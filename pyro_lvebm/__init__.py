@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent-variable energy-based models in Pyro, trained by Langevin particles."""
+
+from pyro_lvebm.compare import ElboTable, compare_elbo
+from pyro_lvebm.distributions import JointEnergy
+from pyro_lvebm.energies import MLPEnergy
+from pyro_lvebm.export import to_arviz
+from pyro_lvebm.guides import (
+    AutoAmortisedNormal,
+    AutoParticles,
+    AutoPerDatumMultivariateNormal,
+)
+from pyro_lvebm.langevin import MALA, ULA
+from pyro_lvebm.log_evidence import LogEvidence, log_evidence
+from pyro_lvebm.log_partition import LogPartition, log_partition
+from pyro_lvebm.model import LVEBM
+from pyro_lvebm.pool import PersistentPool, TemperedPool
+from pyro_lvebm.quadratic import QuadraticEnergy
+from pyro_lvebm.saddle import Saddle
+from pyro_lvebm.sites import lvebm
+
+__all__ = [
+    "LVEBM",
+    "MALA",
+    "ULA",
+    "AutoAmortisedNormal",
+    "AutoParticles",
+    "AutoPerDatumMultivariateNormal",
+    "ElboTable",
+    "JointEnergy",
+    "LogEvidence",
+    "LogPartition",
+    "MLPEnergy",
+    "PersistentPool",
+    "QuadraticEnergy",
+    "Saddle",
+    "TemperedPool",
+    "compare_elbo",
+    "log_evidence",
+    "log_partition",
+    "lvebm",
+    "to_arviz",
+]

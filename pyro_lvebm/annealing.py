@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Annealing from a standard normal to an energy: normalising constants and draws.
+
+A *problem* is a residual energy f over v ∈ R^d. The path is
+
+    p_β(v) ∝ exp(−½ |v|² − β f(v)),    β from 0 to 1,    log C = log E_{N(0,I)}[exp(−f)].
+
+Many problems run side by side in tensors v (runs, problems, particles, d). With a schedule fixed
+beforehand Ĉ is unbiased, so log Ĉ is low in expectation; a pilot run finds the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state
+from pyro_lvebm.reweighting import ess, systematic_resample
+
+_KERNEL = MALA()
+
+
+class Schedule(NamedTuple):
+    """Inverse temperatures and MALA step sizes of an annealing run."""
+
+    betas: Tensor  # (T + 1,), monotone, from 0 to 1 or from 1 to 0
+    step_sizes: Tensor  # (T + 1, problems, 1)
+
+    def reversed(self) -> Schedule:
+        """Return the same temperatures in the opposite order."""
+        return Schedule(self.betas.flip(0), self.step_sizes.flip(0))
+
+
+class Annealed(NamedTuple):
+    """Result of an annealing run."""
+
+    log_ratio: Tensor  # (runs, problems), log of an unbiased estimate of C_end / C_start, nats
+    log_weights: Tensor  # (runs, problems, particles), nats; equal where the run resampled
+    state: LangevinState  # particles (runs, problems, particles, d) at the end
+
+
+def standard_normal(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Return N(0, 1) draws of a shape, with the dtype and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
+
+
+def pilot(
+    f: ValueAndGrad,
+    v: Tensor,
+    *,
+    relative_ess: float = 0.9,
+    num_moves: int = 2,
+    max_temperatures: int = 400,
+    betas: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Schedule:
+    """Find temperatures and step sizes by one adaptive run.
+
+    The next β is the largest for which the mean over problems of ESS / n stays at `relative_ess`;
+    step sizes follow the acceptance of each problem.
+
+    Args:
+        f: Residual energy and gradient on v (runs, problems, n, d).
+        v: Draws of N(0, I), (1, problems, n, d).
+        relative_ess: Wanted ESS / n from one temperature to the next, in (0, 1).
+        num_moves: MALA steps at each temperature.
+        max_temperatures: Give up beyond this many.
+        betas: Temperatures to use (T + 1,) from 0 to 1; only step sizes are then adapted.
+        generator: Source of randomness; None means torch's global generator.
+
+    Raises:
+        RuntimeError: If β = 1 is not reached within `max_temperatures`.
+        ValueError: If f is NaN at v.
+
+    Source:
+        Jasra et al. (2011), Inference for Lévy-driven stochastic volatility models via adaptive
+        sequential Monte Carlo, section 3 (temperatures by ESS).
+    """
+    state = _checked_init(f, v)
+    beta, step = 0.0, torch.full((v.shape[1], 1), 0.3, dtype=v.dtype, device=v.device)
+    used, steps = [0.0], [step]
+    given = None if betas is None else betas.tolist()
+    while beta < 1.0:
+        if len(used) > max_temperatures:
+            raise RuntimeError(
+                f"annealing stopped at β = {beta:.2g} after {max_temperatures} temperatures; the "
+                "energy is too rough for this many: lower relative_ess or raise max_temperatures"
+            )
+        beta_next = given[len(used)] if given else _next_beta(state.f, beta, relative_ess)
+        state = _resample(state, -(beta_next - beta) * state.f, generator)
+        beta = beta_next
+        for _ in range(num_moves):
+            state, accepted = _KERNEL.step(
+                f, state, step, inverse_temperature=beta, generator=generator
+            )
+            step = _KERNEL.adapt(step, accepted.mean((0, -1))[:, None], rate=0.5)
+        used.append(beta)
+        steps.append(step)
+    return Schedule(torch.tensor(used, dtype=v.dtype, device=v.device), torch.stack(steps))
+
+
+def anneal(
+    f: ValueAndGrad,
+    v: Tensor,
+    schedule: Schedule,
+    *,
+    num_moves: int = 2,
+    resample: bool = True,
+    generator: torch.Generator | None = None,
+) -> Annealed:
+    """Carry particles along a fixed schedule by reweighting, resampling and MALA moves.
+
+    Args:
+        f: Residual energy and gradient on v (runs, problems, n, d).
+        v: Draws of p_β at the first β of the schedule, (runs, problems, n, d).
+        schedule: Temperatures in either direction, and step sizes.
+        num_moves: MALA steps at each temperature.
+        resample: True is sequential Monte Carlo; False is annealed importance sampling, whose
+            particles stay independent and carry their own weights.
+        generator: Source of randomness; None means torch's global generator.
+
+    Returns:
+        log of the estimated ratio of normalising constants (end over start) of every run and
+        problem, unbiased on the scale of the ratio if v are exact draws.
+
+    Raises:
+        ValueError: If f is NaN at v.
+
+    Source:
+        Neal (2001), Annealed importance sampling; Del Moral, Doucet and Jasra (2006), Sequential
+        Monte Carlo samplers, equation 14.
+    """
+    state = _checked_init(f, v)
+    log_ratio = v.new_zeros(v.shape[:2])
+    log_w = v.new_zeros(v.shape[:3])
+    betas = schedule.betas.tolist()
+    for beta, beta_next, step in zip(betas[:-1], betas[1:], schedule.step_sizes[1:], strict=True):
+        log_w = log_w - (beta_next - beta) * state.f
+        if resample:
+            log_ratio = log_ratio + log_mean_exp(log_w)
+            state = _resample(state, log_w, generator)
+            log_w = torch.zeros_like(log_w)
+        for _ in range(num_moves):
+            state, _ = _KERNEL.step(
+                f, state, step, inverse_temperature=beta_next, generator=generator
+            )
+    return Annealed(log_ratio if resample else log_mean_exp(log_w), log_w, state)
+
+
+def log_mean_exp(log_values: Tensor, dim: int = -1) -> Tensor:
+    """Return log mean exp along one axis."""
+    return torch.logsumexp(log_values, dim) - math.log(log_values.shape[dim])
+
+
+def log_mean_std_error(log_values: Tensor, dim: int = 0) -> Tensor:
+    """Standard error of log mean exp over independent estimates along one axis (delta method)."""
+    n = log_values.shape[dim]
+    relative = torch.exp(log_values - log_mean_exp(log_values, dim).unsqueeze(dim))
+    return relative.std(dim) / math.sqrt(n)
+
+
+def _checked_init(f: ValueAndGrad, v: Tensor) -> LangevinState:
+    state = init_state(f, v)
+    if torch.isnan(state.f).any():
+        raise ValueError("the energy is NaN at the start of annealing; check it and the data")
+    return state
+
+
+def _next_beta(f: Tensor, beta: float, relative_ess: float) -> float:
+    """Largest next β whose mean relative ESS is at least the target, by bisection."""
+
+    def enough(candidate: float) -> bool:
+        mean_ess = ess(-(candidate - beta) * f).mean() / f.shape[-1]
+        return bool(mean_ess >= relative_ess)
+
+    if enough(1.0):
+        return 1.0
+    low, high = beta, 1.0
+    for _ in range(30):
+        mid = 0.5 * (low + high)
+        low, high = (mid, high) if enough(mid) else (low, mid)
+    # A step too small for the bisection still has to move, or the run would never end.
+    return min(1.0, max(low, beta + 1e-7))
+
+
+def _resample(
+    state: LangevinState, log_weights: Tensor, generator: torch.Generator | None
+) -> LangevinState:
+    index = systematic_resample(log_weights, generator)
+    wide = index[..., None].expand_as(state.u)
+    return LangevinState(
+        state.u.gather(-2, wide), state.f.gather(-1, index), state.grad.gather(-2, wide)
+    )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: tensors as safetensors, all else as JSON in the header; nothing is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyro_lvebm.model import LVEBM
+
+FORMAT = "pyro_lvebm saddle 1"
+
+
+def write_checkpoint(
+    path: Path,
+    settings: dict[str, Any],
+    modules: dict[str, nn.Module],
+    loose_params: dict[str, Tensor],
+    ebms: list[LVEBM],
+    optim: PyroOptim,
+) -> None:
+    """Write the state of a Saddle to one file, whole or not at all.
+
+    Args:
+        path: The file; replaced if it exists.
+        settings: Plain numbers of the Saddle.
+        modules: Modules to save, by role.
+        loose_params: Unconstrained parameters outside these modules, by name.
+        ebms: The LVEBMs, for the seeds of their pools.
+        optim: The optimiser.
+
+    Raises:
+        ValueError: If the optimiser holds state that is neither a tensor nor JSON.
+    """
+    tensors: dict[str, Tensor] = {}
+    for role, module in modules.items():
+        for key, value in module.state_dict().items():
+            tensors[f"{role}/{key}"] = value
+    for name, value in loose_params.items():
+        tensors[f"param/{name}"] = value
+    state = {name: value for name, value in optim.get_state().items() if name is not None}
+    header = {
+        "format": FORMAT,
+        "settings": settings,
+        "pools": [{"seed": e.pool.seed, "fresh": e.pool_is_fresh()} for e in ebms],
+        "optim": _pull_tensors(state, "optim", tensors),
+    }
+    try:
+        text = json.dumps(header)
+    except TypeError as error:
+        raise ValueError(f"the optimiser holds state that JSON cannot store: {error}") from error
+    # safetensors refuses tensors that share memory, so every tensor is written as its own copy.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"saddle": text})
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of a file written by `write_checkpoint`."""
+
+    settings: dict[str, Any]
+    pools: list[dict[str, Any]]
+    optim: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def restore(
+        self,
+        modules: dict[str, nn.Module],
+        loose_params: dict[str, Tensor],
+        ebms: list[LVEBM],
+        optim: PyroOptim,
+    ) -> None:
+        """Copy the saved state into modules, parameters and optimiser.
+
+        Raises:
+            ValueError: If names or shapes differ; nothing is changed then.
+        """
+        targets: dict[str, Tensor] = {f"param/{n}": p for n, p in loose_params.items()}
+        for role, module in modules.items():
+            targets |= {f"{role}/{k}": v for k, v in module.state_dict(keep_vars=True).items()}
+        saved = {k: v for k, v in self.tensors.items() if not k.startswith("optim/")}
+        problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
+        problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
+        problems += [
+            f"'{k}' has shape {tuple(v.shape)}, in the file {tuple(saved[k].shape)}"
+            for k, v in targets.items()
+            if k in saved and v.shape != saved[k].shape
+        ]
+        if problems:
+            raise ValueError(
+                "the checkpoint does not fit this model and guide: " + "; ".join(sorted(problems))
+            )
+        with torch.no_grad():
+            for key, target in targets.items():
+                target.copy_(saved[key])
+        for ebm, pool in zip(ebms, self.pools, strict=True):
+            ebm.pool.seed = pool["seed"]
+            ebm.mark_pool(fresh=pool["fresh"])
+        optim.set_state(self.optim)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a file written by `write_checkpoint`.
+
+    Raises:
+        ValueError: If the file is missing, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at '{path}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("saddle", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"'{path}' is not a readable checkpoint: {error}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"'{path}' has format {header.get('format')!r}; expected {FORMAT!r}")
+    optim = _push_tensors(header["optim"], tensors)
+    return Checkpoint(header["settings"], header["pools"], optim, tensors)
+
+
+def _pull_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of nested optimiser state into `tensors`, leaving references."""
+    if isinstance(value, Tensor):
+        tensors[prefix] = value
+        return {"__tensor__": prefix}
+    if isinstance(value, dict):
+        items = [[k, _pull_tensors(v, f"{prefix}/{k}", tensors)] for k, v in value.items()]
+        return {"__items__": items}
+    if isinstance(value, list | tuple):
+        return [_pull_tensors(v, f"{prefix}/{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _push_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `_pull_tensors`."""
+    if isinstance(value, dict):
+        if "__tensor__" in value:
+            return tensors[value["__tensor__"]]
+        return {k: _push_tensors(v, tensors) for k, v in value["__items__"]}
+    if isinstance(value, list):
+        return [_push_tensors(v, tensors) for v in value]
+    return value

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pyro distributions of an LVEBM: the joint, the posterior, and the two sites of the primitive.
+
+They hold the LVEBM and ask it for energies and draws; they own no parameters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence
+from torch.distributions.kl import register_kl
+
+from pyro_lvebm.annealing import Schedule, anneal, pilot, standard_normal
+from pyro_lvebm.langevin import ValueAndGrad
+
+if TYPE_CHECKING:
+    from pyro_lvebm.model import LVEBM
+
+_EMPTY = torch.Size()
+
+
+class JointEnergy(TorchDistribution):  # type: ignore[misc]
+    """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
+
+    `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
+    from the pool and moves the draws on by MALA; draws are as good as the pool has converged.
+
+    Args:
+        ebm: The LVEBM.
+        batch_shape: Batch shape.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(3, 2), x, z_dim=2)
+        >>> ebm.joint().sample((10,)).shape
+        torch.Size([10, 5])
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
+        self.ebm = ebm
+        super().__init__(torch.Size(batch_shape), torch.Size((ebm.dim,)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> JointEnergy:
+        """Return the distribution with another batch shape."""
+        return JointEnergy(self.ebm, torch.Size(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return −E_θ (*b,) for values (*b, dim), in nats, without log Z."""
+        k = self.ebm.base_x.dim
+        x = value[..., :k].reshape(*value.shape[:-1], *self.ebm.x_shape)
+        z = value[..., k:].reshape(*value.shape[:-1], *self.ebm.z_shape)
+        log_prob = -self.ebm.energy(x, z)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+        """Draw from the pool."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        u = self.ebm.pool.draw(self.ebm, shape.numel())
+        x, z = self.ebm.unwhiten(u)
+        return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, self.ebm.dim)
+
+
+class Posterior(TorchDistribution):  # type: ignore[misc]
+    """The conditional p_θ(z | x), sampled by annealed Langevin from base_z.
+
+    `log_prob` is the unnormalised −f(x, z) + log base_z(z); its normaliser is what
+    `log_evidence` estimates. Every draw is the outcome of a small sequential Monte Carlo run of
+    its own, so draws are independent.
+
+    Args:
+        ebm: The LVEBM.
+        x: Observations (*b, *x_shape).
+        num_particles: Particles of the run behind each draw.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, ebm: LVEBM, x: Tensor, num_particles: int = 16) -> None:
+        self.ebm, self.x, self.num_particles = ebm, x, num_particles
+        batch_shape = x.shape[: x.dim() - len(ebm.x_shape)]
+        super().__init__(batch_shape, ebm.z_shape, validate_args=False)
+
+    @constraints.dependent_property  # type: ignore[untyped-decorator]
+    def support(self) -> constraints.Constraint:
+        """Real events of the shape of z."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Posterior:
+        """Return the distribution with another batch shape."""
+        x = self.x.expand(*batch_shape, *self.ebm.x_shape)
+        return Posterior(self.ebm, x, self.num_particles)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return −f(x, z) + log base_z(z) (*b,), in nats, without its normaliser."""
+        x = _expand_events(self.x, value, self.ebm.x_shape, self.ebm.z_shape)
+        log_prob: Tensor = self.ebm.base_z.log_prob(value) - self.ebm.f(x, value)
+        return log_prob
+
+    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+        """Draw z given x by annealed Langevin."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        w_x = self.ebm.base_x.whiten(self.x).expand(*shape, -1)
+        f = given_x(self.ebm, w_x.reshape(-1, 1, w_x.shape[-1]))
+        v = _draw_conditional(f, shape.numel(), self.ebm.base_z.dim, self.num_particles, w_x)
+        return self.ebm.base_z.unwhiten(v).reshape(*shape, *self.event_shape)
+
+
+def given_x(ebm: LVEBM, w_x: Tensor) -> ValueAndGrad:
+    """Residual energy of whitened z at fixed whitened x, with its gradient in z.
+
+    Args:
+        ebm: The LVEBM.
+        w_x: Whitened x (*b, x_dim), whose batch shape expands to that of z.
+    """
+
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        u = torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1)
+        value, grad = ebm.residual_and_grad(u)
+        return value, grad[..., w_x.shape[-1] :]
+
+    return evaluate
+
+
+def _given_z(ebm: LVEBM, w_z: Tensor) -> ValueAndGrad:
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
+        value, grad = ebm.residual_and_grad(u)
+        return value, grad[..., : v.shape[-1]]
+
+    return evaluate
+
+
+def _draw_conditional(
+    f: ValueAndGrad, num_problems: int, dim: int, num_particles: int, like: Tensor
+) -> Tensor:
+    """Draw one v (num_problems, dim) of every problem by a run of its own, fixed after a pilot."""
+    shape = (1, num_problems, num_particles, dim)
+    schedule: Schedule = pilot(f, standard_normal(shape, like, None))
+    # Particles at the end of the run are exchangeable, so the first is a draw.
+    return anneal(f, standard_normal(shape, like, None), schedule, num_moves=4).state.u[0, :, 0]
+
+
+def _expand_events(a: Tensor, b: Tensor, a_event: torch.Size, b_event: torch.Size) -> Tensor:
+    """Expand a's batch shape to that of a and b together."""
+    batch = torch.broadcast_shapes(
+        a.shape[: a.dim() - len(a_event)], b.shape[: b.dim() - len(b_event)]
+    )
+    return a.expand(*batch, *a_event)
+
+
+class Pairing:
+    """Remembers the pair (z, x) that a z site drew, so that its x site can return the same x."""
+
+    def __init__(self) -> None:
+        self.z: Tensor | None = None
+        self.x: Tensor | None = None
+
+
+class LatentSite(TorchDistribution):  # type: ignore[misc]
+    """Distribution of the site `{name}_z`: `log_prob` is log base_z, draws come from the pool.
+
+    Args:
+        ebm: The LVEBM.
+        pairing: Shared with the `ObservedSite` of the same primitive.
+        batch_shape: Batch shape.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+
+    def __init__(self, ebm: LVEBM, pairing: Pairing, batch_shape: torch.Size = _EMPTY) -> None:
+        self.ebm, self.pairing = ebm, pairing
+        super().__init__(torch.Size(batch_shape), ebm.z_shape, validate_args=False)
+
+    @constraints.dependent_property  # type: ignore[untyped-decorator]
+    def support(self) -> constraints.Constraint:
+        """Real events of the shape of z."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> LatentSite:
+        """Return the distribution with another batch shape."""
+        return LatentSite(self.ebm, self.pairing, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+        """Draw the z of joint draws from the pool, and remember their x."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        x, z = self.ebm.unwhiten(self.ebm.pool.draw(self.ebm, shape.numel()))
+        self.pairing.x = x.reshape(*shape, *self.ebm.x_shape)
+        self.pairing.z = z.reshape(*shape, *self.ebm.z_shape)
+        return self.pairing.z.clone()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log base_z (*b,), in nats."""
+        log_prob = self.ebm.base_z.log_prob(value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+@register_kl(torch.distributions.Independent, LatentSite)
+@register_kl(torch.distributions.MultivariateNormal, LatentSite)
+def _kl_to_latent(q: Any, p: LatentSite) -> Tensor:
+    result: Tensor = kl_divergence(q, p.ebm.base_z.distribution().expand(p.batch_shape))
+    return result
+
+
+class ObservedSite(TorchDistribution):  # type: ignore[misc]
+    """Distribution of the site `{name}`: `log_prob` is log base_x(x) − f(x, z) − log Z.
+
+    This is *not* log p(x | z): it is what is left of the joint log density once the z site has
+    contributed log base_z(z). Draws are the x of the pool's pair where z is that of the pool,
+    and otherwise draws of p_θ(x | z) by annealed Langevin.
+
+    Args:
+        ebm: The LVEBM.
+        z: Latents (*b, *z_shape).
+        pairing: Shared with the `LatentSite` of the same primitive.
+        batch_shape: Batch shape; that of z if None.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+
+    def __init__(
+        self, ebm: LVEBM, z: Tensor, pairing: Pairing, batch_shape: torch.Size | None = None
+    ) -> None:
+        self.ebm, self.z, self.pairing = ebm, z, pairing
+        if batch_shape is None:
+            batch_shape = z.shape[: z.dim() - len(ebm.z_shape)]
+        super().__init__(torch.Size(batch_shape), ebm.x_shape, validate_args=False)
+
+    @constraints.dependent_property  # type: ignore[untyped-decorator]
+    def support(self) -> constraints.Constraint:
+        """Real events of the shape of x."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> ObservedSite:
+        """Return the distribution with another batch shape."""
+        batch_shape = torch.Size(batch_shape)
+        z = self.z.expand(*batch_shape, *self.ebm.z_shape)
+        return ObservedSite(self.ebm, z, self.pairing, batch_shape)
+
+    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+        """Draw x given z."""
+        z = self.z.detach().expand(*sample_shape, *self.z.shape)
+        paired_z, paired_x = self.pairing.z, self.pairing.x
+        if paired_z is not None and paired_x is not None and _equal(paired_z, z):
+            return paired_x.clone()
+        w_z = self.ebm.base_z.whiten(z)
+        f = _given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]))
+        shape = w_z.shape[:-1]
+        v = _draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
+        return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log base_x(x) − f(x, z) − log Z (*b,), in nats."""
+        x = _expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
+        z = _expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
+        log_prob: Tensor = self.ebm.base_x.log_prob(value) - self.ebm.f(x, z)
+        return log_prob - self.ebm.log_norm()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual energies f(x, z) on coordinates whitened by the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.langevin import value_and_grad
+from pyro_lvebm.rng import isolated_rng
+
+
+class WhitenedEnergy(nn.Module):
+    """A residual energy that is a function of u = (whitened x, whitened z) ∈ R^d.
+
+    Subclasses implement `whitened`. Called as f(x, z) on data coordinates it whitens first, so
+    it is an energy like any other; an `LVEBM` skips that detour in its inner loops.
+
+    Args:
+        x_dim: Number of entries of x.
+        z_dim: Number of entries of z.
+
+    Raises:
+        ValueError: If a dimension is less than 1.
+    """
+
+    def __init__(self, x_dim: int, z_dim: int) -> None:
+        super().__init__()
+        for name, size in (("x_dim", x_dim), ("z_dim", z_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
+        self.x_dim, self.z_dim = x_dim, z_dim
+        self.dim = x_dim + z_dim
+        self.base_x = GaussianBase(torch.zeros(x_dim), torch.ones(x_dim))
+        self.base_z = GaussianBase(torch.zeros(z_dim), torch.ones(z_dim))
+        self._bound = False
+
+    def bind(self, base_x: GaussianBase, base_z: GaussianBase) -> None:
+        """Take the coordinates of these bases; an `LVEBM` calls this when it is built.
+
+        Raises:
+            ValueError: If the dimensions do not fit, or the energy already belongs to an `LVEBM`
+                with other bases.
+        """
+        if (base_x.dim, base_z.dim) != (self.x_dim, self.z_dim):
+            raise ValueError(
+                f"the energy has x_dim={self.x_dim} and z_dim={self.z_dim}, but the bases have "
+                f"{base_x.dim} and {base_z.dim} dimensions"
+            )
+        if self._bound and not (_same(self.base_x, base_x) and _same(self.base_z, base_z)):
+            raise ValueError(
+                "this energy already belongs to an LVEBM with other bases, in whose coordinates "
+                "it is defined; build a new energy for the other LVEBM"
+            )
+        self.base_x, self.base_z, self._bound = base_x, base_z, True
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return f(x, z) (*b,) for x (*b, *x_shape) and z (*b, *z_shape)."""
+        return self.whitened(torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1))
+
+    def whitened(self, u: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
+        raise NotImplementedError
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f (*b,) and ∇f (*b, d) at u, without a graph; by autograd unless overridden."""
+        return value_and_grad(self.whitened)(u)
+
+
+def _same(a: GaussianBase, b: GaussianBase) -> bool:
+    return (
+        a.event_shape == b.event_shape
+        and a.diagonal == b.diagonal
+        and torch.equal(a.loc, b.loc)
+        and torch.equal(a.scale, b.scale)
+    )
+
+
+class MLPEnergy(WhitenedEnergy):
+    """A SiLU network on whitened coordinates, with optional fixed random Fourier features.
+
+        f(u) = W_k σ(… σ(W_1 φ(u) + b_1) …) + b_k,    φ(u) = (u, sin uB, cos uB)
+
+    The last layer starts at zero, so an untrained LVEBM is its base and log Z = 0. The columns
+    of B are drawn once from N(0, 1.5² min(1, 4/d)) and never trained; they let a smooth network
+    follow thin structures, and f stays Lipschitz.
+
+    Args:
+        x_dim: Number of entries of x.
+        z_dim: Number of entries of z.
+        hidden: Width of each hidden layer.
+        fourier_features: Number of columns of B. None chooses 32 where x_dim + z_dim ≤ 8 and
+            none above, where they overfit.
+        seed: Fixes the initial weights and B.
+
+    Raises:
+        ValueError: If a size is less than 1, or `fourier_features` is negative.
+
+    Source:
+        Rahimi and Recht (2007), Random features for large-scale kernel machines, section 3;
+        Tancik et al. (2020), Fourier features let networks learn high frequency functions.
+
+    Example:
+        >>> import torch
+        >>> energy = MLPEnergy(x_dim=3, z_dim=2, hidden=(16,), seed=0)
+        >>> energy(torch.zeros(5, 3), torch.ones(5, 2)).tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        x_dim: int,
+        z_dim: int,
+        hidden: Sequence[int] = (128, 128),
+        fourier_features: int | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(x_dim, z_dim)
+        if not hidden or any(width < 1 for width in hidden):
+            raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
+        if fourier_features is None:
+            fourier_features = 32 if self.dim <= 8 else 0
+        if fourier_features < 0:
+            raise ValueError(f"fourier_features must be 0 or more; got {fourier_features}")
+        with isolated_rng(seed):
+            bandwidth = 1.5 * math.sqrt(min(1.0, 4.0 / self.dim))
+            self.register_buffer("frequencies", bandwidth * torch.randn(self.dim, fourier_features))
+            widths = [self.dim + 2 * fourier_features, *hidden]
+            self.hidden = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
+            self.out = nn.Linear(widths[-1], 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def _features(self, u: Tensor) -> Tensor:
+        if not self.frequencies.shape[1]:
+            return u
+        phase = u @ self.frequencies
+        return torch.cat([u, phase.sin(), phase.cos()], -1)
+
+    def whitened(self, u: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
+        h = self._features(u)
+        for layer in self.hidden:
+            h = nn.functional.silu(layer(h))
+        return self.out(h).squeeze(-1)
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.
+
+        This is what `autograd` computes on `whitened`, about a fifth faster.
+        """
+        with torch.no_grad():
+            flat = u.reshape(-1, self.dim)
+            features = h = self._features(flat)
+            pre = []
+            for layer in self.hidden:
+                pre.append(torch.addmm(layer.bias, h, layer.weight.T))
+                h = nn.functional.silu(pre[-1])
+            value = torch.addmv(self.out.bias, h, self.out.weight[0])
+            grad = self.out.weight.expand(len(flat), -1)
+            for layer, a in zip(reversed(self.hidden), reversed(pre), strict=True):
+                grad = torch.ops.aten.silu_backward(grad, a) @ layer.weight
+            if count := self.frequencies.shape[1]:
+                sizes = [self.dim, count, count]
+                _, sin, cos = features.split(sizes, -1)
+                direct, by_sin, by_cos = grad.split(sizes, -1)
+                grad = direct + (by_sin * cos - by_cos * sin) @ self.frequencies.T
+            return value.reshape(u.shape[:-1]), grad.reshape(u.shape)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Posterior draws for ArviZ: an `InferenceData` before ArviZ 1, a `DataTree` from 1 on."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import arviz as az
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.saddle import Saddle
+from pyro_lvebm.tracing import (
+    Model,
+    at_minibatch,
+    cover,
+    energy_modules,
+    frozen,
+    plate_nesting,
+    sample_nodes,
+    vectorise,
+)
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+
+def to_arviz(
+    saddle: Saddle,
+    *args: Any,
+    num_samples: int = 100,
+    num_warmup: int = 200,
+    thinning: int = 1,
+    num_predictive: int = 2,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Any:
+    """Export posterior draws at frozen θ to ArviZ; a chain is a particle, a draw a kept step.
+
+    Groups: `posterior`; `sample_stats` with the energy −log p(x, z) and the acceptance rate of
+    each datum's chains; `observed_data`; `posterior_predictive`, replicates of the observed
+    sites given the last `num_predictive` draws of z. There is no `log_likelihood`: the log
+    probability of an x site is not log p(x | z).
+
+    Args:
+        saddle: A trained Saddle with `AutoParticles`; unchanged.
+        args: Arguments of the model.
+        num_samples: Draws to keep of each particle.
+        num_warmup: Steps before the first of them.
+        thinning: Steps from one draw to the next.
+        num_predictive: Draws of each particle that get a replicate, at most `num_samples`.
+        seed: Fixes the replicates.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        `arviz.InferenceData` for ArviZ 0.2x, `xarray.DataTree` for ArviZ ≥ 1.
+
+    Raises:
+        ValueError: If the guide has no `AutoParticles`, or a number is out of range.
+    """
+    if not 1 <= num_predictive <= num_samples:
+        raise ValueError(f"num_predictive must lie in 1 … {num_samples}; got {num_predictive}")
+    draws = saddle.draw_posterior(
+        *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs
+    )
+    device = next(iter(draws.samples.values())).device
+    with isolated_rng(seed, 30, device=device), poutine.block(), torch.no_grad():
+        prototype = poutine.trace(saddle.model).get_trace(*args, **kwargs)
+        with frozen(energy_modules(prototype)):
+            last = {name: value[:, -num_predictive:] for name, value in draws.samples.items()}
+            observed, predictive = _observed_sites(saddle.model, prototype, last, args, kwargs)
+    groups = {
+        "posterior": _to_numpy(draws.samples),
+        "sample_stats": _to_numpy(draws.sample_stats),
+        "observed_data": _to_numpy(observed),
+        "posterior_predictive": _to_numpy(predictive),
+    }
+    attrs = {
+        "inference_library": "pyro_lvebm",
+        "inference_library_version": version("pyro-lvebm"),
+        "num_training_steps": saddle.step_count,
+    }
+    return _build(groups, _dims(prototype), attrs)
+
+
+def _observed_sites(
+    model: Model,
+    prototype: Trace,
+    latents: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Observed values (N, …) of all data, and replicates (K, S, N, …) given latents (K, S, N, …)."""
+    nesting = plate_nesting(prototype)
+    chains_draws = next(iter(latents.values())).shape[:2]
+    blank = vectorise(poutine.uncondition(model), chains_draws.numel(), nesting)
+    observed: dict[str, list[Tensor]] = {}
+    replicates: dict[str, list[Tensor]] = {}
+    for batch in cover(prototype):
+        nodes = dict(batch.nodes)
+        for name, value in latents.items():
+            part = value[:, :, batch.rows].flatten(0, 1)
+            node = prototype.nodes[name]
+            ones = (1,) * (nesting - len(node["fn"].batch_shape))
+            nodes[name] = {**node, "value": part.reshape(len(part), *ones, *part.shape[1:])}
+        seen = poutine.trace(at_minibatch(model, batch.nodes)).get_trace(*args, **kwargs)
+        drawn = poutine.trace(at_minibatch(blank, nodes)).get_trace(*args, **kwargs)
+        for name, node in sample_nodes(seen).items():
+            if node["is_observed"]:
+                shape = node["fn"].batch_shape + node["fn"].event_shape
+                value = drawn.nodes[name]["value"].reshape(*chains_draws, *shape)
+                observed.setdefault(name, []).append(node["value"].expand(shape)[batch.new])
+                replicates.setdefault(name, []).append(value[:, :, batch.new])
+    return (
+        {name: torch.cat(parts) for name, parts in observed.items()},
+        {name: torch.cat(parts, 2) for name, parts in replicates.items()},
+    )
+
+
+def _to_numpy(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy() for name, value in values.items()}
+
+
+def _dims(prototype: Trace) -> dict[str, list[str]]:
+    """Name the axes of each site after its plates, left to right, and its event axes after it."""
+    dims = {}
+    for name, node in sample_nodes(prototype).items():
+        frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
+        batch = [frame.name for frame in frames if frame.vectorized]
+        if len(batch) == len(node["fn"].batch_shape):
+            events = range(len(node["fn"].event_shape))
+            dims[name] = batch + [f"{name}_dim_{axis}" for axis in events]
+            if not node["is_observed"]:
+                dims["energy"] = dims["acceptance_rate"] = batch
+    return dims
+
+
+def _build(groups: Groups, dims: dict[str, list[str]], attrs: dict[str, Any]) -> Any:
+    """Call `from_dict` as the installed generation of ArviZ has it."""
+    if int(az.__version__.split(".")[0]) >= 1:
+        return az.from_dict(groups, dims=dims, attrs={"/": attrs})
+    return az.from_dict(**groups, dims=dims, attrs=attrs)

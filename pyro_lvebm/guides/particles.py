@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoParticles: latent particles of every datum as a Pyro autoguide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.runtime import get_plates
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+
+PARTICLE_PLATE = "num_particles_vectorized"
+"""Name of the plate that Pyro's ELBOs open for vectorised particles."""
+
+
+class AutoParticles(AutoGuide):  # type: ignore[misc]
+    """An empirical guide: K latent particles of every datum, kept between steps.
+
+        q(z | x_i) = (1/K) Σ_k δ(z − z_k^(i))
+
+    The particles are buffers in unconstrained coordinates, one of shape
+    (K, *full_batch_shape, *event_shape) for each latent site, with plates at their full size even
+    where the model subsamples. `Saddle` moves them; as a guide, each site is a `Delta` at the
+    particles of the present minibatch: all K under a vectorised ELBO with K particles, otherwise
+    one drawn at random for each datum. Being made of deltas it has no entropy, so a loss with
+    this guide is an energy and not an ELBO; `compare_elbo` gives its ELBO.
+
+    Args:
+        model: A Pyro model whose latent sites are continuous.
+        num_particles: K, at least 1.
+        init_loc_fn: How to draw the first particles; by default from the model.
+        create_plates: As in every Pyro autoguide.
+
+    Raises:
+        ValueError: If num_particles < 1, or (at the first call) a latent site is discrete.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_lvebm import AutoParticles
+        >>> def model(x):
+        ...     with pyro.plate("data", 100, subsample_size=10) as i:
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+        >>> guide = AutoParticles(model, num_particles=4)
+        >>> guide(torch.zeros(100))["z"].shape
+        torch.Size([10])
+        >>> guide.particles("z").shape
+        torch.Size([4, 100])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_particles: int = 4,
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_sample,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1; got {num_particles}")
+        self.num_particles = num_particles
+        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            fn = site["fn"]
+            if fn.support.is_discrete:
+                self.prototype_trace = None
+                raise ValueError(
+                    f"AutoParticles needs continuous latents; site '{name}' is discrete. "
+                    "Hide it with poutine.block and enumerate it, or marginalise it out"
+                )
+            full = list(fn.batch_shape)
+            for frame in site["cond_indep_stack"]:
+                full[frame.dim] = frame.full_size or frame.size
+            draws = fn.expand(torch.Size(full)).sample((self.num_particles,))
+            self.register_buffer(_key(name), self.transform(name).inv(draws).clone())
+            step = draws.new_tensor(0.1)
+            self.register_buffer(_key(name) + "_step_size", step)
+
+    def transform(self, name: str) -> Transform:
+        """Return the bijection from unconstrained coordinates to the support of a site."""
+        return biject_to(self.prototype_trace.nodes[name]["fn"].support)
+
+    def particles(self, name: str) -> Tensor:
+        """Return the particles of a site, (K, *full_batch_shape, *event_shape)."""
+        value: Tensor = self.transform(name)(getattr(self, _key(name)))
+        return value
+
+    def step_size(self, name: str) -> Tensor:
+        """Return the Langevin step size of a site, a scalar buffer."""
+        step: Tensor = getattr(self, _key(name) + "_step_size")
+        return step
+
+    def index(self, name: str, indices: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Index tuple of a minibatch into the batch axes of a site's buffer."""
+        site = self.prototype_trace.nodes[name]
+        batch_shape = site["fn"].batch_shape
+        by_dim = {frame.dim: indices[frame.name] for frame in site["cond_indep_stack"]}
+        device = getattr(self, _key(name)).device
+        axes = [
+            by_dim.get(axis - len(batch_shape), torch.arange(size, device=device))
+            for axis, size in enumerate(batch_shape)
+        ]
+        return torch.meshgrid(*axes, indexing="ij") if axes else ()
+
+    def read(self, name: str, indices: dict[str, Tensor]) -> Tensor:
+        """Return unconstrained particles (K, *batch_shape, *event) of a minibatch.
+
+        Args:
+            name: The site.
+            indices: Data indices of every plate.
+        """
+        buffer: Tensor = getattr(self, _key(name))
+        return buffer[(slice(None), *self.index(name, indices))]
+
+    def write(self, name: str, indices: dict[str, Tensor], value: Tensor) -> None:
+        """Store unconstrained particles (K, *batch_shape, *event) of a minibatch."""
+        getattr(self, _key(name))[(slice(None), *self.index(name, indices))] = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site at its particles."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                indices = {f.name: plates[f.name]._indices for f in site["cond_indep_stack"]}
+                value = self.transform(name)(self._choose(name, indices))
+                fn = dist.Delta(value, event_dim=site["fn"].event_dim)
+                result[name] = pyro.sample(name, fn)
+        return result
+
+    def _choose(self, name: str, indices: dict[str, Tensor]) -> Tensor:
+        """All K particles under a plate of K vectorised particles, else random ones."""
+        v = self.read(name, indices)
+        batch_dim = len(self.prototype_trace.nodes[name]["fn"].batch_shape)
+        batch, event = v.shape[1 : 1 + batch_dim], v.shape[1 + batch_dim :]
+        frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)
+        if frame is not None:
+            lead = (frame.size, *(1,) * (-frame.dim - 1 - batch_dim))
+            if frame.size == self.num_particles:
+                return v.reshape(*lead, *batch, *event)
+            return self._pick(v, (*lead, *batch), batch_dim)
+        return self._pick(v, tuple(batch), batch_dim)
+
+    def _pick(self, v: Tensor, shape: tuple[int, ...], batch_dim: int) -> Tensor:
+        """One random particle for every element of a batch of `shape`."""
+        k = torch.randint(self.num_particles, shape, device=v.device)
+        rows = [torch.arange(size, device=v.device) for size in shape]
+        grids = torch.meshgrid(*rows, indexing="ij") if rows else ()
+        return v[(k, *grids[len(shape) - batch_dim :])]
+
+
+def _key(name: str) -> str:
+    # Buffer names may not contain dots, and must not hide attributes of the module.
+    return "particles_" + name.replace(".", "__")

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The energy of latent sites that share their plates, as a function of one flat vector a datum.
+
+A block collects latent sites inside the same plates. Its coordinates are v (K, *B, D): K
+particles, B the batch shape in a minibatch, D the unconstrained (and for an LVEBM whitened) event
+dimensions of all its sites, flattened. Its residual energy f is defined by
+
+    log p(sites | v) + log |dz/dv| = offset + log N(v; 0, I) − f(v)
+
+so that the kernels of `langevin` and the runs of `annealing` apply to it with base precision 1,
+and log ∫ p dz = offset + log E_{N(0,I)}[exp(−f)].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from pyro_lvebm.distributions import LatentSite, ObservedSite, given_x
+from pyro_lvebm.guides.particles import AutoParticles
+from pyro_lvebm.langevin import ValueAndGrad, value_and_grad
+from pyro_lvebm.model import LVEBM
+from pyro_lvebm.tracing import Model, ModelAt, Node, sample_nodes, subsample_nodes
+
+
+@dataclass(frozen=True)
+class LatentColumns:
+    """How the unconstrained values of one latent site fill columns of v."""
+
+    name: str
+    transform: Transform
+    event_shape: torch.Size  # unconstrained
+    ebm: LVEBM | None
+
+    @property
+    def dim(self) -> int:
+        """Number of columns."""
+        return self.event_shape.numel()
+
+    def to_columns(self, value: Tensor) -> Tensor:
+        """Return (*b, dim) for unconstrained values (*b, *event_shape)."""
+        if self.ebm is not None:
+            return self.ebm.base_z.whiten(value)
+        return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)
+
+    def from_columns(self, columns: Tensor) -> Tensor:
+        """Return unconstrained values (*b, *event_shape) for (*b, dim)."""
+        if self.ebm is not None:
+            return self.ebm.base_z.unwhiten(columns)
+        return columns.reshape(*columns.shape[:-1], *self.event_shape)
+
+    def log_abs_det(self, columns: Tensor) -> Tensor:
+        """Return log |dz/dv| (*b,), in nats."""
+        if self.ebm is not None:
+            return self.ebm.base_z.log_det.expand(columns.shape[:-1])
+        value = self.from_columns(columns)
+        jacobian = self.transform.log_abs_det_jacobian(value, self.transform(value))
+        return jacobian.reshape(*columns.shape[:-1], -1).sum(-1)
+
+
+@dataclass(frozen=True)
+class LatentBlock:
+    """Latent sites that share their plates, at the particles of one minibatch."""
+
+    columns: list[LatentColumns]
+    indices: dict[str, Tensor]  # data indices of each plate around the block
+    v: Tensor  # (K, *B, D)
+    f: ValueAndGrad  # (K', *B, D) with any K' that the model was vectorised for
+    offset: Tensor  # broadcasts to (K, *B), nats
+    is_global: bool  # lies outside a subsampled plate, so that f is a noisy estimate
+    at: ModelAt  # the model in which the other blocks are fixed, shared by all blocks
+
+    def split(self, v: Tensor) -> dict[str, Tensor]:
+        """Return unconstrained values (*b, *event_shape) of every site for v (*b, D)."""
+        parts = v.split([c.dim for c in self.columns], -1)
+        return {c.name: c.from_columns(p) for c, p in zip(self.columns, parts, strict=True)}
+
+    def join(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return v (*b, D) and log |dz/dv| (*b,) for values (*b, *event_shape) on the supports."""
+        parts = [c.to_columns(c.transform.inv(values[c.name])) for c in self.columns]
+        log_det = sum((c.log_abs_det(p) for c, p in zip(self.columns, parts, strict=True)))
+        return torch.cat(parts, -1), torch.as_tensor(log_det)
+
+    def constrain(self, v: Tensor) -> dict[str, Tensor]:
+        """Return values (*b, *event_shape) on the supports of every site for v (*b, D)."""
+        values = self.split(v)
+        return {c.name: c.transform(values[c.name]) for c in self.columns}
+
+    def fix(self, v: Tensor) -> None:
+        """Let the energies of the other blocks see this one at v (K, *B, D)."""
+        ones = (1,) * (self.at.nesting - (v.dim() - 2))
+        wide = v.reshape(v.shape[0], *ones, *v.shape[1:])
+        for name, value in self.constrain(wide).items():
+            self.at.nodes[name] = {**self.at.nodes[name], "value": value}
+
+
+def latent_blocks(
+    model: Model,
+    guide: AutoParticles,
+    guide_trace: Trace,
+    nesting: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[list[LatentBlock], Trace]:
+    """Group the particle sites of a guide by their plates, each group with its energy.
+
+    Args:
+        model: The Pyro model.
+        guide: The particles.
+        guide_trace: A trace of the guide under `vectorise` with its own number of particles;
+            fixes the minibatch, and the latents that other guides hold.
+        nesting: Number of batch dimensions of the model.
+        args: Arguments of the model.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        The blocks, and a trace of the vectorised model at the particles.
+
+    Raises:
+        ValueError: If a site outside a plate depends on a latent inside it.
+    """
+    nodes = {n: d for n, d in guide_trace.nodes.items() if d["type"] == "sample"}
+    at = ModelAt(model, nesting, nodes, args, kwargs)
+    with torch.no_grad():
+        trace = at.trace(guide.num_particles)
+    groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
+    for name, proto in guide.prototype_trace.iter_stochastic_nodes():
+        fn, transform = trace.nodes[name]["fn"], guide.transform(name)
+        columns = LatentColumns(
+            name,
+            transform,
+            transform.inverse_shape(fn.event_shape),
+            fn.ebm if isinstance(fn, LatentSite) else None,
+        )
+        frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
+        groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
+    return [_block(group, guide, at, trace) for group in groups.values()], trace
+
+
+def _block(
+    columns: list[LatentColumns], guide: AutoParticles, at: ModelAt, trace: Trace
+) -> LatentBlock:
+    proto = guide.prototype_trace.nodes[columns[0].name]
+    choices = subsample_nodes(trace)
+    indices = {f.name: choices[f.name]["value"] for f in proto["cond_indep_stack"]}
+    v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
+    subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
+    direct = _energy_alone(columns, at, trace)
+    if direct is None:
+        f, offset = _traced_energy(columns, at, proto), v.new_zeros(())
+    else:
+        f, offset = direct
+        lead = v.shape[1:-1]
+        offset = offset.reshape(lead) if offset.numel() == lead.numel() else offset
+    return LatentBlock(columns, indices, v, f, offset, bool(subsampled - set(indices)), at)
+
+
+def _energy_alone(
+    columns: list[LatentColumns], at: ModelAt, trace: Trace
+) -> tuple[ValueAndGrad, Tensor] | None:
+    """Return f and offset straight from the LVEBM, where nothing else depends on the latent.
+
+    A trace of the model at every Langevin step would double the time of a step.
+    """
+    first = columns[0]
+    if len(columns) != 1 or first.ebm is None:
+        return None
+    ebm, latent = first.ebm, trace.nodes[first.name]
+    x_name, x_node = next(
+        (name, node)
+        for name, node in trace.nodes.items()
+        if isinstance(node.get("fn"), ObservedSite) and node["fn"].pairing is latent["fn"].pairing
+    )
+    same_scale = bool(torch.as_tensor(x_node["scale"] == latent["scale"]).all())
+    plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
+    if not plain or _others_depend_on(first.name, x_name, at, trace):
+        return None
+    w_x = ebm.base_x.whiten(x_node["value"])
+    offset = ebm.base_x.log_prob(x_node["value"]) - ebm.log_partition
+    return given_x(ebm, w_x), offset
+
+
+def _others_depend_on(z_name: str, x_name: str, at: ModelAt, trace: Trace) -> bool:
+    """Whether the log probability of any further site depends on the latent, by autograd."""
+    others = set(sample_nodes(trace)) - {z_name, x_name}
+    if not others:
+        return False
+    with torch.enable_grad():
+        z = at.nodes[z_name]["value"].detach().requires_grad_(True)
+        trace = at.trace(len(z), **{z_name: z})
+        trace.compute_log_prob(lambda name, _: name in others)
+        terms = [trace.nodes[n]["log_prob_sum"] for n in others]
+        total = sum((t for t in terms if t.requires_grad), z.new_zeros(()))
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return False
+        (grad,) = torch.autograd.grad(total, z, allow_unused=True)
+    return grad is not None
+
+
+def _traced_energy(columns: list[LatentColumns], at: ModelAt, proto: Node) -> ValueAndGrad:
+    """Return f from a trace of the model at v."""
+    batch_shape, frames = proto["fn"].batch_shape, proto["cond_indep_stack"]
+    own = {f.dim for f in frames} | {
+        axis - len(batch_shape) for axis, size in enumerate(batch_shape) if size > 1
+    }
+    dims = [c.dim for c in columns]
+    log_norm = 0.5 * sum(dims) * math.log(2 * math.pi)
+
+    def f(v: Tensor) -> Tensor:
+        lead = (v.shape[0], *(1,) * (at.nesting - len(batch_shape)), *v.shape[1:-1])
+        parts = v.reshape(*lead, v.shape[-1]).split(dims, -1)
+        pairs = list(zip(columns, parts, strict=True))
+        values = {c.name: c.transform(c.from_columns(p)) for c, p in pairs}
+        trace = at.trace(len(v), **values)
+        trace.compute_log_prob()
+        total = v.new_zeros(())
+        for name, node in sample_nodes(trace).items():
+            if node["log_prob"].requires_grad:
+                _check_inside(name, node, columns[0].name, frames)
+                total = total + sum_other_axes(node["log_prob"], own, at.nesting)
+        log_p = total / trace.nodes[columns[0].name]["scale"]
+        for c, p in pairs:
+            log_p = log_p + c.log_abs_det(p)
+        log_p = log_p.expand(lead).reshape(v.shape[:-1])
+        return -log_p - 0.5 * (v * v).sum(-1) - log_norm
+
+    return value_and_grad(f)
+
+
+def _check_inside(name: str, node: Node, latent: str, frames: tuple[Any, ...]) -> None:
+    missing = {f.name for f in frames} - {f.name for f in node["cond_indep_stack"]}
+    if missing:
+        raise ValueError(
+            f"site '{name}' depends on the local latent '{latent}' but lies outside its plate "
+            f"{sorted(missing)}, so that the particles of one datum cannot move without those of "
+            "the others. Move the site into the plate"
+        )
+
+
+def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:
+    """Sum a vectorised log probability over the plate axes (negative) that are not `own`."""
+    axes = range(-min(log_prob.dim(), nesting), 0)
+    extra = [axis for axis in axes if axis not in own and log_prob.shape[axis] != 1]
+    return log_prob.sum(extra, keepdim=True) if extra else log_prob
+
+
+def as_problems(f: ValueAndGrad, batch: torch.Size) -> ValueAndGrad:
+    """Turn a block's f on v (K, *B, D) into one on v (runs, problems, particles, D).
+
+    The data of the block are the problems of an annealing run.
+    """
+
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        runs, problems, particles, d = v.shape
+        value, grad = f(v.transpose(1, 2).reshape(runs * particles, *batch, d))
+        value = value.reshape(runs, particles, problems).transpose(1, 2)
+        return value, grad.reshape(runs, particles, problems, d).transpose(1, 2)
+
+    return evaluate

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LVEBM: a residual energy, two Gaussian bases and a pool of negatives in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.distributions import JointEnergy, Posterior
+from pyro_lvebm.energies import WhitenedEnergy
+from pyro_lvebm.langevin import value_and_grad
+from pyro_lvebm.pool import Pool, TemperedPool
+from pyro_lvebm.validation import check_data
+
+
+class LVEBM(nn.Module):
+    """A latent-variable energy-based model, one normalised density over pairs (x, z).
+
+        p_θ(x, z) = exp(−E_θ(x, z)) / Z_θ,    E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
+
+    The bases are normalised, so Z_θ = E_base[exp(−f_θ)]; f = 0 is the base with log Z = 0. All
+    sampling happens in coordinates u whitened by the bases, where E = ½ |u|² + f + const.
+
+    Args:
+        energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
+            z (*b, *z_shape) to (*b).
+        base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`.
+        base_z: Gaussian over z.
+        pool: `TemperedPool(...)` (the default) or `PersistentPool(...)`.
+
+    Raises:
+        ValueError: If a base is not a Gaussian, or the energy returns the wrong shape or NaN.
+
+    Source:
+        Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy
+        >>> x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(x_dim=3, z_dim=2), x, z_dim=2)
+        >>> ebm.energy(x, torch.zeros(100, 2)).shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        energy: nn.Module,
+        base_x: dist.TorchDistribution | GaussianBase,
+        base_z: dist.TorchDistribution | GaussianBase,
+        pool: Pool | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(energy, nn.Module):
+            raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
+        base_x = GaussianBase.from_distribution(base_x, "base_x")
+        base_z = GaussianBase.from_distribution(base_z, "base_z")
+        _check_energy(energy, base_x, base_z)
+        if isinstance(energy, WhitenedEnergy):
+            energy.bind(base_x, base_z)
+        self.f, self.base_x, self.base_z = energy, base_x, base_z
+        self.pool = TemperedPool() if pool is None else pool
+        self.pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
+        self.pool.initialise(self.dim)
+        self.pool_theta: list[Tensor] = []
+
+    @classmethod
+    def from_data(
+        cls, energy: nn.Module, x: Tensor, *, z_dim: int, pool: Pool | None = None
+    ) -> LVEBM:
+        """Start from the maximum-likelihood Gaussian of the data and a standard normal latent.
+
+        Args:
+            energy: The residual energy f.
+            x: Data (N, *x_shape), floating point, more rows than dimensions.
+            z_dim: Number of latent dimensions.
+            pool: The pool of negatives; `TemperedPool()` if None.
+
+        Raises:
+            ValueError: If x is empty, not finite or not floating point, has too few rows or
+                constant columns, z_dim < 1, or the energy does not fit.
+        """
+        if z_dim < 1:
+            raise ValueError(f"z_dim must be at least 1; got {z_dim}")
+        check_data(x)
+        base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
+        energy.to(device=x.device, dtype=x.dtype)
+        return cls(energy, GaussianBase.fit(x), base_z, pool)
+
+    @property
+    def dim(self) -> int:
+        """Number of entries of x and z together."""
+        return self.base_x.dim + self.base_z.dim
+
+    @property
+    def x_shape(self) -> torch.Size:
+        """Event shape of x."""
+        return self.base_x.event_shape
+
+    @property
+    def z_shape(self) -> torch.Size:
+        """Event shape of z."""
+        return self.base_z.event_shape
+
+    def energy(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the total energy E_θ(x, z) (*b,), in nats, for x (*b, *x_shape), z (*b, *z_shape)."""
+        return self.f(x, z) - self.base_x.log_prob(x) - self.base_z.log_prob(z)
+
+    def whiten(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return u (*b, dim) for x (*b, *x_shape) and z (*b, *z_shape)."""
+        return torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1)
+
+    def unwhiten(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (*b, *x_shape) and z (*b, *z_shape) for u (*b, dim)."""
+        k = self.base_x.dim
+        return self.base_x.unwhiten(u[..., :k]), self.base_z.unwhiten(u[..., k:])
+
+    def residual(self, u: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, dim)."""
+        if isinstance(self.f, WhitenedEnergy):
+            return self.f.whitened(u)
+        result: Tensor = self.f(*self.unwhiten(u))
+        return result
+
+    def residual_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f (*b,) and its gradient in u (*b, dim), without a graph."""
+        if isinstance(self.f, WhitenedEnergy):
+            return self.f.value_and_grad(u)
+        return value_and_grad(self.residual)(u)
+
+    @property
+    def log_partition(self) -> Tensor:
+        """The pool's present estimate of log Z, a scalar, in nats, without a gradient."""
+        return self.pool.log_partition
+
+    def log_norm(self) -> Tensor:
+        """Return log Z with the pool's value and the gradient −E_pool[∇_θ f].
+
+        Where θ can change, the pool is refreshed first if θ has changed since it last was, so any
+        loss that contains this term trains θ, without anyone having to move the pool by hand.
+        """
+        params = [p for p in self.f.parameters() if p.requires_grad]
+        if not params or not torch.is_grad_enabled():
+            return self.pool.log_partition
+        # Optimisers that write through `.data` leave no trace but the values themselves.
+        if not self.pool_is_fresh():
+            self.pool.refresh(self)
+            self.mark_pool(fresh=True)
+        u, log_w = self.pool.negatives()
+        surrogate = -(log_w.exp() * self.residual(u)).sum()
+        return self.pool.log_partition + (surrogate - surrogate.detach())
+
+    def pool_is_fresh(self) -> bool:
+        """Return whether the pool has been refreshed under the present θ."""
+        return _all_equal(list(self.f.parameters()), self.pool_theta)
+
+    def mark_pool(self, *, fresh: bool) -> None:
+        """Record that the pool has, or has not, been refreshed under the present θ."""
+        self.pool_theta = [p.detach().clone() for p in self.f.parameters()] if fresh else []
+
+    def kl_of_update(self) -> Tensor:
+        """Return KL(p_old ‖ p_θ) in nats, with p_old the model at the pool's last refresh."""
+        with torch.no_grad():
+            return self.pool.kl_to(self.residual(self.pool.negatives()[0]))
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Hold θ fixed inside the block: no gradients for it, and the pool stays where it is."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        for p in params:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in params:
+                p.requires_grad_(True)
+
+    def joint(self) -> JointEnergy:
+        """Return the distribution over (x, z), flattened and concatenated, with log_prob −E."""
+        return JointEnergy(self)
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin."""
+        check_data(x, self.x_shape)
+        return Posterior(self, x)
+
+
+def _all_equal(a: list[nn.Parameter], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        p.shape == q.shape and p.device == q.device and p.dtype == q.dtype and torch.equal(p, q)
+        for p, q in zip(a, b, strict=True)
+    )
+
+
+def _check_energy(energy: nn.Module, base_x: GaussianBase, base_z: GaussianBase) -> None:
+    """Evaluate f once at two base draws and say what is wrong with the answer."""
+    if isinstance(energy, WhitenedEnergy):
+        return
+    x = base_x.unwhiten(torch.stack([base_x.loc.new_zeros(base_x.dim)] * 2))
+    z = base_z.unwhiten(torch.stack([base_z.loc.new_zeros(base_z.dim)] * 2))
+    with torch.no_grad():
+        value = energy(x, z)
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != (2,):
+        raise ValueError(
+            f"energy(x, z) must return one value for each pair: for x {tuple(x.shape)} and z "
+            f"{tuple(z.shape)} expected shape (2,); got {shape}"
+        )
+    if torch.isnan(value).any():
+        raise ValueError("energy(x, z) is NaN at the mean of the bases")

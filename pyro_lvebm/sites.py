@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The primitive `lvebm`: an LVEBM as two Pyro sample sites."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
+from pyro_lvebm.model import LVEBM
+from pyro_lvebm.validation import check_data
+
+
+def lvebm(name: str, ebm: LVEBM, obs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Open the sites of an LVEBM: `{name}_z`, latent, and `{name}`, observed where `obs` is given.
+
+    Together their log probabilities are the joint log density, one of each for a datum:
+
+        log base_z(z)  +  [log base_x(x) − f_θ(x, z) − log Z_θ]  =  log p_θ(x, z).
+
+    log Z carries the pool's value and gradient, so any Pyro ELBO over these sites trains θ. The
+    parameters of the energy are announced to Pyro's parameter store.
+
+    Args:
+        name: Name of the x site.
+        ebm: The LVEBM.
+        obs: Observed x (*b, *x_shape), finite and floating point, with the rows of the plates
+            around the call; None to draw x.
+
+    Returns:
+        x (*b, *x_shape) and z (*b, *z_shape).
+
+    Raises:
+        ValueError: If obs is empty, not finite, not floating point, or of another event shape.
+
+    Source:
+        docs/maths.md, "Two sites".
+
+    Example:
+        >>> import pyro, torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, lvebm
+        >>> data = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(3, 2), data, z_dim=2)
+        >>> def model(data):
+        ...     with pyro.plate("data", len(data), subsample_size=10) as i:
+        ...         return lvebm("scene", ebm, obs=data[i])
+        >>> x, z = model(data)
+        >>> x.shape, z.shape
+        (torch.Size([10, 3]), torch.Size([10, 2]))
+    """
+    if not isinstance(ebm, LVEBM):
+        raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
+    if obs is not None:
+        check_data(obs, ebm.x_shape)
+    _announce(f"{name}_lvebm", ebm.f)
+    pairing = Pairing()
+    z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing))
+    x = pyro.sample(name, ObservedSite(ebm, z, pairing), obs=obs)
+    return x, z
+
+
+def _announce(prefix: str, module: nn.Module) -> None:
+    """Announce trainable parameters to Pyro, each under one name and as the tensor it is.
+
+    `pyro.module` leaves a module untrained without a word when its name is already taken, as
+    after building a model a second time, and registers it twice under two names.
+    """
+    if not torch.is_grad_enabled():
+        return
+    store = pyro.get_param_store()
+    for key, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        name = store.param_name(param)
+        if name is None:
+            name = f"{prefix}$$${key}"
+            store[name] = param
+        pyro.param(name)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a Pyro model at chosen latents, minibatches and numbers of particles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_lvebm.distributions import ObservedSite
+from pyro_lvebm.guides.particles import PARTICLE_PLATE
+from pyro_lvebm.model import LVEBM
+
+Model = Callable[..., Any]
+Node = dict[str, Any]
+
+
+def subsample_nodes(trace: Trace) -> dict[str, Node]:
+    """Return the nodes at which plates choose their minibatch."""
+    return {name: node for name, node in trace.nodes.items() if _is_subsample(node)}
+
+
+def sample_nodes(trace: Trace) -> dict[str, Node]:
+    """Return the sample sites of a trace, without those at which plates choose a minibatch."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not _is_subsample(node)
+    }
+
+
+def _is_subsample(node: Node) -> bool:
+    return node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
+
+
+def energy_modules(trace: Trace) -> list[LVEBM]:
+    """Return the distinct LVEBMs with a site in a trace, in order."""
+    found = [n["fn"].ebm for n in trace.nodes.values() if isinstance(n.get("fn"), ObservedSite)]
+    return list({id(ebm): ebm for ebm in found}.values())
+
+
+def frozen(ebms: list[LVEBM]) -> ExitStack:
+    """Return a context in which θ of all these LVEBMs is held fixed."""
+    stack = ExitStack()
+    for ebm in ebms:
+        stack.enter_context(ebm.frozen())
+    return stack
+
+
+def plate_nesting(trace: Trace) -> int:
+    """Return the number of batch dimensions that the sites of a trace use."""
+    depths = [0]
+    for node in sample_nodes(trace).values():
+        depths.append(len(node["fn"].batch_shape))
+        depths += [-f.dim for f in node["cond_indep_stack"] if f.vectorized]
+    return max(depths)
+
+
+def vectorise(fn: Model, num_particles: int, nesting: int) -> Model:
+    """Run a model or guide under a particle plate left of its `nesting` batch dimensions."""
+    vectorised: Model = pyro.plate(PARTICLE_PLATE, num_particles, dim=-nesting - 1)(fn)
+    return vectorised
+
+
+def at_minibatch(fn: Model, nodes: dict[str, Node]) -> Model:
+    """Run a model or guide with sites, such as the choice of a minibatch, fixed to given nodes."""
+    trace = Trace()
+    trace.nodes.update(nodes)
+    fixed: Model = poutine.replay(fn, trace=trace)
+    return fixed
+
+
+class Minibatch(NamedTuple):
+    """One choice of data, of the size that the model's own minibatches have."""
+
+    nodes: dict[str, Node]  # for `at_minibatch`
+    rows: Tensor | slice  # data indices on the subsampled axis
+    new: slice  # positions in the minibatch that no earlier one had
+
+
+def cover(trace: Trace) -> Iterator[Minibatch]:
+    """Yield minibatches that together visit every datum; the last may repeat data of the first.
+
+    Without subsampling there is one, of all data.
+
+    Args:
+        trace: A trace of the model, for its plates.
+
+    Raises:
+        ValueError: If more than one plate subsamples.
+    """
+    choices = subsample_nodes(trace)
+    small = {k: n for k, n in choices.items() if len(n["value"]) < n["fn"].size}
+    if len(small) > 1:
+        raise ValueError(
+            f"plates {sorted(small)} all subsample; going through all data needs at most one "
+            "subsampled plate. Give the others their full size"
+        )
+    if not small:
+        yield Minibatch(dict(choices), slice(None), slice(None))
+        return
+    ((name, node),) = small.items()
+    size, batch = node["fn"].size, len(node["value"])
+    for start in range(0, size, batch):
+        index = torch.arange(start, start + batch, device=node["value"].device) % size
+        nodes = {**choices, name: {**node, "value": index}}
+        yield Minibatch(nodes, index, slice(0, size - start))
+
+
+@dataclass(frozen=True)
+class ModelAt:
+    """A model with fixed latents, minibatch and arguments, to be run for any number of particles."""
+
+    model: Model
+    nesting: int
+    nodes: dict[str, Node]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def trace(self, num_particles: int, **values: Tensor) -> Trace:
+        """Trace the vectorised model, with the values of some sites replaced."""
+        nodes = dict(self.nodes)
+        for name, value in values.items():
+            nodes[name] = {**nodes[name], "value": value}
+        fixed = at_minibatch(vectorise(self.model, num_particles, self.nesting), nodes)
+        return poutine.trace(fixed).get_trace(*self.args, **self.kwargs)

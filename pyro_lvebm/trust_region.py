@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shrinking a parameter update until it is acceptable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def scale_update(params: Sequence[Tensor], before: Sequence[Tensor], factor: float) -> None:
+    """Replace each update by `factor` times itself, θ ← θ_old + factor (θ − θ_old), in place."""
+    if factor != 1.0:
+        for p, old in zip(params, before, strict=True):
+            p.copy_(old + factor * (p - old))
+
+
+@torch.no_grad()
+def restore(params: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Set each parameter to its former value, in place."""
+    for p, old in zip(params, before, strict=True):
+        p.copy_(old)
+
+
+def shrink_to_trust_region(
+    params: Sequence[Tensor],
+    before: Sequence[Tensor],
+    divergence: Callable[[], Tensor],
+    max_divergence: float,
+    max_halvings: int = 10,
+) -> int:
+    """Halve an update until the model has moved by at most `max_divergence`.
+
+    An update that is still too large, or NaN, after `max_halvings` is undone.
+
+    Args:
+        params: Parameters after the update, changed in place.
+        before: Their values before it.
+        divergence: Returns how far the model has moved, such as KL(p_old ‖ p_new) in nats.
+        max_divergence: The radius of the trust region.
+        max_halvings: Give up and undo the update after this many.
+
+    Returns:
+        Number of halvings; max_halvings + 1 means that the update was undone.
+
+    Example:
+        >>> import torch
+        >>> p, old = torch.tensor(8.0), torch.tensor(0.0)
+        >>> shrink_to_trust_region([p], [old], lambda: p**2, 5.0)
+        2
+        >>> p
+        tensor(2.)
+    """
+    for halvings in range(max_halvings + 1):
+        if divergence() <= max_divergence:
+            return halvings
+        scale_update(params, before, 0.5)
+    restore(params, before)
+    return max_halvings + 1

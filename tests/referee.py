@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Referees shared by the tests: p-values against closed forms, and quadrature.
+
+A check is a function that returns a p-value. A correct implementation must reach more than ALPHA,
+the false-alarm rate of one check; a deliberately broken one must stay below CERTAIN. Anything that
+is not finite has p = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+ALPHA = 1e-3
+CERTAIN = 1e-6
+
+
+@contextmanager
+def assert_global_rng_untouched() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state()), "torch's global generator was used"
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def _array(values: object) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _bonferroni(p: np.ndarray) -> float:
+    return float(min(1.0, p.size * p.min()))
+
+
+def variance_p_value(samples: object, variance: object, mean: object = 0.0) -> float:
+    """Chi-square test of the variances of independent Gaussian rows with a known mean.
+
+    n var_hat / var ~ chi2_n, two-sided, with Bonferroni's correction over coordinates. A wrong
+    mean is found too: it inflates var_hat.
+    """
+    x = _array(samples)
+    if not np.isfinite(x).all():
+        return 0.0
+    statistic = ((x - _array(mean)) ** 2).sum(0) / _array(variance)
+    law = stats.chi2(len(x))
+    return _bonferroni(2.0 * np.minimum(law.cdf(statistic), law.sf(statistic)))
+
+
+def mean_p_value(replicates: object, expected: object) -> float:
+    """Student's test that independent replicates (n, ...) have this mean, Bonferroni over `...`."""
+    x = _array(replicates)
+    x = x.reshape(len(x), -1)
+    if not np.isfinite(x).all():
+        return 0.0
+    target = np.broadcast_to(_array(expected).reshape(-1), x.shape[1:])
+    t = (x.mean(0) - target) / (x.std(0, ddof=1) / np.sqrt(len(x)))
+    return _bonferroni(2.0 * stats.t(len(x) - 1).sf(np.abs(t)))
+
+
+def ks_p_value(samples: object, cdf: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Kolmogorov's test of independent draws against a distribution function."""
+    x = _array(samples).reshape(-1)
+    return float(stats.kstest(x, cdf).pvalue) if np.isfinite(x).all() else 0.0
+
+
+def grid_cdf(
+    energy: Callable[[Tensor], Tensor], half_width: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Distribution function of exp(-energy) on the line, by the trapezoidal rule."""
+    grid = torch.linspace(-half_width, half_width, 20001, dtype=torch.float64)
+    density = torch.exp(-energy(grid)).numpy()
+    cdf = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
+    return lambda x: np.interp(x, grid.numpy(), cdf / cdf[-1])
+
+
+def plane_grid(half_width: float, count: int) -> tuple[Tensor, float]:
+    """Points (count², 2) of a square grid, and the area of a cell."""
+    axis = torch.linspace(-half_width, half_width, count, dtype=torch.float64)
+    return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
+
+
+def gaussian_log_partition(precision: Tensor, linear: Tensor) -> float:
+    """log E_{N(0, I)}[exp(-f)] for f = ½ uᵀ(P - I)u + bᵀu, from P (d, d) and b (d,)."""
+    p, b = _array(precision), _array(linear)
+    return float(-0.5 * np.linalg.slogdet(p)[1] + 0.5 * b @ np.linalg.solve(p, b))
+
+
+def gaussian_moments(precision: Tensor, linear: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and covariance (d, d) of exp(-½ uᵀPu - bᵀu)."""
+    covariance = np.linalg.inv(_array(precision))
+    return -covariance @ _array(linear), covariance
+
+
+def gaussian_draws(precision: Tensor, linear: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Exact draws (*shape, d) of exp(-½ uᵀPu - bᵀu), in float64."""
+    mean, covariance = map(torch.from_numpy, gaussian_moments(precision, linear))
+    return mean + normal((*shape, len(mean)), seed) @ torch.linalg.cholesky(covariance).T

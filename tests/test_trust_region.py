@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from referee import normal
+from torch import Tensor
+
+from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool
+from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+
+def pair(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of several shapes, and their values before an update."""
+    shapes = [(3, 2), (), (4,)]
+    params = [normal(s, k, dtype).requires_grad_(True) for k, s in enumerate(shapes)]
+    before = [normal(s, 10 + k, dtype) for k, s in enumerate(shapes)]
+    return params, before
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scale_update_is_the_formula(factor: float, dtype: torch.dtype) -> None:
+    params, before = pair(dtype)
+    after, kept = [p.detach().clone() for p in params], [b.clone() for b in before]
+    scale_update(params, before, factor)
+    for p, a, b, k in zip(params, after, before, kept, strict=True):
+        torch.testing.assert_close(p.detach(), b + factor * (a - b))
+        assert torch.equal(b, k) and p.requires_grad and p.is_leaf
+
+
+def test_a_factor_of_one_leaves_every_bit() -> None:
+    params, before = pair(torch.float32)
+    after = [p.detach().clone() for p in params]
+    scale_update(params, before, 1.0)
+    assert all(torch.equal(p, a) for p, a in zip(params, after, strict=True))
+
+
+def test_restore_is_exact() -> None:
+    params, before = pair(torch.float32)
+    restore(params, before)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    with torch.no_grad():
+        params[0].add_(1.0)
+    assert not torch.equal(params[0], before[0])  # a copy, not an alias
+
+
+@given(st.floats(0.01, 1e4), st.floats(1e-6, 1.0), st.integers(0, 12))
+def test_halvings_are_the_fewest_that_suffice(
+    size: float, radius: float, max_halvings: int
+) -> None:
+    p = torch.tensor([1.0 + size, 1.0], dtype=torch.float64)
+    old = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    calls = []
+
+    def divergence() -> Tensor:
+        calls.append(p.clone())
+        return (p - old).square().sum()
+
+    halvings = shrink_to_trust_region([p], [old], divergence, radius, max_halvings)
+    needed = next(k for k in range(60) if (size / 2**k) ** 2 <= radius * (1 + 1e-9))
+    borderline = abs((size / 2**needed) ** 2 / radius - 1) < 1e-6
+    if needed <= max_halvings and not borderline:
+        assert halvings == needed
+        torch.testing.assert_close(p - old, torch.tensor([size / 2**needed, 0.0]).double())
+        assert divergence() <= radius
+    elif not borderline:
+        assert halvings == max_halvings + 1
+        assert torch.equal(p, old)
+    assert len(calls) <= max_halvings + 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.0])
+def test_an_update_that_stays_too_large_is_undone(value: float) -> None:
+    params, before = pair(torch.float32)
+    calls = []
+
+    def divergence() -> Tensor:
+        calls.append(0)
+        return torch.tensor(value)
+
+    assert shrink_to_trust_region(params, before, divergence, 0.5, max_halvings=3) == 4
+    assert len(calls) == 4
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_nan_parameters_are_undone() -> None:
+    p, old = torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 1.0])
+    assert shrink_to_trust_region([p], [old], lambda: p.sum().abs(), 10.0) == 11
+    assert torch.equal(p, old)
+
+
+def test_a_small_update_is_kept_bit_for_bit() -> None:
+    params, before = pair(torch.float32)
+    after = [p.detach().clone() for p in params]
+    assert shrink_to_trust_region(params, before, lambda: torch.tensor(0.1), 0.1) == 0
+    assert all(torch.equal(p, a) for p, a in zip(params, after, strict=True))
+
+
+@pytest.mark.parametrize("radius", [0.002, 0.05])
+def test_a_model_moves_by_no_more_than_the_radius(radius: float) -> None:
+    """KL between two Gaussian models, as the pool sees it, ends in (radius / 8, radius]."""
+    energy = QuadraticEnergy(2, 1)
+    ebm = LVEBM(
+        energy,
+        dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        dist.Normal(torch.zeros(1), 1.0).to_event(1),
+        pool=TemperedPool(4, 64, seed=3),
+    )
+    for _ in range(5):
+        ebm.pool.refresh(ebm)
+    params = list(energy.parameters())
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        energy.linear.copy_(torch.tensor([1.0, -2.0, 1.0]))
+        energy.raw_tril.fill_(0.2)
+    far = ebm.kl_of_update()
+    halvings = shrink_to_trust_region(params, before, ebm.kl_of_update, radius)
+    assert 1 <= halvings <= 10 < far / radius
+    assert radius / 8 < ebm.kl_of_update() <= radius
+    torch.testing.assert_close(
+        energy.linear.detach(), torch.tensor([1.0, -2.0, 1.0]) / 2.0**halvings
+    )
