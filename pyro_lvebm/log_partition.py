@@ -27,7 +27,7 @@ CONFIDENCE = 0.975
 """One-sided confidence level of each end of a bracket."""
 
 _REJUVENATION_MOVES = 20
-_REFRESHES_PER_RUN = 5
+_REFRESHES_PER_RUN = 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def log_partition(
     with t the 97.5 % quantile of Student's distribution for R − 1 degrees of freedom, so that
     each end allows for its own Monte Carlo error. The upper end is a bound only as far as the
     draws follow the model: they come from a copy of the pool, refreshed `num_refreshes` times and
-    then on between the runs. A pool and base that both miss a mode give a narrow bracket around a wrong value.
+    then on between the runs. A pool and base that both miss a mode give a narrow bracket around a
+    wrong value.
 
     Args:
         ebm: The LVEBM; unchanged.
@@ -136,18 +137,19 @@ def _model_draws(
 ) -> Tensor:
     """Draw from the model, (num_runs, 1, num_particles, d), and leave the pool moved.
 
-    The pool moves on between runs, so that the error of a finite pool shows as spread between
-    them.
+    Each run has draws from several refreshes of its own, which average the error of a finite pool
+    within a run, and show what is left of it as spread between the runs.
     """
     f, kernel, runs = ebm.residual_and_grad, MALA(), []
     for _ in range(num_runs):
+        parts = []
         for _ in range(_REFRESHES_PER_RUN):
             pool.refresh(ebm)
-        u, log_w = pool.negatives()
-        chosen = torch.multinomial(
-            log_w.exp(), num_particles, replacement=True, generator=generator
-        )
-        runs.append(u[chosen])
+            u, log_w = pool.negatives()
+            count = -(-num_particles // _REFRESHES_PER_RUN)
+            chosen = torch.multinomial(log_w.exp(), count, replacement=True, generator=generator)
+            parts.append(u[chosen])
+        runs.append(torch.cat(parts)[:num_particles])
     state = init_state(f, torch.stack(runs)[:, None])
     for _ in range(_REJUVENATION_MOVES):
         state, _ = kernel.step(f, state, pool.step_size[-1], generator=generator)

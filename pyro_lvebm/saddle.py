@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from pyro_lvebm.checkpoint import read_checkpoint, write_checkpoint
-from pyro_lvebm.guides import check_guide, find_particles
+from pyro_lvebm.guides import AutoParticles, check_guide, find_particles
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model import LVEBM
@@ -28,6 +28,7 @@ from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
 from pyro_lvebm.rng import generator_for, isolated_rng
 from pyro_lvebm.tracing import (
     Node,
+    all_nodes,
     at_minibatch,
     energy_modules,
     frozen,
@@ -37,8 +38,10 @@ from pyro_lvebm.tracing import (
 )
 from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
 
+_SETTLING_REFRESHES = 10
 
-class Saddle(SVI):  # type: ignore[misc]
+
+class Saddle(SVI):
     """Maximum likelihood of a Pyro model with LVEBM sites, as a saddle over distributions.
 
         L(θ, q, r) = E_{data, q(z|x)}[−E_θ] + H(q) + E_r[E_θ] − H(r),    max over θ, q; min over r
@@ -93,7 +96,7 @@ class Saddle(SVI):  # type: ignore[misc]
         *,
         kernel: Kernel | None = None,
         num_moves: int = 8,
-        max_kl: float = 0.01,
+        max_kl: float = 0.02,
         seed: int = 0,
     ) -> None:
         if num_moves < 1:
@@ -170,7 +173,16 @@ class Saddle(SVI):  # type: ignore[misc]
                 losses.append(self._step(factor, args, kwargs))
                 if progress and t % 10 == 0:
                     bar.set_postfix(self._status(losses), refresh=False)
+        self._settle()
         return losses
+
+    def _settle(self) -> None:
+        """Let the pools catch up with the last θ, unless θ was held fixed."""
+        for ebm in self._ebms:
+            if any(p.requires_grad for p in ebm.f.parameters()):
+                for _ in range(_SETTLING_REFRESHES):
+                    ebm.pool.refresh(ebm)
+                ebm.mark_pool(fresh=True)
 
     def sample_posterior(
         self,
@@ -408,7 +420,7 @@ class Saddle(SVI):  # type: ignore[misc]
         with warnings.catch_warnings(), poutine.trace(param_only=True) as capture:
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
             loss = float(self.loss_and_grads(self.model, guide, *args, **kwargs))
-        params = list({n["value"].unconstrained() for n in capture.trace.nodes.values()})
+        params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
         try:
             self._check_finite(loss, params)
             self._update(params, factor)
@@ -452,7 +464,7 @@ class Saddle(SVI):  # type: ignore[misc]
 
 
 def _undo_particles(
-    guide: nn.Module, indices: dict[str, Tensor], values: dict[str, Tensor]
+    guide: AutoParticles, indices: dict[str, Tensor], values: dict[str, Tensor]
 ) -> Callable[[], None]:
     steps = {name: guide.step_size(name).clone() for name in values}
 
