@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.decomposition import FactorAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 MAX_ITER = 2000
 """Limit on the steps of expectation maximisation in one fit."""

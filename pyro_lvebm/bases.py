@@ -129,7 +129,8 @@ class GaussianBase(nn.Module):
         if self.diagonal:
             shape = self.event_shape
             normal = dist.Normal(self.loc.reshape(shape), self.scale.reshape(shape))
-            return normal.to_event(len(shape))
+            independent: dist.TorchDistribution = normal.to_event(len(shape))
+            return independent
         return dist.MultivariateNormal(self.loc, scale_tril=self.scale)
 
     def whiten(self, x: Tensor) -> Tensor:
@@ -153,4 +154,5 @@ def _invert(scale: Tensor, diagonal: bool) -> Tensor:
         return scale.reciprocal()
     wide = scale.to(torch.float64)
     identity = torch.eye(len(wide), dtype=torch.float64, device=wide.device)
-    return torch.linalg.solve_triangular(wide, identity, upper=False).to(scale.dtype)
+    inverse: Tensor = torch.linalg.solve_triangular(wide, identity, upper=False)
+    return inverse.to(scale.dtype)

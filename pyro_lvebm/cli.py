@@ -121,7 +121,8 @@ def _report(result: JobResult, out: Path) -> str:
         "",
         str(result.table),
         "",
-        f"Held-out log p(x), nats per datum, {len(evidence.value)} rows, ± standard error over rows",
+        f"Held-out log p(x), nats per datum, {len(evidence.value)} rows, "
+        "± standard error over rows",
         f"  {'LVEBM (upper end of log Z)':34s} {float(evidence.lower.double().mean()):10.3f} "
         f"± {evidence.mean_std_error:.3f}",
     ]

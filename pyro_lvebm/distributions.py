@@ -20,10 +20,11 @@ from pyro_lvebm.langevin import ValueAndGrad
 if TYPE_CHECKING:
     from pyro_lvebm.model import LVEBM
 
+Shape = torch.Size | list[int] | tuple[int, ...]
 _EMPTY = torch.Size()
 
 
-class JointEnergy(TorchDistribution):  # type: ignore[misc]
+class JointEnergy(TorchDistribution):
     """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
 
     `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
@@ -49,7 +50,7 @@ class JointEnergy(TorchDistribution):  # type: ignore[misc]
         self.ebm = ebm
         super().__init__(torch.Size(batch_shape), torch.Size((ebm.dim,)), validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> JointEnergy:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> JointEnergy:
         """Return the distribution with another batch shape."""
         return JointEnergy(self.ebm, torch.Size(batch_shape))
 
@@ -61,7 +62,7 @@ class JointEnergy(TorchDistribution):  # type: ignore[misc]
         log_prob = -self.ebm.energy(x, z)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
-    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw from the pool."""
         shape = torch.Size(sample_shape) + self.batch_shape
         u = self.ebm.pool.draw(self.ebm, shape.numel())
@@ -69,7 +70,7 @@ class JointEnergy(TorchDistribution):  # type: ignore[misc]
         return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, self.ebm.dim)
 
 
-class Posterior(TorchDistribution):  # type: ignore[misc]
+class Posterior(TorchDistribution):
     """The conditional p_θ(z | x), sampled by annealed Langevin from base_z.
 
     `log_prob` is the unnormalised −f(x, z) + log base_z(z); its normaliser is what
@@ -89,12 +90,12 @@ class Posterior(TorchDistribution):  # type: ignore[misc]
         batch_shape = x.shape[: x.dim() - len(ebm.x_shape)]
         super().__init__(batch_shape, ebm.z_shape, validate_args=False)
 
-    @constraints.dependent_property  # type: ignore[untyped-decorator]
+    @constraints.dependent_property
     def support(self) -> constraints.Constraint:
         """Real events of the shape of z."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Posterior:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Posterior:
         """Return the distribution with another batch shape."""
         x = self.x.expand(*batch_shape, *self.ebm.x_shape)
         return Posterior(self.ebm, x, self.num_particles)
@@ -105,7 +106,7 @@ class Posterior(TorchDistribution):  # type: ignore[misc]
         log_prob: Tensor = self.ebm.base_z.log_prob(value) - self.ebm.f(x, value)
         return log_prob
 
-    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw z given x by annealed Langevin."""
         shape = torch.Size(sample_shape) + self.batch_shape
         w_x = self.ebm.base_x.whiten(self.x).expand(*shape, -1)
@@ -165,7 +166,7 @@ class Pairing:
         self.x: Tensor | None = None
 
 
-class LatentSite(TorchDistribution):  # type: ignore[misc]
+class LatentSite(TorchDistribution):
     """Distribution of the site `{name}_z`: `log_prob` is log base_z, draws come from the pool.
 
     Args:
@@ -181,16 +182,16 @@ class LatentSite(TorchDistribution):  # type: ignore[misc]
         self.ebm, self.pairing = ebm, pairing
         super().__init__(torch.Size(batch_shape), ebm.z_shape, validate_args=False)
 
-    @constraints.dependent_property  # type: ignore[untyped-decorator]
+    @constraints.dependent_property
     def support(self) -> constraints.Constraint:
         """Real events of the shape of z."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> LatentSite:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> LatentSite:
         """Return the distribution with another batch shape."""
         return LatentSite(self.ebm, self.pairing, torch.Size(batch_shape))
 
-    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw the z of joint draws from the pool, and remember their x."""
         shape = torch.Size(sample_shape) + self.batch_shape
         x, z = self.ebm.unwhiten(self.ebm.pool.draw(self.ebm, shape.numel()))
@@ -204,14 +205,14 @@ class LatentSite(TorchDistribution):  # type: ignore[misc]
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
 
-@register_kl(torch.distributions.Independent, LatentSite)
-@register_kl(torch.distributions.MultivariateNormal, LatentSite)
+@register_kl(torch.distributions.Independent, LatentSite)  # type: ignore[untyped-decorator]
+@register_kl(torch.distributions.MultivariateNormal, LatentSite)  # type: ignore[untyped-decorator]
 def _kl_to_latent(q: Any, p: LatentSite) -> Tensor:
     result: Tensor = kl_divergence(q, p.ebm.base_z.distribution().expand(p.batch_shape))
     return result
 
 
-class ObservedSite(TorchDistribution):  # type: ignore[misc]
+class ObservedSite(TorchDistribution):
     """Distribution of the site `{name}`: `log_prob` is log base_x(x) − f(x, z) − log Z.
 
     This is *not* log p(x | z): it is what is left of the joint log density once the z site has
@@ -236,18 +237,18 @@ class ObservedSite(TorchDistribution):  # type: ignore[misc]
             batch_shape = z.shape[: z.dim() - len(ebm.z_shape)]
         super().__init__(torch.Size(batch_shape), ebm.x_shape, validate_args=False)
 
-    @constraints.dependent_property  # type: ignore[untyped-decorator]
+    @constraints.dependent_property
     def support(self) -> constraints.Constraint:
         """Real events of the shape of x."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> ObservedSite:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> ObservedSite:
         """Return the distribution with another batch shape."""
         batch_shape = torch.Size(batch_shape)
         z = self.z.expand(*batch_shape, *self.ebm.z_shape)
         return ObservedSite(self.ebm, z, self.pairing, batch_shape)
 
-    def sample(self, sample_shape: torch.Size = _EMPTY) -> Tensor:
+    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw x given z."""
         z = self.z.detach().expand(*sample_shape, *self.z.shape)
         paired_z, paired_x = self.pairing.z, self.pairing.x

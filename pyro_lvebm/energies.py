@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ class MLPEnergy(WhitenedEnergy):
         h = self._features(u)
         for layer in self.hidden:
             h = nn.functional.silu(layer(h))
-        return self.out(h).squeeze(-1)
+        value: Tensor = self.out(h).squeeze(-1)
+        return value
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.
@@ -160,12 +162,13 @@ class MLPEnergy(WhitenedEnergy):
             flat = u.reshape(-1, self.dim)
             features = h = self._features(flat)
             pre = []
-            for layer in self.hidden:
+            layers = cast(list[nn.Linear], list(self.hidden))
+            for layer in layers:
                 pre.append(torch.addmm(layer.bias, h, layer.weight.T))
                 h = nn.functional.silu(pre[-1])
             value = torch.addmv(self.out.bias, h, self.out.weight[0])
             grad = self.out.weight.expand(len(flat), -1)
-            for layer, a in zip(reversed(self.hidden), reversed(pre), strict=True):
+            for layer, a in zip(reversed(layers), reversed(pre), strict=True):
                 grad = torch.ops.aten.silu_backward(grad, a) @ layer.weight
             if count := self.frequencies.shape[1]:
                 sizes = [self.dim, count, count]

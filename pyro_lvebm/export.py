@@ -6,7 +6,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
 from pyro import poutine
@@ -17,6 +16,7 @@ from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import (
     Model,
+    all_nodes,
     at_minibatch,
     cover,
     energy_modules,
@@ -35,7 +35,7 @@ def to_arviz(
     num_samples: int = 100,
     num_warmup: int = 200,
     thinning: int = 1,
-    num_predictive: int = 2,
+    num_predictive: int | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> Any:
@@ -52,7 +52,8 @@ def to_arviz(
         num_samples: Draws to keep of each particle.
         num_warmup: Steps before the first of them.
         thinning: Steps from one draw to the next.
-        num_predictive: Draws of each particle that get a replicate, at most `num_samples`.
+        num_predictive: Draws of each particle that get a replicate, at most `num_samples`; as many
+            as there are particles if None.
         seed: Fixes the replicates.
         kwargs: Keyword arguments of the model.
 
@@ -62,12 +63,15 @@ def to_arviz(
     Raises:
         ValueError: If the guide has no `AutoParticles`, or a number is out of range.
     """
-    if not 1 <= num_predictive <= num_samples:
+    if num_predictive is not None and not 1 <= num_predictive <= num_samples:
         raise ValueError(f"num_predictive must lie in 1 … {num_samples}; got {num_predictive}")
     draws = saddle.draw_posterior(
         *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs
     )
-    device = next(iter(draws.samples.values())).device
+    first = next(iter(draws.samples.values()))
+    device = first.device
+    if num_predictive is None:
+        num_predictive = min(num_samples, len(first))
     with isolated_rng(seed, 30, device=device), poutine.block(), torch.no_grad():
         prototype = poutine.trace(saddle.model).get_trace(*args, **kwargs)
         with frozen(energy_modules(prototype)):
@@ -94,7 +98,7 @@ def _observed_sites(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Observed values (N, …) of all data, and replicates (K, S, N, …) given latents (K, S, N, …)."""
+    """Observed values (N, …) of all data; replicates (K, S, N, …) given latents (K, S, N, …)."""
     nesting = plate_nesting(prototype)
     chains_draws = next(iter(latents.values())).shape[:2]
     blank = vectorise(poutine.uncondition(model), chains_draws.numel(), nesting)
@@ -104,7 +108,7 @@ def _observed_sites(
         nodes = dict(batch.nodes)
         for name, value in latents.items():
             part = value[:, :, batch.rows].flatten(0, 1)
-            node = prototype.nodes[name]
+            node = all_nodes(prototype)[name]
             ones = (1,) * (nesting - len(node["fn"].batch_shape))
             nodes[name] = {**node, "value": part.reshape(len(part), *ones, *part.shape[1:])}
         seen = poutine.trace(at_minibatch(model, batch.nodes)).get_trace(*args, **kwargs)
@@ -112,7 +116,7 @@ def _observed_sites(
         for name, node in sample_nodes(seen).items():
             if node["is_observed"]:
                 shape = node["fn"].batch_shape + node["fn"].event_shape
-                value = drawn.nodes[name]["value"].reshape(*chains_draws, *shape)
+                value = all_nodes(drawn)[name]["value"].reshape(*chains_draws, *shape)
                 observed.setdefault(name, []).append(node["value"].expand(shape)[batch.new])
                 replicates.setdefault(name, []).append(value[:, :, batch.new])
     return (
@@ -141,6 +145,11 @@ def _dims(prototype: Trace) -> dict[str, list[str]]:
 
 def _build(groups: Groups, dims: dict[str, list[str]], attrs: dict[str, Any]) -> Any:
     """Call `from_dict` as the installed generation of ArviZ has it."""
+    # Imported here, for ArviZ 0.23 warns once a day on import, which would reach every user of
+    # this package, also those who export nothing.
+    import arviz as az
+
+    from_dict: Any = az.from_dict  # takes other arguments from one generation to the next
     if int(az.__version__.split(".")[0]) >= 1:
-        return az.from_dict(groups, dims=dims, attrs={"/": attrs})
-    return az.from_dict(**groups, dims=dims, attrs=attrs)
+        return from_dict(groups, dims=dims, attrs={"/": attrs})
+    return from_dict(**groups, dims=dims, attrs=attrs)

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_lvebm.baselines import evaluate_baselines
@@ -48,9 +48,9 @@ class JobSettings:
     """What a user may choose about a fit."""
 
     z_dim: int = 2
-    num_steps: int = 2000
-    guide_steps: int = 600
-    batch_size: int = 256
+    num_steps: int = 1500
+    guide_steps: int = 800
+    batch_size: int = 512
     num_particles: int = 2
     learning_rate: float = 3e-3
     seed: int = 0
@@ -154,7 +154,10 @@ def _fit_guides(
     with ebm.frozen():
         for name, guide in guides.items():
             optim = Adam({"lr": rates.get(name, 3e-2)})
-            svi = Saddle(model, guide, optim, TraceMeanField_ELBO(), seed=settings.seed)
+            loss = TraceMeanField_ELBO(
+                num_particles=4, vectorize_particles=True, max_plate_nesting=1
+            )
+            svi = Saddle(model, guide, optim, loss, seed=settings.seed)
             svi.fit(x, num_steps=settings.guide_steps, progress=progress, description=name)
     return guides
 
@@ -173,7 +176,7 @@ def _figure(
         levels = logit_to_levels(y.numpy().astype(np.float64), digits.num_levels)
         return levels.reshape(-1, *digits.image_shape)
 
-    height, width = digits.image_shape
+    height, _ = digits.image_shape
     observed = torch.ones(digits.image_shape, dtype=torch.bool)
     observed[height // 2 :] = False
     shown = x_test[:10]

@@ -14,6 +14,7 @@ and log ∫ p dz = offset + log E_{N(0,I)}[exp(−f)].
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from pyro_lvebm.distributions import LatentSite, ObservedSite, given_x
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad, value_and_grad
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.tracing import Model, ModelAt, Node, sample_nodes, subsample_nodes
+from pyro_lvebm.tracing import Model, ModelAt, Node, all_nodes, sample_nodes, subsample_nodes
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LatentColumns:
         if self.ebm is not None:
             return self.ebm.base_z.log_det.expand(columns.shape[:-1])
         value = self.from_columns(columns)
-        jacobian = self.transform.log_abs_det_jacobian(value, self.transform(value))
+        jacobian: Tensor = self.transform.log_abs_det_jacobian(value, self.transform(value))
         return jacobian.reshape(*columns.shape[:-1], -1).sum(-1)
 
 
@@ -125,13 +126,13 @@ def latent_blocks(
     Raises:
         ValueError: If a site outside a plate depends on a latent inside it.
     """
-    nodes = {n: d for n, d in guide_trace.nodes.items() if d["type"] == "sample"}
+    nodes = {n: d for n, d in all_nodes(guide_trace).items() if d["type"] == "sample"}
     at = ModelAt(model, nesting, nodes, args, kwargs)
     with torch.no_grad():
         trace = at.trace(guide.num_particles)
     groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
     for name, proto in guide.prototype_trace.iter_stochastic_nodes():
-        fn, transform = trace.nodes[name]["fn"], guide.transform(name)
+        fn, transform = all_nodes(trace)[name]["fn"], guide.transform(name)
         columns = LatentColumns(
             name,
             transform,
@@ -171,10 +172,11 @@ def _energy_alone(
     first = columns[0]
     if len(columns) != 1 or first.ebm is None:
         return None
-    ebm, latent = first.ebm, trace.nodes[first.name]
+    nodes = all_nodes(trace)
+    ebm, latent = first.ebm, nodes[first.name]
     x_name, x_node = next(
         (name, node)
-        for name, node in trace.nodes.items()
+        for name, node in nodes.items()
         if isinstance(node.get("fn"), ObservedSite) and node["fn"].pairing is latent["fn"].pairing
     )
     same_scale = bool(torch.as_tensor(x_node["scale"] == latent["scale"]).all())
@@ -218,7 +220,10 @@ def _traced_energy(columns: list[LatentColumns], at: ModelAt, proto: Node) -> Va
         pairs = list(zip(columns, parts, strict=True))
         values = {c.name: c.transform(c.from_columns(p)) for c, p in pairs}
         trace = at.trace(len(v), **values)
-        trace.compute_log_prob()
+        with warnings.catch_warnings():
+            # A proposal outside the support is NaN; MALA rejects it, and Pyro need not say so.
+            warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
+            trace.compute_log_prob()
         total = v.new_zeros(())
         for name, node in sample_nodes(trace).items():
             if node["log_prob"].requires_grad:

@@ -108,8 +108,9 @@ class LVEBM(nn.Module):
         return self.base_z.event_shape
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return the total energy E_θ(x, z) (*b,), in nats, for x (*b, *x_shape), z (*b, *z_shape)."""
-        return self.f(x, z) - self.base_x.log_prob(x) - self.base_z.log_prob(z)
+        """Return the total energy E_θ (*b,), in nats, for x (*b, *x_shape) and z (*b, *z_shape)."""
+        energy: Tensor = self.f(x, z) - self.base_x.log_prob(x) - self.base_z.log_prob(z)
+        return energy
 
     def whiten(self, x: Tensor, z: Tensor) -> Tensor:
         """Return u (*b, dim) for x (*b, *x_shape) and z (*b, *z_shape)."""

@@ -70,9 +70,10 @@ def draw_posterior(
             guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
             blocks, _ = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
             if len(blocks) > 1:
+                groups = [[c.name for c in b.columns] for b in blocks]
                 raise ValueError(
                     "sample_posterior needs all particle latents in the same plates; this model "
-                    f"has them in {len(blocks)} groups: {[[c.name for c in b.columns] for b in blocks]}"
+                    f"has them in {len(blocks)} groups: {groups}"
                 )
             device = blocks[0].v.device
             chain = run_chains(

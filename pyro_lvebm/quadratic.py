@@ -85,7 +85,7 @@ class QuadraticEnergy(WhitenedEnergy):
 
     def log_partition(self) -> Tensor:
         """Return log Z, a scalar, in nats."""
-        half = torch.linalg.solve_triangular(self.tril, self.linear[:, None], upper=False)
+        half: Tensor = torch.linalg.solve_triangular(self.tril, self.linear[:, None], upper=False)
         return 0.5 * (half * half).sum() - self.raw_tril.diagonal().sum()
 
     def log_evidence(self, x: Tensor) -> Tensor:
@@ -93,14 +93,14 @@ class QuadraticEnergy(WhitenedEnergy):
         covariance = torch.cholesky_inverse(self.tril)
         mean = -covariance @ self.linear
         k = self.x_dim
-        tril = torch.linalg.cholesky(covariance[:k, :k])
+        tril: Tensor = torch.linalg.cholesky(covariance[:k, :k])
         centred = (self.base_x.whiten(x) - mean[:k])[..., None]
-        r = torch.linalg.solve_triangular(tril, centred, upper=False).squeeze(-1)
+        r: Tensor = torch.linalg.solve_triangular(tril, centred, upper=False).squeeze(-1)
         log_norm = 0.5 * k * math.log(2 * math.pi) + tril.diagonal().log().sum()
         return -0.5 * (r * r).sum(-1) - log_norm - self.base_x.log_det
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
-        """Return p(z | x), a Gaussian of batch shape (*b,) over flattened z, for x (*b, *x_shape)."""
+        """Return p(z | x), a Gaussian over flattened z, batch shape (*b,), for x (*b, *x_shape)."""
         k, precision = self.x_dim, self.precision
         w = self.base_x.whiten(x)
         tril = torch.linalg.cholesky(precision[k:, k:])

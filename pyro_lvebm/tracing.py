@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -22,16 +22,21 @@ Model = Callable[..., Any]
 Node = dict[str, Any]
 
 
+def all_nodes(trace: Trace) -> dict[str, Node]:
+    """Return the nodes of a trace, as plain dictionaries and not as Pyro's optional fields."""
+    return cast(dict[str, Node], trace.nodes)
+
+
 def subsample_nodes(trace: Trace) -> dict[str, Node]:
     """Return the nodes at which plates choose their minibatch."""
-    return {name: node for name, node in trace.nodes.items() if _is_subsample(node)}
+    return {name: node for name, node in all_nodes(trace).items() if _is_subsample(node)}
 
 
 def sample_nodes(trace: Trace) -> dict[str, Node]:
     """Return the sample sites of a trace, without those at which plates choose a minibatch."""
     return {
         name: node
-        for name, node in trace.nodes.items()
+        for name, node in all_nodes(trace).items()
         if node["type"] == "sample" and not _is_subsample(node)
     }
 
@@ -42,7 +47,8 @@ def _is_subsample(node: Node) -> bool:
 
 def energy_modules(trace: Trace) -> list[LVEBM]:
     """Return the distinct LVEBMs with a site in a trace, in order."""
-    found = [n["fn"].ebm for n in trace.nodes.values() if isinstance(n.get("fn"), ObservedSite)]
+    functions = [node.get("fn") for node in all_nodes(trace).values()]
+    found = [fn.ebm for fn in functions if isinstance(fn, ObservedSite)]
     return list({id(ebm): ebm for ebm in found}.values())
 
 
@@ -72,7 +78,7 @@ def vectorise(fn: Model, num_particles: int, nesting: int) -> Model:
 def at_minibatch(fn: Model, nodes: dict[str, Node]) -> Model:
     """Run a model or guide with sites, such as the choice of a minibatch, fixed to given nodes."""
     trace = Trace()
-    trace.nodes.update(nodes)
+    all_nodes(trace).update(nodes)
     fixed: Model = poutine.replay(fn, trace=trace)
     return fixed
 
@@ -116,7 +122,7 @@ def cover(trace: Trace) -> Iterator[Minibatch]:
 
 @dataclass(frozen=True)
 class ModelAt:
-    """A model with fixed latents, minibatch and arguments, to be run for any number of particles."""
+    """A model with fixed latents, minibatch and arguments, to run for any number of particles."""
 
     model: Model
     nesting: int

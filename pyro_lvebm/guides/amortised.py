@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from pyro_lvebm.distributions import LatentSite
 from pyro_lvebm.rng import isolated_rng
 
 
-class AutoAmortisedNormal(AutoGuide):  # type: ignore[misc]
+class AutoAmortisedNormal(AutoGuide):
     """A mean-field Gaussian whose mean and scale are a network of the observation.
 
         q(z | x) = N(m(x), diag s(x)²),    (m, log s) = MLP(whitened x)
@@ -37,6 +38,8 @@ class AutoAmortisedNormal(AutoGuide):  # type: ignore[misc]
     Source:
         Kingma and Welling (2014), Auto-encoding variational Bayes, section 3.
     """
+
+    prototype_trace: Any  # a `Trace`; None before the first call
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class AutoAmortisedNormal(AutoGuide):  # type: ignore[misc]
         widths = [ebm.base_x.dim, *self._hidden]
         with isolated_rng(self._seed):
             layers: list[nn.Module] = []
-            for a, b in zip(widths[:-1], widths[1:], strict=True):
+            for a, b in pairwise(widths):
                 layers += [nn.Linear(a, b), nn.SiLU()]
             out = nn.Linear(widths[-1], 2 * ebm.base_z.dim)
         nn.init.zeros_(out.weight)
@@ -84,7 +87,9 @@ class AutoAmortisedNormal(AutoGuide):  # type: ignore[misc]
             return dist.MultivariateNormal(ebm.base_z.unwhiten(mean), scale_tril=tril)
         shape = (*mean.shape[:-1], *ebm.z_shape)
         scale = (ebm.base_z.scale * log_scale.exp()).reshape(shape)
-        return dist.Normal(ebm.base_z.unwhiten(mean), scale).to_event(len(ebm.z_shape))
+        normal = dist.Normal(ebm.base_z.unwhiten(mean), scale)
+        q: dist.TorchDistribution = normal.to_event(len(ebm.z_shape))
+        return q
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the latent of every row of the minibatch."""

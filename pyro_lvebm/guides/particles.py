@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_lvebm.guides.full_size import draw_full_size
+
 PARTICLE_PLATE = "num_particles_vectorized"
 """Name of the plate that Pyro's ELBOs open for vectorised particles."""
 
 
-class AutoParticles(AutoGuide):  # type: ignore[misc]
+class AutoParticles(AutoGuide):
     """An empirical guide: K latent particles of every datum, kept between steps.
 
         q(z | x_i) = (1/K) Σ_k δ(z − z_k^(i))
@@ -36,7 +38,6 @@ class AutoParticles(AutoGuide):  # type: ignore[misc]
     Args:
         model: A Pyro model whose latent sites are continuous.
         num_particles: K, at least 1.
-        init_loc_fn: How to draw the first particles; by default from the model.
         create_plates: As in every Pyro autoguide.
 
     Raises:
@@ -57,18 +58,19 @@ class AutoParticles(AutoGuide):  # type: ignore[misc]
         torch.Size([4, 100])
     """
 
+    prototype_trace: Any  # a `Trace`; None before the first call
+
     def __init__(
         self,
         model: Callable[..., Any],
         num_particles: int = 4,
         *,
-        init_loc_fn: Callable[..., Any] = init_to_sample,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         if num_particles < 1:
             raise ValueError(f"num_particles must be at least 1; got {num_particles}")
         self.num_particles = num_particles
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -80,17 +82,15 @@ class AutoParticles(AutoGuide):  # type: ignore[misc]
                     f"AutoParticles needs continuous latents; site '{name}' is discrete. "
                     "Hide it with poutine.block and enumerate it, or marginalise it out"
                 )
-            full = list(fn.batch_shape)
-            for frame in site["cond_indep_stack"]:
-                full[frame.dim] = frame.full_size or frame.size
-            draws = fn.expand(torch.Size(full)).sample((self.num_particles,))
+            draws = draw_full_size(site, (self.num_particles,))
             self.register_buffer(_key(name), self.transform(name).inv(draws).clone())
             step = draws.new_tensor(0.1)
             self.register_buffer(_key(name) + "_step_size", step)
 
     def transform(self, name: str) -> Transform:
         """Return the bijection from unconstrained coordinates to the support of a site."""
-        return biject_to(self.prototype_trace.nodes[name]["fn"].support)
+        transform: Transform = biject_to(self.prototype_trace.nodes[name]["fn"].support)
+        return transform
 
     def particles(self, name: str) -> Tensor:
         """Return the particles of a site, (K, *full_batch_shape, *event_shape)."""
@@ -102,7 +102,7 @@ class AutoParticles(AutoGuide):  # type: ignore[misc]
         step: Tensor = getattr(self, _key(name) + "_step_size")
         return step
 
-    def index(self, name: str, indices: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def index(self, name: str, indices: dict[str, Tensor]) -> tuple[slice | Tensor, ...]:
         """Index tuple of a minibatch into the batch axes of a site's buffer."""
         site = self.prototype_trace.nodes[name]
         batch_shape = site["fn"].batch_shape
@@ -151,6 +151,7 @@ class AutoParticles(AutoGuide):  # type: ignore[misc]
         batch, event = v.shape[1 : 1 + batch_dim], v.shape[1 + batch_dim :]
         frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)
         if frame is not None:
+            assert frame.dim is not None
             lead = (frame.size, *(1,) * (-frame.dim - 1 - batch_dim))
             if frame.size == self.num_particles:
                 return v.reshape(*lead, *batch, *event)

@@ -17,8 +17,10 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_lvebm.guides.full_size import draw_full_size
 
-class AutoPerDatumMultivariateNormal(AutoGuide):  # type: ignore[misc]
+
+class AutoPerDatumMultivariateNormal(AutoGuide):
     """A Gaussian with a full covariance over the event of each latent site, one for every datum.
 
         q(z | i) = N(loc_i, L_i L_iᵀ)
@@ -30,7 +32,6 @@ class AutoPerDatumMultivariateNormal(AutoGuide):  # type: ignore[misc]
 
     Args:
         model: A Pyro model whose latent sites are continuous.
-        init_loc_fn: How to choose the first means; by default draws from the model.
         init_scale: First standard deviation.
         create_plates: As in every Pyro autoguide.
 
@@ -52,28 +53,26 @@ class AutoPerDatumMultivariateNormal(AutoGuide):  # type: ignore[misc]
         [(100, 2), (100, 2, 2)]
     """
 
+    prototype_trace: Any  # a `Trace`; None before the first call
+
     def __init__(
         self,
         model: Callable[..., Any],
         *,
-        init_loc_fn: Callable[..., Any] = init_to_sample,
         init_scale: float = 0.5,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive; got {init_scale}")
         self._init_scale = init_scale
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         self.locs, self.scale_trils = PyroModule(), PyroModule()
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            fn = site["fn"]
-            full = list(fn.batch_shape)
-            for frame in site["cond_indep_stack"]:
-                full[frame.dim] = frame.full_size or frame.size
-            draws = fn.expand(torch.Size(full)).sample()
+            fn, draws = site["fn"], draw_full_size(site)
+            full = draws.shape[: draws.dim() - fn.event_dim]
             loc = biject_to(fn.support).inv(draws).reshape(*full, -1).detach().clone()
             eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
             tril = (self._init_scale * eye).expand(*full, -1, -1).clone()
