@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
 def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) -> Axes:
-    """Draw images (n, height, width) as one grid, row by row, each with its own grey scale.
+    """Draw images (n, height, width) as one grid, row by row.
 
     Args:
         axes: Where to draw.
-        images: Grey values; the whole array shares one scale.
+        images: Grey values on one scale; NaN pixels are drawn in blue.
         title: Title of the panel.
         num_columns: Images in a row.
 
@@ -31,7 +32,8 @@ def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) ->
         row, column = divmod(k, num_columns)
         top, left = row * (height + 1), column * (width + 1)
         canvas[top : top + height, left : left + width] = image
-    axes.imshow(canvas, cmap="gray_r", interpolation="nearest")
+    hidden = colormaps["gray_r"].with_extremes(bad="#d6e2f0")
+    axes.imshow(canvas, cmap=hidden, interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
     return axes

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from pyro_lvebm.ascent import bounded_step, check_finite
 from pyro_lvebm.checkpoint import read_checkpoint, write_checkpoint
-from pyro_lvebm.guides import AutoParticles, check_guide, find_particles
+from pyro_lvebm.guides import check_guide, find_particles
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.positive import move_block
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
 from pyro_lvebm.rng import generator_for, isolated_rng
+from pyro_lvebm.rollback import unchanged_on_error, undo_particles
 from pyro_lvebm.tracing import (
     Node,
     all_nodes,
@@ -36,7 +37,6 @@ from pyro_lvebm.tracing import (
     subsample_nodes,
     vectorise,
 )
-from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
 
 _SETTLING_REFRESHES = 10
 
@@ -362,27 +362,11 @@ class Saddle(SVI):
         device = self._device(args, kwargs)
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             self._inspect(args, kwargs)
-            with self._unchanged_on_error() as undo:
+            with unchanged_on_error(self._ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
                 loss = self._ascend(factor, choices, args, kwargs)
         self.step_count += 1
         return loss
-
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[list[Callable[[], None]]]:
-        """Put pools, and whatever is appended to the yielded list, back after an error."""
-        pools = [(e, dict(e.pool.named_buffers()), e.pool_theta) for e in self._ebms]
-        undo: list[Callable[[], None]] = []
-        try:
-            yield undo
-        except BaseException:
-            for ebm, buffers, theta in pools:
-                for name, value in buffers.items():
-                    setattr(ebm.pool, name, value)
-                ebm.pool_theta = theta
-            for action in undo:
-                action()
-            raise
 
     def _positive_phase(
         self,
@@ -402,7 +386,7 @@ class Saddle(SVI):
             guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
             blocks, _ = latent_blocks(self.model, guide, guide_trace, self._nesting, args, kwargs)
             for block in blocks:
-                undo.append(_undo_particles(guide, block.indices, block.split(block.v)))
+                undo.append(undo_particles(guide, block.indices, block.split(block.v)))
                 rate = move_block(block, guide, self.kernel, self.num_moves, generator)
                 for column in block.columns:
                     self.acceptance[column.name] = float(rate)
@@ -422,55 +406,15 @@ class Saddle(SVI):
             loss = float(self.loss_and_grads(self.model, guide, *args, **kwargs))
         params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
         try:
-            self._check_finite(loss, params)
-            self._update(params, factor)
+            check_finite(loss, params, self._last_good, self.step_count)
+            self._last_good, self.halvings = bounded_step(
+                self.optim,
+                params,
+                factor=factor,
+                ebms=self._ebms,
+                max_kl=self.max_kl,
+                step=self.step_count,
+            )
         finally:
             zero_grads(params)
         return loss
-
-    def _check_finite(self, loss: float, params: list[Tensor]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        if math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in grads):
-            return
-        known = [p for p in params if p in self._last_good]
-        restore(known, [self._last_good[p] for p in known])
-        what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
-        raise ValueError(
-            f"{what} is not finite at step {self.step_count}; parameters are back at the last "
-            "values with a finite loss. Check the data and the energy for NaN, or lower the "
-            "learning rate"
-        )
-
-    def _update(self, params: list[Tensor], factor: float) -> None:
-        before = [p.detach().clone() for p in params]
-        self.optim(params)
-        scale_update(params, before, factor)
-        own = {id(p) for ebm in self._ebms for p in ebm.f.parameters()}
-        energy = [i for i, p in enumerate(params) if id(p) in own]
-        if energy:
-            self.halvings = shrink_to_trust_region(
-                [params[i] for i in energy],
-                [before[i] for i in energy],
-                lambda: torch.stack([e.kl_of_update() for e in self._ebms]).max(),
-                self.max_kl,
-            )
-        if not all(bool(torch.isfinite(p).all()) for p in params):
-            restore(params, before)
-            raise ValueError(
-                f"the update of step {self.step_count} made a parameter NaN or infinite; it was "
-                "undone. Lower the learning rate"
-            )
-        self._last_good = dict(zip(params, before, strict=True))
-
-
-def _undo_particles(
-    guide: AutoParticles, indices: dict[str, Tensor], values: dict[str, Tensor]
-) -> Callable[[], None]:
-    steps = {name: guide.step_size(name).clone() for name in values}
-
-    def undo() -> None:
-        for name, value in values.items():
-            guide.write(name, indices, value)
-            guide.step_size(name).copy_(steps[name])
-
-    return undo

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimiser step on the parameters, kept inside the trust region of the LVEBMs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_lvebm.model import LVEBM
+from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
+
+
+def check_finite(
+    loss: float, params: list[Tensor], last_good: dict[Tensor, Tensor], step: int
+) -> None:
+    """Refuse a loss or gradient that is not finite, and put parameters back first.
+
+    Args:
+        loss: The loss of this step.
+        params: Parameters with their gradients.
+        last_good: For each parameter, the last value whose loss was finite.
+        step: Number of this step, for the message.
+
+    Raises:
+        ValueError: If the loss or a gradient is NaN or infinite.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in grads):
+        return
+    known = [p for p in params if p in last_good]
+    restore(known, [last_good[p] for p in known])
+    what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
+    raise ValueError(
+        f"{what} is not finite at step {step}; parameters are back at the last values with a "
+        "finite loss. Check the data and the energy for NaN, or lower the learning rate"
+    )
+
+
+def bounded_step(
+    optim: PyroOptim,
+    params: list[Tensor],
+    *,
+    factor: float,
+    ebms: list[LVEBM],
+    max_kl: float,
+    step: int,
+) -> tuple[dict[Tensor, Tensor], int]:
+    """Let the optimiser change parameters, then shrink the change.
+
+    Every update is multiplied by `factor`; that of the energies is then halved until
+    KL(p_old ‖ p_new) ≤ `max_kl` for every LVEBM, as its pool sees it. This works on the update,
+    so it holds for any optimiser, with momentum, clipping or a schedule of its own.
+
+    Args:
+        optim: The optimiser.
+        params: Parameters with their gradients, changed in place.
+        factor: Multiplies the update, such as a schedule between 0 and 1.
+        ebms: The LVEBMs whose energies are among the parameters.
+        max_kl: Radius of the trust region, in nats.
+        step: Number of this step, for the message.
+
+    Returns:
+        The values before, by parameter, and the number of halvings.
+
+    Raises:
+        ValueError: If the update made a parameter NaN or infinite; it is undone then.
+    """
+    before = [p.detach().clone() for p in params]
+    optim(params)
+    scale_update(params, before, factor)
+    own = {id(p) for ebm in ebms for p in ebm.f.parameters()}
+    energy = [i for i, p in enumerate(params) if id(p) in own]
+    halvings = 0
+    if energy:
+        halvings = shrink_to_trust_region(
+            [params[i] for i in energy],
+            [before[i] for i in energy],
+            lambda: torch.stack([e.kl_of_update() for e in ebms]).max(),
+            max_kl,
+        )
+    if not all(bool(torch.isfinite(p).all()) for p in params):
+        restore(params, before)
+        raise ValueError(
+            f"the update of step {step} made a parameter NaN or infinite; it was undone. Lower "
+            "the learning rate"
+        )
+    return dict(zip(params, before, strict=True)), halvings

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaving pools and particles as they were when a step fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from pyro_lvebm.guides import AutoParticles
+from pyro_lvebm.model import LVEBM
+
+
+@contextmanager
+def unchanged_on_error(ebms: list[LVEBM]) -> Iterator[list[Callable[[], None]]]:
+    """Put the pools back after an error, and run whatever was appended to the yielded list."""
+    pools = [(ebm, dict(ebm.pool.named_buffers()), ebm.pool_theta) for ebm in ebms]
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except BaseException:
+        for ebm, buffers, theta in pools:
+            # A pool replaces its buffers and never writes into them, so these are the old values.
+            for name, value in buffers.items():
+                setattr(ebm.pool, name, value)
+            ebm.pool_theta = theta
+        for action in undo:
+            action()
+        raise
+
+
+def undo_particles(
+    guide: AutoParticles, indices: dict[str, Tensor], values: dict[str, Tensor]
+) -> Callable[[], None]:
+    """Return an action that puts particles of a minibatch, and their step sizes, back.
+
+    Args:
+        guide: The particles.
+        indices: Data indices of each plate.
+        values: Unconstrained particles (K, *batch, *event) of each site.
+    """
+    steps = {name: guide.step_size(name).clone() for name in values}
+
+    def undo() -> None:
+        for name, value in values.items():
+            guide.write(name, indices, value)
+            guide.step_size(name).copy_(steps[name])
+
+    return undo
