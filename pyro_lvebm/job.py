@@ -48,8 +48,8 @@ class JobSettings:
     """What a user may choose about a fit."""
 
     z_dim: int = 2
-    num_steps: int = 1500
-    guide_steps: int = 800
+    num_steps: int = 1200
+    guide_steps: int = 1200
     batch_size: int = 512
     num_particles: int = 2
     learning_rate: float = 3e-3
