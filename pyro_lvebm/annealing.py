@@ -152,6 +152,19 @@ def anneal(
     return Annealed(log_ratio if resample else log_mean_exp(log_w), log_w, state)
 
 
+def pick_draws(state: LangevinState, generator: torch.Generator | None) -> Tensor:
+    """Return one random particle (runs, problems, d) of every run at its end.
+
+    Systematic resampling leaves particles in the order of their parents, so none of fixed rank
+    would be a draw.
+    """
+    runs, problems, particles, d = state.u.shape
+    index = torch.randint(
+        particles, (runs, problems, 1, 1), device=state.u.device, generator=generator
+    )
+    return state.u.gather(2, index.expand(-1, -1, -1, d)).squeeze(2)
+
+
 def log_mean_exp(log_values: Tensor, dim: int = -1) -> Tensor:
     """Return log mean exp along one axis."""
     return torch.logsumexp(log_values, dim) - math.log(log_values.shape[dim])

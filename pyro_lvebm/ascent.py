@@ -30,13 +30,17 @@ def check_finite(
     grads = [p.grad for p in params if p.grad is not None]
     if math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in grads):
         return
-    known = [p for p in params if p in last_good]
-    restore(known, [last_good[p] for p in known])
+    restore_last_good(last_good)
     what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
     raise ValueError(
         f"{what} is not finite at step {step}; parameters are back at the last values with a "
         "finite loss. Check the data and the energy for NaN, or lower the learning rate"
     )
+
+
+def restore_last_good(last_good: dict[Tensor, Tensor]) -> None:
+    """Set parameters to the last values whose loss was finite, in place."""
+    restore(list(last_good.keys()), list(last_good.values()))
 
 
 def bounded_step(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.optim import _get_state_dict, _load_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from pyro_lvebm.model import LVEBM
 
 FORMAT = "pyro_lvebm saddle 1"
+SETTINGS = ("step_count", "num_moves", "max_kl", "seed")
 
 
 def write_checkpoint(
@@ -42,13 +44,14 @@ def write_checkpoint(
     Raises:
         ValueError: If the optimiser holds state that is neither a tensor nor JSON.
     """
-    tensors: dict[str, Tensor] = {}
-    for role, module in modules.items():
-        for key, value in module.state_dict().items():
-            tensors[f"{role}/{key}"] = value
-    for name, value in loose_params.items():
-        tensors[f"param/{name}"] = value
-    state = {name: value for name, value in optim.get_state().items() if name is not None}
+    tensors = _targets(modules, loose_params)
+    # Keyed by our own names: those of Pyro's store are lost when someone clears it.
+    keys = {id(value): key for key, value in tensors.items()}
+    state = {
+        keys[id(param)]: _get_state_dict(part)
+        for param, part in optim.optim_objs.items()
+        if id(param) in keys
+    }
     header = {
         "format": FORMAT,
         "settings": settings,
@@ -93,9 +96,7 @@ class Checkpoint:
         Raises:
             ValueError: If names or shapes differ; nothing is changed then.
         """
-        targets: dict[str, Tensor] = {f"param/{n}": p for n, p in loose_params.items()}
-        for role, module in modules.items():
-            targets |= {f"{role}/{k}": v for k, v in module.state_dict(keep_vars=True).items()}
+        targets = _targets(modules, loose_params)
         saved = {k: v for k, v in self.tensors.items() if not k.startswith("optim/")}
         problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
         problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
@@ -104,6 +105,12 @@ class Checkpoint:
             for k, v in targets.items()
             if k in saved and v.shape != saved[k].shape
         ]
+        problems += [
+            f"'{k}' has type {v.dtype}, in the file {saved[k].dtype}"
+            for k, v in targets.items()
+            if k in saved and v.dtype != saved[k].dtype
+        ]
+        problems += [f"the optimiser's '{k}' is no parameter" for k in self.optim.keys() - targets]
         if problems:
             raise ValueError(
                 "the checkpoint does not fit this model and guide: " + "; ".join(sorted(problems))
@@ -114,7 +121,12 @@ class Checkpoint:
         for ebm, pool in zip(ebms, self.pools, strict=True):
             ebm.pool.seed = pool["seed"]
             ebm.mark_pool(fresh=pool["fresh"])
-        optim.set_state(self.optim)
+        for key, state in self.optim.items():
+            param = targets[key]
+            if param not in optim.optim_objs:
+                optim.optim_objs[param] = optim._get_optim(param)
+                optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]
+            _load_state_dict(optim.optim_objs[param], state)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -131,10 +143,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"'{path}' is not a readable checkpoint: {error}") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"'{path}' has format {header.get('format')!r}; expected {FORMAT!r}")
-    optim = _push_tensors(header["optim"], tensors)
-    return Checkpoint(header["settings"], header["pools"], optim, tensors)
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"'{path}' has format {found!r}; expected {FORMAT!r}")
+    try:
+        settings = {name: header["settings"][name] for name in SETTINGS}
+        pools = [{"seed": int(p["seed"]), "fresh": bool(p["fresh"])} for p in header["pools"]]
+        optim = _push_tensors(header["optim"], tensors)
+        return Checkpoint(settings, pools, dict(optim.items()), tensors)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"'{path}' is no checkpoint that Saddle.save wrote: {error!r}") from error
+
+
+def _targets(modules: dict[str, nn.Module], loose_params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Saddle, not copies of them, by the names they have in a file."""
+    targets = {f"param/{name}": param for name, param in loose_params.items()}
+    for role, module in modules.items():
+        targets |= {f"{role}/{k}": v for k, v in module.state_dict(keep_vars=True).items()}
+    return targets
 
 
 def _pull_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             digits = None
             train, test = split(read_observations(args.data), args.held_out, args.seed)
         result = run_job(train, test, args.out, settings, digits=digits, progress=not args.quiet)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(_report(result, args.out))

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_lvebm.annealing import log_mean_exp, log_mean_std_error
-from pyro_lvebm.guides import AutoParticles, check_guide, find_particles
+from pyro_lvebm.guides import AutoParticles, check_guide, find_particles, own_parameters
 from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks, sum_other_axes
 from pyro_lvebm.log_evidence import anneal_latents
 from pyro_lvebm.log_partition import LogPartition, log_partition
@@ -129,12 +129,18 @@ def compare_elbo(
         log_zs = [log_partition(ebm, seed=seed) for ebm in ebms]
         # The sites carry the pool's log Z; the table uses the upper end of the bracket.
         shift = sum(float(e.log_partition) - z.upper for e, z in zip(ebms, log_zs, strict=True))
+        check_not_shared(posteriors)
+        _check_observed(prototype)
         probe = AutoParticles(model, 1)
         probe(*args, **kwargs)
         run = _Comparison(model, prototype, probe, num_samples, seed, args, kwargs)
         with frozen(ebms):
             evidence = run.log_evidence()
-            elbos = {name: run.elbo(posterior) for name, posterior in posteriors.items()}
+            elbos = {}
+            for name, posterior in posteriors.items():
+                guide = posterior.guide if isinstance(posterior, Saddle) else posterior
+                with own_parameters(guide):
+                    elbos[name] = run.elbo(posterior)
     log_evidence, log_evidence_se = evidence.mean()
     rows = {}
     for name, terms in elbos.items():
@@ -187,6 +193,13 @@ class _Comparison:
         if not isinstance(posterior, Saddle):
             raise ValueError(
                 "AutoParticles by itself cannot move its particles; pass the Saddle that trained it"
+            )
+        latents = {n for n, node in sample_nodes(self.prototype).items() if not node["is_observed"]}
+        others = latents - set(dict(particles.prototype_trace.iter_stochastic_nodes()))
+        if others:
+            raise ValueError(
+                f"the latents {sorted(others)} are not particles of this Saddle; its row needs all "
+                "latents of the model to be particles"
             )
 
         def estimate(block: LatentBlock, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -259,9 +272,46 @@ class _Comparison:
                 )
             generator = generator_for(self.seed, 21, stream, number, device=blocks[0].v.device)
             value, error = estimate(blocks[0], generator)
-            values.append(value[batch.new].flatten())
-            errors.append(error[batch.new].flatten())
+            values.append(batch.drop_repeats(value, 0).flatten())
+            errors.append(batch.drop_repeats(error, 0).flatten())
         return Terms(torch.cat(values), torch.cat(errors))
+
+
+def check_not_shared(posteriors: dict[str, Callable[..., Any] | Saddle]) -> None:
+    """Refuse a table in which two guides have parameters in common.
+
+    Raises:
+        ValueError: If they have, as when two guides of one class were trained without
+            `pyro.clear_param_store()` in between: Pyro's store names them by their class.
+    """
+    owner: dict[int, str] = {}
+    for name, posterior in posteriors.items():
+        guide = posterior.guide if isinstance(posterior, Saddle) else posterior
+        for param in guide.parameters() if isinstance(guide, nn.Module) else ():
+            other = owner.setdefault(id(param), name)
+            if other != name:
+                raise ValueError(
+                    f"the guides '{other}' and '{name}' share parameters, because Pyro's parameter "
+                    "store names guides by their class. Call pyro.clear_param_store() before "
+                    "training the second, or pyro.settings.set(module_local_params=True) first"
+                )
+
+
+def _check_observed(prototype: Trace) -> None:
+    """Refuse models with observed sites that belong to no datum."""
+    nodes = sample_nodes(prototype)
+    plates = [
+        {frame.name for frame in node["cond_indep_stack"]}
+        for node in nodes.values()
+        if not node["is_observed"]
+    ]
+    for name, node in nodes.items():
+        inside = {frame.name for frame in node["cond_indep_stack"]}
+        if node["is_observed"] and plates and not plates[0] <= inside:
+            raise ValueError(
+                f"the observed site '{name}' lies outside the plates of the latents, so its log "
+                "probability belongs to no datum; compare_elbo reports nats per datum"
+            )
 
 
 def _choices(block: LatentBlock) -> dict[str, Node]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 from torch.distributions.kl import register_kl
 
-from pyro_lvebm.annealing import Schedule, anneal, pilot, standard_normal
+from pyro_lvebm.annealing import Schedule, anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.langevin import ValueAndGrad
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class Posterior(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return −f(x, z) + log base_z(z) (*b,), in nats, without its normaliser."""
         x = _expand_events(self.x, value, self.ebm.x_shape, self.ebm.z_shape)
-        log_prob: Tensor = self.ebm.base_z.log_prob(value) - self.ebm.f(x, value)
+        z = _expand_events(value, self.x, self.ebm.z_shape, self.ebm.x_shape)
+        log_prob: Tensor = self.ebm.base_z.log_prob(value) - self.ebm.f(x, z)
         return log_prob
 
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
@@ -146,8 +147,8 @@ def _draw_conditional(
     """Draw one v (num_problems, dim) of every problem by a run of its own, fixed after a pilot."""
     shape = (1, num_problems, num_particles, dim)
     schedule: Schedule = pilot(f, standard_normal(shape, like, None))
-    # Particles at the end of the run are exchangeable, so the first is a draw.
-    return anneal(f, standard_normal(shape, like, None), schedule, num_moves=4).state.u[0, :, 0]
+    start = standard_normal(shape, like, None)
+    return pick_draws(anneal(f, start, schedule, num_moves=4).state, None)[0]
 
 
 def _expand_events(a: Tensor, b: Tensor, a_event: torch.Size, b_event: torch.Size) -> Tensor:

@@ -104,25 +104,41 @@ def _observed_sites(
     blank = vectorise(poutine.uncondition(model), chains_draws.numel(), nesting)
     observed: dict[str, list[Tensor]] = {}
     replicates: dict[str, list[Tensor]] = {}
+    axes: dict[str, int] = {}
     for batch in cover(prototype):
         nodes = dict(batch.nodes)
         for name, value in latents.items():
-            part = value[:, :, batch.rows].flatten(0, 1)
             node = all_nodes(prototype)[name]
+            part = batch.take_rows(value, len(node["fn"].event_shape)).flatten(0, 1)
             ones = (1,) * (nesting - len(node["fn"].batch_shape))
             nodes[name] = {**node, "value": part.reshape(len(part), *ones, *part.shape[1:])}
         seen = poutine.trace(at_minibatch(model, batch.nodes)).get_trace(*args, **kwargs)
         drawn = poutine.trace(at_minibatch(blank, nodes)).get_trace(*args, **kwargs)
         for name, node in sample_nodes(seen).items():
-            if node["is_observed"]:
-                shape = node["fn"].batch_shape + node["fn"].event_shape
-                value = all_nodes(drawn)[name]["value"].reshape(*chains_draws, *shape)
-                observed.setdefault(name, []).append(node["value"].expand(shape)[batch.new])
-                replicates.setdefault(name, []).append(value[:, :, batch.new])
+            if not node["is_observed"]:
+                continue
+            event_dim = len(node["fn"].event_shape)
+            shape = node["fn"].batch_shape + node["fn"].event_shape
+            new = all_nodes(drawn)[name]["value"].reshape(*chains_draws, *shape)
+            old = node["value"].expand(shape)
+            if batch.plate in {frame.name for frame in node["cond_indep_stack"]}:
+                new, old = batch.drop_repeats(new, event_dim), batch.drop_repeats(old, event_dim)
+                axis = batch.dim - event_dim
+            elif name in observed:
+                continue  # outside the subsampled plate: the same in every minibatch
+            else:
+                axis = 0
+            axes[name] = axis
+            observed.setdefault(name, []).append(old)
+            replicates.setdefault(name, []).append(new)
     return (
-        {name: torch.cat(parts) for name, parts in observed.items()},
-        {name: torch.cat(parts, 2) for name, parts in replicates.items()},
+        {name: _join(parts, axes[name]) for name, parts in observed.items()},
+        {name: _join(parts, axes[name]) for name, parts in replicates.items()},
     )
+
+
+def _join(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def _to_numpy(values: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.annealing import anneal, pilot, standard_normal
+from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import check_rows
 
 _NUM_PARTICLES = 16
 
@@ -37,7 +37,9 @@ def impute(
         ValueError: If x is not finite or of another shape, `observed` is not a boolean mask of
             shape x_shape, or nothing is missing.
     """
-    check_data(x, ebm.x_shape)
+    check_rows(x, ebm.x_shape)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     if observed.dtype != torch.bool or observed.shape != ebm.x_shape:
         raise ValueError(
             f"observed must be a boolean mask of shape {tuple(ebm.x_shape)}; got "
@@ -68,8 +70,8 @@ def impute(
         schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
         start = standard_normal(shape, x, generator)
         state = anneal(f, start, schedule, num_moves=4, generator=generator).state
-    # Particles at the end of a run are exchangeable, so the first of each is a draw.
-    return complete(state.u)[0, :, 0].reshape(num_samples, n, *ebm.x_shape)
+    draws = complete(pick_draws(state, generator)[0][:, None])
+    return draws.reshape(num_samples, n, *ebm.x_shape)
 
 
 def _conditional_base(ebm: LVEBM, flat: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,10 @@ def run_job(
     Raises:
         ValueError: If the data or settings cannot be used.
     """
+    if len(test) < 2:
+        raise ValueError(
+            f"{len(test)} rows are held out; the standard error of the evaluation needs at least 2"
+        )
     seed = settings.seed
     x, x_test = (torch.as_tensor(a, dtype=torch.float32) for a in (train, test))
     energy = MLPEnergy(x.shape[1], settings.z_dim, seed=seed)

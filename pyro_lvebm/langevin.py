@@ -258,6 +258,6 @@ def _log_acceptance(
 
 
 def _adapt(step_size: Tensor, acceptance: Tensor, target: float, rate: float) -> Tensor:
-    # In whitened coordinates no useful step leaves this range, which stops a run-away on flat
-    # energies.
-    return (step_size * torch.exp(rate * (acceptance - target))).clamp(1e-6, 4.0)
+    # No useful step leaves this range: it stops a run-away on flat energies, and reaches the narrow
+    # posteriors of global latents.
+    return (step_size * torch.exp(rate * (acceptance - target))).clamp(1e-10, 4.0)

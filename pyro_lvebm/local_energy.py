@@ -85,8 +85,16 @@ class LatentBlock:
     def join(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return v (*b, D) and log |dz/dv| (*b,) for values (*b, *event_shape) on the supports."""
         parts = [c.to_columns(c.transform.inv(values[c.name])) for c in self.columns]
-        log_det = sum((c.log_abs_det(p) for c, p in zip(self.columns, parts, strict=True)))
-        return torch.cat(parts, -1), torch.as_tensor(log_det)
+        v = torch.cat(parts, -1)
+        return v, self.log_abs_det(v)
+
+    def log_abs_det(self, v: Tensor) -> Tensor:
+        """Return log |dz/dv| (*b,) at v (*b, D), over all sites."""
+        total, start = v.new_zeros(v.shape[:-1]), 0
+        for column in self.columns:
+            total = total + column.log_abs_det(v[..., start : start + column.dim])
+            start += column.dim
+        return total
 
     def constrain(self, v: Tensor) -> dict[str, Tensor]:
         """Return values (*b, *event_shape) on the supports of every site for v (*b, D)."""
@@ -130,6 +138,8 @@ def latent_blocks(
     at = ModelAt(model, nesting, nodes, args, kwargs)
     with torch.no_grad():
         trace = at.trace(guide.num_particles)
+    # A guide without latents in a plate does not open it; all evaluations share one minibatch.
+    at.nodes.update(subsample_nodes(trace))
     groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
     for name, proto in guide.prototype_trace.iter_stochastic_nodes():
         fn, transform = all_nodes(trace)[name]["fn"], guide.transform(name)
@@ -152,18 +162,58 @@ def _block(
     indices = {f.name: choices[f.name]["value"] for f in proto["cond_indep_stack"]}
     v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
     subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
-    direct = _energy_alone(columns, at, trace)
-    if direct is None:
-        f, offset = _traced_energy(columns, at, proto), v.new_zeros(())
-    else:
-        f, offset = direct
-        lead = v.shape[1:-1]
-        offset = offset.reshape(lead) if offset.numel() == lead.numel() else offset
+    axes = _Axes(columns[0].name, proto, at.nesting)
+    direct = _energy_alone(columns, at, trace, axes)
+    f, offset = direct or (_traced_energy(columns, at, axes), v.new_zeros(()))
     return LatentBlock(columns, indices, v, f, offset, bool(subsampled - set(indices)), at)
 
 
+class _Axes:
+    """The batch axes of a block, and how the log probabilities of sites reduce to them."""
+
+    def __init__(self, latent: str, proto: Node, nesting: int) -> None:
+        self.latent, self.nesting = latent, nesting
+        self.batch_shape = proto["fn"].batch_shape
+        self.plates = {frame.name for frame in proto["cond_indep_stack"]}
+        self.own = {frame.dim for frame in proto["cond_indep_stack"]} | {
+            axis - len(self.batch_shape) for axis, size in enumerate(self.batch_shape) if size > 1
+        }
+
+    def lead(self, num_particles: int, batch: torch.Size) -> tuple[int, ...]:
+        """Shape (K, 1, …, *B) with as many axes as the vectorised model has."""
+        return (num_particles, *(1,) * (self.nesting - len(batch)), *batch)
+
+    def total_log_prob(
+        self, nodes: dict[str, Node], v: Tensor, num_particles: int, batch: torch.Size
+    ) -> Tensor:
+        """Sum log probabilities of the sites inside the plates, (K, *B), without scale.
+
+        Raises:
+            ValueError: If the log probability of a site outside the plates depends on v.
+        """
+        total: Tensor = v.new_zeros(())
+        for name, node in nodes.items():
+            missing = self.plates - {frame.name for frame in node["cond_indep_stack"]}
+            if not missing:
+                total = total + sum_other_axes(node["log_prob"], self.own, self.nesting)
+            elif _depends_on(node["log_prob"], v):
+                raise ValueError(
+                    f"site '{name}' depends on the local latent '{self.latent}' but lies outside "
+                    f"its plate {sorted(missing)}, so that the particles of one datum cannot move "
+                    "without those of the others. Move the site into the plate"
+                )
+        return total.expand(self.lead(num_particles, batch)).reshape(num_particles, *batch)
+
+
+def _depends_on(value: Tensor, v: Tensor) -> bool:
+    if not value.requires_grad or not v.requires_grad:
+        return False
+    (grad,) = torch.autograd.grad(value.sum(), v, allow_unused=True, retain_graph=True)
+    return grad is not None
+
+
 def _energy_alone(
-    columns: list[LatentColumns], at: ModelAt, trace: Trace
+    columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: _Axes
 ) -> tuple[ValueAndGrad, Tensor] | None:
     """Return f and offset straight from the LVEBM, where nothing else depends on the latent.
 
@@ -181,42 +231,42 @@ def _energy_alone(
     )
     same_scale = bool(torch.as_tensor(x_node["scale"] == latent["scale"]).all())
     plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
-    if not plain or _others_depend_on(first.name, x_name, at, trace):
+    others = set(sample_nodes(trace)) - {first.name, x_name}
+    elsewhere = _independent_log_prob(first.name, others, at, axes) if plain else None
+    if elsewhere is None:
         return None
     w_x = ebm.base_x.whiten(x_node["value"])
     offset = ebm.base_x.log_prob(x_node["value"]) - ebm.log_partition
-    return given_x(ebm, w_x), offset
+    return given_x(ebm, w_x), offset + elsewhere / latent["scale"]
 
 
-def _others_depend_on(z_name: str, x_name: str, at: ModelAt, trace: Trace) -> bool:
-    """Whether the log probability of any further site depends on the latent, by autograd."""
-    others = set(sample_nodes(trace)) - {z_name, x_name}
+def _independent_log_prob(z_name: str, others: set[str], at: ModelAt, axes: _Axes) -> Tensor | None:
+    """Log probability (*B) of further sites, or None if it depends on the latent, by autograd."""
+    z: Tensor = at.nodes[z_name]["value"].detach()
     if not others:
-        return False
+        return z.new_zeros(())
     with torch.enable_grad():
-        z = at.nodes[z_name]["value"].detach().requires_grad_(True)
+        z.requires_grad_(True)
         trace = at.trace(len(z), **{z_name: z})
         trace.compute_log_prob(lambda name, _: name in others)
-        terms = [trace.nodes[n]["log_prob_sum"] for n in others]
-        total = sum((t for t in terms if t.requires_grad), z.new_zeros(()))
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            return False
-        (grad,) = torch.autograd.grad(total, z, allow_unused=True)
-    return grad is not None
+        nodes = {name: node for name, node in sample_nodes(trace).items() if name in others}
+        if any(_depends_on(node["log_prob"], z) for node in nodes.values()):
+            return None
+    for node in nodes.values():
+        node["log_prob"] = node["log_prob"].detach()
+    batch = z.shape[1 + at.nesting - len(axes.batch_shape) : 1 + at.nesting]
+    elsewhere: Tensor = axes.total_log_prob(nodes, z.detach(), len(z), batch)
+    return elsewhere.mean(0)
 
 
-def _traced_energy(columns: list[LatentColumns], at: ModelAt, proto: Node) -> ValueAndGrad:
+def _traced_energy(columns: list[LatentColumns], at: ModelAt, axes: _Axes) -> ValueAndGrad:
     """Return f from a trace of the model at v."""
-    batch_shape, frames = proto["fn"].batch_shape, proto["cond_indep_stack"]
-    own = {f.dim for f in frames} | {
-        axis - len(batch_shape) for axis, size in enumerate(batch_shape) if size > 1
-    }
     dims = [c.dim for c in columns]
     log_norm = 0.5 * sum(dims) * math.log(2 * math.pi)
 
     def f(v: Tensor) -> Tensor:
-        lead = (v.shape[0], *(1,) * (at.nesting - len(batch_shape)), *v.shape[1:-1])
-        parts = v.reshape(*lead, v.shape[-1]).split(dims, -1)
+        batch = v.shape[1:-1]
+        parts = v.reshape(*axes.lead(len(v), batch), v.shape[-1]).split(dims, -1)
         pairs = list(zip(columns, parts, strict=True))
         values = {c.name: c.transform(c.from_columns(p)) for c, p in pairs}
         trace = at.trace(len(v), **values)
@@ -224,28 +274,14 @@ def _traced_energy(columns: list[LatentColumns], at: ModelAt, proto: Node) -> Va
             # A proposal outside the support is NaN; MALA rejects it, and Pyro need not say so.
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
             trace.compute_log_prob()
-        total = v.new_zeros(())
-        for name, node in sample_nodes(trace).items():
-            if node["log_prob"].requires_grad:
-                _check_inside(name, node, columns[0].name, frames)
-                total = total + sum_other_axes(node["log_prob"], own, at.nesting)
-        log_p = total / trace.nodes[columns[0].name]["scale"]
+        nodes = sample_nodes(trace)
+        log_p: Tensor = axes.total_log_prob(nodes, v, len(v), batch)
+        log_p = log_p / nodes[columns[0].name]["scale"]
         for c, p in pairs:
-            log_p = log_p + c.log_abs_det(p)
-        log_p = log_p.expand(lead).reshape(v.shape[:-1])
+            log_p = log_p + c.log_abs_det(p).reshape(log_p.shape)
         return -log_p - 0.5 * (v * v).sum(-1) - log_norm
 
     return value_and_grad(f)
-
-
-def _check_inside(name: str, node: Node, latent: str, frames: tuple[Any, ...]) -> None:
-    missing = {f.name for f in frames} - {f.name for f in node["cond_indep_stack"]}
-    if missing:
-        raise ValueError(
-            f"site '{name}' depends on the local latent '{latent}' but lies outside its plate "
-            f"{sorted(missing)}, so that the particles of one datum cannot move without those of "
-            "the others. Move the site into the plate"
-        )
 
 
 def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:

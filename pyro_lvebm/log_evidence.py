@@ -21,7 +21,7 @@ from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import check_rows
 
 _MAX_PARTICLES = 2**16
 
@@ -100,9 +100,7 @@ def log_evidence(
         True
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
-    check_data(x, ebm.x_shape)
-    if x.dim() != 1 + len(ebm.x_shape):
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, *{tuple(ebm.x_shape)})")
+    check_rows(x, ebm.x_shape)
     if log_z is None:
         log_z = log_partition(ebm, seed=seed)
     values, errors = [], []

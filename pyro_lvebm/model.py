@@ -89,8 +89,9 @@ class LVEBM(nn.Module):
             raise ValueError(f"z_dim must be at least 1; got {z_dim}")
         check_data(x)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
+        base_x = GaussianBase.fit(x)
         energy.to(device=x.device, dtype=x.dtype)
-        return cls(energy, GaussianBase.fit(x), base_z, pool)
+        return cls(energy, base_x, base_z, pool)
 
     @property
     def dim(self) -> int:

@@ -31,16 +31,17 @@ def unchanged_on_error(ebms: list[LVEBM]) -> Iterator[list[Callable[[], None]]]:
 
 
 def undo_particles(
-    guide: AutoParticles, indices: dict[str, Tensor], values: dict[str, Tensor]
+    guide: AutoParticles, indices: dict[str, Tensor], names: list[str]
 ) -> Callable[[], None]:
     """Return an action that puts particles of a minibatch, and their step sizes, back.
 
     Args:
         guide: The particles.
         indices: Data indices of each plate.
-        values: Unconstrained particles (K, *batch, *event) of each site.
+        names: The sites.
     """
-    steps = {name: guide.step_size(name).clone() for name in values}
+    values = {name: guide.read(name, indices).clone() for name in names}
+    steps = {name: guide.step_size(name).clone() for name in names}
 
     def undo() -> None:
         for name, value in values.items():

@@ -17,8 +17,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from pyro_lvebm.ascent import bounded_step, check_finite
-from pyro_lvebm.checkpoint import read_checkpoint, write_checkpoint
+from pyro_lvebm.ascent import bounded_step, check_finite, restore_last_good
+from pyro_lvebm.checkpoint import SETTINGS, read_checkpoint, write_checkpoint
 from pyro_lvebm.guides import check_guide, find_particles
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.local_energy import latent_blocks
@@ -37,6 +37,7 @@ from pyro_lvebm.tracing import (
     subsample_nodes,
     vectorise,
 )
+from pyro_lvebm.validation import DataError
 
 _SETTLING_REFRESHES = 10
 
@@ -255,12 +256,7 @@ class Saddle(SVI):
         """
         if self._nesting is None:
             raise ValueError("nothing to save: take a step first")
-        settings = {
-            "step_count": self.step_count,
-            "num_moves": self.num_moves,
-            "max_kl": self.max_kl,
-            "seed": self.seed,
-        }
+        settings = {name: getattr(self, name) for name in SETTINGS}
         write_checkpoint(
             Path(path), settings, self._modules(), self._loose_params, self._ebms, self.optim
         )
@@ -384,13 +380,15 @@ class Saddle(SVI):
         vectorised = vectorise(self.guide, guide.num_particles, self._nesting)
         with poutine.block(), frozen(self._ebms), torch.no_grad():
             guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
-            blocks, _ = latent_blocks(self.model, guide, guide_trace, self._nesting, args, kwargs)
+            blocks, trace = latent_blocks(
+                self.model, guide, guide_trace, self._nesting, args, kwargs
+            )
             for block in blocks:
-                undo.append(undo_particles(guide, block.indices, block.split(block.v)))
+                undo.append(undo_particles(guide, block.indices, [c.name for c in block.columns]))
                 rate = move_block(block, guide, self.kernel, self.num_moves, generator)
                 for column in block.columns:
                     self.acceptance[column.name] = float(rate)
-        return subsample_nodes(guide_trace)
+        return subsample_nodes(trace)
 
     def _ascend(
         self,
@@ -401,9 +399,19 @@ class Saddle(SVI):
     ) -> float:
         """Take one optimiser step on the loss of the chosen minibatch."""
         guide = at_minibatch(self.guide, choices) if choices else self.guide
+        model = at_minibatch(self.model, choices) if choices else self.model
         with warnings.catch_warnings(), poutine.trace(param_only=True) as capture:
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-            loss = float(self.loss_and_grads(self.model, guide, *args, **kwargs))
+            try:
+                loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
+            except DataError:
+                raise
+            except ValueError as error:
+                restore_last_good(self._last_good)
+                raise ValueError(
+                    f"the loss could not be computed at step {self.step_count}; parameters are "
+                    f"back at the last values with a finite loss: {error}"
+                ) from error
         params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
         try:
             check_finite(loss, params, self._last_good, self.step_count)

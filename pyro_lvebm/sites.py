@@ -72,8 +72,9 @@ def _announce(prefix: str, module: nn.Module) -> None:
     for key, param in module.named_parameters():
         if not param.requires_grad:
             continue
-        name = store.param_name(param)
-        if name is None:
-            name = f"{prefix}$$${key}"
+        name = store.param_name(param) or f"{prefix}$$${key}"
+        # The store forgets a tensor under a name that another has taken, but not the name.
+        held = dict(store.named_parameters())
+        if held.get(name) is not param:
             store[name] = param
         pyro.param(name)

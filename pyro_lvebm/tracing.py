@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pyro
 import torch
@@ -83,12 +83,27 @@ def at_minibatch(fn: Model, nodes: dict[str, Node]) -> Model:
     return fixed
 
 
-class Minibatch(NamedTuple):
+@dataclass(frozen=True)
+class Minibatch:
     """One choice of data, of the size that the model's own minibatches have."""
 
     nodes: dict[str, Node]  # for `at_minibatch`
-    rows: Tensor | slice  # data indices on the subsampled axis
-    new: slice  # positions in the minibatch that no earlier one had
+    plate: str | None  # the plate that subsamples, if one does
+    dim: int  # its batch dimension, negative
+    rows: Tensor  # data indices
+    num_new: int  # as many at the front are in no earlier minibatch
+
+    def take_rows(self, value: Tensor, event_dim: int) -> Tensor:
+        """Return the rows of this minibatch of a value (*, *full_batch, *event)."""
+        if self.plate is None:
+            return value
+        return value.index_select(self.dim - event_dim, self.rows)
+
+    def drop_repeats(self, value: Tensor, event_dim: int) -> Tensor:
+        """Return a value (*, *batch, *event) without rows that an earlier minibatch had."""
+        if self.plate is None:
+            return value
+        return value.narrow(self.dim - event_dim, 0, self.num_new)
 
 
 def cover(trace: Trace) -> Iterator[Minibatch]:
@@ -110,14 +125,16 @@ def cover(trace: Trace) -> Iterator[Minibatch]:
             "subsampled plate. Give the others their full size"
         )
     if not small:
-        yield Minibatch(dict(choices), slice(None), slice(None))
+        yield Minibatch(dict(choices), None, 0, torch.empty(0), 0)
         return
     ((name, node),) = small.items()
     size, batch = node["fn"].size, len(node["value"])
+    frames = [f for n in sample_nodes(trace).values() for f in n["cond_indep_stack"]]
+    dim = next(f.dim for f in frames if f.name == name)
     for start in range(0, size, batch):
         index = torch.arange(start, start + batch, device=node["value"].device) % size
         nodes = {**choices, name: {**node, "value": index}}
-        yield Minibatch(nodes, index, slice(0, size - start))
+        yield Minibatch(nodes, name, dim, index, min(batch, size - start))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -149,14 +150,16 @@ class AutoParticles(AutoGuide):
         v = self.read(name, indices)
         batch_dim = len(self.prototype_trace.nodes[name]["fn"].batch_shape)
         batch, event = v.shape[1 : 1 + batch_dim], v.shape[1 + batch_dim :]
-        frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)
-        if frame is not None:
-            assert frame.dim is not None
-            lead = (frame.size, *(1,) * (-frame.dim - 1 - batch_dim))
-            if frame.size == self.num_particles:
-                return v.reshape(*lead, *batch, *event)
-            return self._pick(v, (*lead, *batch), batch_dim)
-        return self._pick(v, tuple(batch), batch_dim)
+        sizes = {
+            frame.dim + batch_dim: frame.size  # counts from the right, as plates do
+            for frame in get_plates()
+            if frame.dim is not None and frame.name not in indices and -frame.dim > batch_dim
+        }
+        lead = [sizes.get(axis, 1) for axis in range(min(sizes, default=0), 0)]
+        vectorised = any(f.name == PARTICLE_PLATE for f in get_plates())
+        if vectorised and math.prod(lead) == self.num_particles:
+            return v.reshape(*lead, *batch, *event)
+        return self._pick(v, (*lead, *batch), batch_dim)
 
     def _pick(self, v: Tensor, shape: tuple[int, ...], batch_dim: int) -> Tensor:
         """One random particle for every element of a batch of `shape`."""
