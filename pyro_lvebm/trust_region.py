@@ -29,7 +29,7 @@ def shrink_to_trust_region(
     before: Sequence[Tensor],
     divergence: Callable[[], Tensor],
     max_divergence: float,
-    max_halvings: int = 10,
+    max_halvings: int = 20,
 ) -> int:
     """Halve an update until the model has moved by at most `max_divergence`.
 

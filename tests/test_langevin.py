@@ -400,13 +400,13 @@ def test_ula_adapts_only_if_asked() -> None:
 
 @pytest.mark.parametrize("kernel", [MALA(), ULA(0.9)])
 def test_adapted_steps_follow_the_formula_within_limits(kernel: Kernel) -> None:
-    eta = torch.tensor([[0.1], [3.9], [1.01e-6]])
+    eta = torch.tensor([[0.1], [3.9], [1.01e-10]])
     accepted = torch.tensor([[0.3], [1.0], [0.0]])
     result = kernel.adapt(eta, accepted, rate=0.5)
     target = kernel.target_acceptance
     assert result[0].item() == pytest.approx(0.1 * math.exp(0.5 * (0.3 - target)))
     assert result[1].item() == pytest.approx(min(4.0, 3.9 * math.exp(0.5 * (1.0 - target))))
-    assert result[2].item() == pytest.approx(1e-6)
+    assert result[2].item() == pytest.approx(1e-10)
     assert kernel.adapt(torch.tensor(4.0), torch.tensor(1.0)).item() == 4.0
 
 

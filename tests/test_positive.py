@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from referee import normal, seeded
+from small_models import data_of, plate_model, quadratic_ebm, warm
+from test_local_energy import blocks_of, mean_model
+from torch import Tensor
+
+from pyro_lvebm import MALA, ULA, AutoParticles, lvebm
+from pyro_lvebm.langevin import init_state
+from pyro_lvebm.positive import kernel_for, move_block, run_chains
+from pyro_lvebm.tracing import frozen
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+
+def parts(count: int = 3, size: int | None = 4) -> tuple[Any, AutoParticles, Any]:
+    ebm = warm(quadratic_ebm(), 3)
+    x = data_of(ebm, 10)
+    model = plate_model(ebm, size)
+    with torch.random.fork_rng():
+        guide = AutoParticles(model, count)
+        guide(x)
+        (block,), _ = blocks_of(model, x, num_particles=count, guide=guide)
+    return block, guide, ebm
+
+
+@pytest.mark.parametrize("kernel", [MALA(), MALA(0.8), ULA(), ULA(0.9)])
+@pytest.mark.parametrize("num_moves", [1, 5])
+def test_moves_are_those_of_the_kernel(kernel: MALA | ULA, num_moves: int) -> None:
+    """Written to the particles of the minibatch, with one adapted step size."""
+    block, guide, ebm = parts()
+    guide.step_size("scene_z").fill_(0.3)
+    before = guide.particles("scene_z").clone()
+    generator = seeded(1)
+    with frozen([ebm]):
+        state = init_state(block.f, block.v)
+        rates = []
+        for _ in range(num_moves):
+            state, accepted = kernel.step(
+                block.f, state, float(guide.step_size("scene_z")), generator=generator
+            )
+            rates.append(accepted.mean())
+        rate = move_block(block, guide, kernel, num_moves, seeded(1))
+    torch.testing.assert_close(rate, torch.stack(rates).mean())
+    rows = block.indices["data"]
+    moved = guide.particles("scene_z")
+    torch.testing.assert_close(moved[:, rows], ebm.base_z.unwhiten(state.u))
+    others = [k for k in range(10) if k not in rows]
+    assert torch.equal(moved[:, others], before[:, others])
+    expected = kernel.adapt(torch.tensor(0.3).double(), rate)
+    torch.testing.assert_close(guide.step_size("scene_z"), expected)
+    fixed = block.at.nodes["scene_z"]["value"]  # what other blocks, and the loss, now see
+    torch.testing.assert_close(fixed, ebm.base_z.unwhiten(state.u))
+
+
+def test_a_block_that_has_moved_is_seen_by_the_next() -> None:
+    """Their energies are conditional on each other, as in Gibbs sampling."""
+    ebm = warm(quadratic_ebm(), 3)
+    x, y = data_of(ebm, 6), normal((6,), 1)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("data", 6):
+            _, z = lvebm("scene", ebm, obs=x)
+            pyro.sample("y", dist.Normal((z * w).sum(-1), 0.5), obs=y)
+
+    with torch.random.fork_rng():
+        guide = AutoParticles(model, 3)
+        guide(x, y)
+        blocks, _ = blocks_of(model, x, y, guide=guide)
+    first, second = blocks
+    guide.step_size(first.columns[0].name).fill_(1e-3)
+    with frozen([ebm]):
+        before = second.f(second.v)[0]
+        move_block(first, guide, MALA(), 5, seeded(1))
+        after = second.f(second.v)[0]
+    assert (before != after).all()
+    name = first.columns[0].name
+    assert torch.equal(
+        first.at.nodes[name]["value"].reshape(guide.particles(name).shape), guide.particles(name)
+    )
+
+
+def test_a_noisy_energy_has_a_kernel_of_its_own() -> None:
+    kernel = MALA(0.5)
+    block, _, _ = parts()
+    assert kernel_for(block, kernel) is kernel
+    with torch.random.fork_rng():
+        (noisy,), _ = blocks_of(mean_model(4), normal((12,), 1))
+        (exact,), _ = blocks_of(mean_model(12), normal((12,), 1))
+    assert kernel_for(exact, kernel) is kernel
+    assert kernel_for(noisy, kernel).target_acceptance > 0.9
+
+
+def test_chains_adapt_to_each_datum_in_the_warm_up_only() -> None:
+    """One draw more is the same chain, one step longer."""
+    block, guide, ebm = parts(2, None)
+    step_size = guide.step_size("scene_z")
+    settings = {"num_warmup": 6, "thinning": 1}
+    with frozen([ebm]):
+        short = run_chains(block, step_size, MALA(), num_samples=2, generator=seeded(3), **settings)
+        long = run_chains(block, step_size, MALA(), num_samples=5, generator=seeded(3), **settings)
+        none = run_chains(
+            block, step_size, MALA(), num_samples=1, generator=seeded(3), num_warmup=0, thinning=1
+        )
+    assert short.v.shape == (2, 2, 10, 2) and long.energy.shape == (5, 2, 10)
+    assert torch.equal(short.v, long.v[:2]) and torch.equal(short.energy, long.energy[:2])
+    assert step_size == 0.1 and torch.equal(step_size, guide.step_size("scene_z"))
+    state, _ = MALA().step(block.f, init_state(block.f, block.v), 0.1, generator=seeded(3))
+    torch.testing.assert_close(none.v[0], state.u)
