@@ -3,7 +3,10 @@
 
 import re
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
 
 project = "pyro_lvebm"
 author = "The pyro_lvebm authors"
@@ -63,16 +66,41 @@ def _escape(line: str) -> str:
     parts = re.split(r"(``[^`]+``|`[^`]+`)", line)
     for k, part in enumerate(parts):
         if k % 2:
-            parts[k] = part if part.startswith("``") else f"`{part}`"
+            # A plural s may follow a name; reStructuredText wants an escaped space between them.
+            space = r"\ " if re.match(r"\w", parts[k + 1]) else ""
+            parts[k] = (part if part.startswith("``") else f"`{part}`") + space
         else:
             parts[k] = re.sub(r"([\\*|]|(?<=\w)_(?!\w))", r"\\\1", part)
     return "".join(parts)
 
 
+def percent_to_markdown(text: str) -> str:
+    """Translate a notebook in the percent format to Markdown, without running it.
+
+    What stands before the first cell, such as the licence line, is left out.
+    """
+    pages = []
+    for cell in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
+        head, _, body = cell.partition("\n")
+        if head.strip() == "[markdown]":
+            pages.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
+        else:
+            pages.append(f"```python\n{body.strip()}\n```")
+    return "\n\n".join(pages) + "\n"
+
+
 def setup(app: Any) -> None:
-    """Translate every docstring before napoleon reads its sections."""
+    """Put tutorials into their pages, and translate every docstring before napoleon reads it."""
+
+    def include_tutorial(app: Any, docname: str, source: list[str]) -> None:
+        if found := re.search(r"<!-- tutorial: (\w+) -->", source[0]):
+            path = ROOT / "tutorials" / f"{found[1]}.py"
+            app.env.note_dependency(path)
+            page = percent_to_markdown(path.read_text(encoding="utf-8"))
+            source[0] = source[0].replace(found[0], page)
 
     def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
         lines[:] = plain_to_rst(lines)
 
+    app.connect("source-read", include_tutorial)
     app.connect("autodoc-process-docstring", process, priority=400)

@@ -48,7 +48,7 @@ class JobSettings:
     """What a user may choose about a fit."""
 
     z_dim: int = 2
-    num_steps: int = 1200
+    num_steps: int = 1500
     guide_steps: int = 1200
     batch_size: int = 512
     num_particles: int = 2
