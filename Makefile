@@ -37,7 +37,7 @@ test: setup ## Run the tests and the doctests of the package.
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_ARGS) pyro_lvebm tests
 
 demo: setup ## Fit the digits; write figure, table, ArviZ file and model to demo/.
-	$(BIN)/python -m pyro_lvebm demo --out demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pyro_lvebm demo --out demo
 
 lint: setup ## Check style, types and layers.
 	$(BIN)/ruff check .
