@@ -68,7 +68,8 @@ def log_partition(
         upper    = mean_r log Ẑ_r^reverse + t s/√R  as E[log Ẑ^reverse] ≥ log Z for exact draws
 
     with t the 97.5 % quantile of Student's distribution for R − 1 degrees of freedom, so that
-    each end allows for its own Monte Carlo error. The upper end is a bound only as far as the
+    each end allows for its own Monte Carlo error. Where noise puts the upper end below the
+    estimate, the estimate takes its place. The upper end is a bound only as far as the
     draws follow the model: they come from a copy of the pool, refreshed `num_refreshes` times and
     then on between the runs. A pool and base that both miss a mode give a narrow bracket around a
     wrong value.
@@ -123,11 +124,12 @@ def log_partition(
         reverse = anneal(f, draws, schedule.reversed(), num_moves=num_moves, generator=generator)
     low, high = forward.log_ratio[:, 0].double(), -reverse.log_ratio[:, 0].double()
     margin = float(stats.t.ppf(CONFIDENCE, num_runs - 1)) / math.sqrt(num_runs)
+    estimate = float(log_mean_exp(low, 0))
     return LogPartition(
-        estimate=float(log_mean_exp(low, 0)),
+        estimate=estimate,
         std_error=float(log_mean_std_error(low, 0)),
         lower=float(low.mean() - margin * low.std()),
-        upper=float(high.mean() + margin * high.std()),
+        upper=max(estimate, float(high.mean() + margin * high.std())),
         num_temperatures=len(schedule.betas) - 1,
     )
 

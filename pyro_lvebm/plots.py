@@ -82,6 +82,7 @@ def plot_elbo(axes: Axes, rows: pd.DataFrame) -> Axes:
     axes.set_yticks(position, labels, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.axvline(0.0, color="0.6", linewidth=1)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("KL(q ‖ p(z|x)), nats per datum, ± 2 se")
     axes.set_title("ELBO table, θ fixed", fontsize=10)
     return axes

@@ -263,14 +263,15 @@ def test_replicates_of_ordinary_sites(ebm: LVEBM, x: Tensor) -> None:
     with torch.random.fork_rng():
         guide(few, y=y)
     saddle = Saddle(model, guide, Adam({"lr": 1e-3}))
-    idata = to_arviz(saddle, few, y=y, num_samples=6, num_warmup=30, num_predictive=5)
+    idata = to_arviz(saddle, few, y=y, num_samples=15, num_warmup=150, thinning=8, num_predictive=5)
     replicates = group(idata, "posterior_predictive")["y"]
     assert replicates.dims == ("chain", "draw", "data") and replicates.shape == (2, 5, 30)
     np.testing.assert_array_equal(group(idata, "observed_data")["y"], y.numpy())
     last = group(idata, "posterior")["scene_z"].to_numpy()[:, -5:]
     residual = (replicates.to_numpy() - last @ w.numpy()) / 0.1
     assert variance_p_value(residual.reshape(-1, 1), 1.0) > ALPHA
-    residual = (replicates.to_numpy() - np.roll(last, 1, 2) @ w.numpy()) / 0.1
+    first = group(idata, "posterior")["scene_z"].to_numpy()[:, :5]
+    residual = (replicates.to_numpy() - first @ w.numpy()) / 0.1
     assert variance_p_value(residual.reshape(-1, 1), 1.0) < CERTAIN
 
 
