@@ -172,7 +172,7 @@ class _Comparison:
             batch, dim = block.v.shape[1:-1], block.v.shape[-1]
             log_c = anneal_latents(
                 as_problems(block.f, batch),
-                (batch.numel(), 32, dim),
+                (batch.numel(), 64, dim),
                 block.v,
                 num_runs=8,
                 num_moves=2,

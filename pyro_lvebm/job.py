@@ -107,6 +107,7 @@ def run_job(
         raise ValueError(
             f"{len(test)} rows are held out; the standard error of the evaluation needs at least 2"
         )
+    _check_single_precision(train)
     seed = settings.seed
     x, x_test = (torch.as_tensor(a, dtype=torch.float32) for a in (train, test))
     energy = MLPEnergy(x.shape[1], settings.z_dim, seed=seed)
@@ -143,6 +144,18 @@ def run_job(
     text = json.dumps(_summary(result, settings, train.shape, test.shape), indent=2)
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _check_single_precision(train: np.ndarray) -> None:
+    """Refuse columns whose spread single precision cannot hold beside their mean."""
+    error = np.abs(train - train.astype(np.float32)).max(0)
+    bad = np.flatnonzero(error > 1e-3 * train.std(0))
+    bad = bad[train.std(0)[bad] > 0]
+    if len(bad):
+        raise ValueError(
+            f"columns {bad.tolist()} vary too little beside their mean for single precision; "
+            "subtract the mean of each first"
+        )
 
 
 def _fit_guides(

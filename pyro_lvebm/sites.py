@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pyro
 import torch
+from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
@@ -32,7 +33,8 @@ def lvebm(name: str, ebm: LVEBM, obs: Tensor | None = None) -> tuple[Tensor, Ten
         x (*b, *x_shape) and z (*b, *z_shape).
 
     Raises:
-        ValueError: If obs is empty, not finite, not floating point, or of another event shape.
+        ValueError: If obs is empty, not finite, not floating point, of another event shape, or
+            its rows are not those of the plates around the call.
 
     Source:
         docs/maths.md, "Two sites".
@@ -53,11 +55,25 @@ def lvebm(name: str, ebm: LVEBM, obs: Tensor | None = None) -> tuple[Tensor, Ten
         raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
     if obs is not None:
         check_data(obs, ebm.x_shape)
+        _check_plates(name, obs, ebm)
     _announce(f"{name}_lvebm", ebm.f)
     pairing = Pairing()
     z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing))
     x = pyro.sample(name, ObservedSite(ebm, z, pairing), obs=obs)
     return x, z
+
+
+def _check_plates(name: str, obs: Tensor, ebm: LVEBM) -> None:
+    rows = obs.shape[: obs.dim() - len(ebm.x_shape)]
+    sizes = {frame.dim: frame.size for frame in get_plates() if frame.dim is not None}
+    for axis, size in zip(range(-len(rows), 0), rows, strict=True):
+        plate = sizes.get(axis, 1)
+        if size not in (1, plate):
+            raise ValueError(
+                f"obs of '{name}' has {size} rows on batch axis {axis}, where the plates around "
+                f"the call have {plate}. Call lvebm inside pyro.plate(...) of that size, with the "
+                "rows of its minibatch"
+            )
 
 
 def _announce(prefix: str, module: nn.Module) -> None:

@@ -476,3 +476,11 @@ def test_module_ends_with_the_status_of_the_command(
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("pyro_lvebm", run_name="__main__")
     assert stop.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
+
+
+def test_columns_too_narrow_for_single_precision_are_refused(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 2)) + np.array([0.0, 1e7])
+    np.save(tmp_path / "far.npy", rows)
+    arguments = ["fit", str(tmp_path / "far.npy"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(arguments) == 2
+    assert not (tmp_path / "out").exists()

@@ -498,16 +498,15 @@ def test_the_second_argument_must_be_an_lvebm() -> None:
         lvebm("scene", torch.nn.Linear(2, 2))
 
 
-def test_rows_without_a_plate_are_found_by_pyro() -> None:
-    """A call without a plate is one datum; Pyro's validation names the site that has more."""
+@pytest.mark.parametrize(("rows", "plate"), [(5, None), (5, 4)])
+def test_rows_must_be_those_of_the_plates(rows: int, plate: int | None) -> None:
     ebm = quadratic_ebm()
-    x = data_of(ebm, 8)
-
-    def model() -> None:
-        lvebm("scene", ebm, obs=x)
-
-    def guide() -> None:
-        pyro.sample("scene_z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
-
-    with pytest.raises(ValueError, match='at site "scene", invalid log_prob shape'):
-        SVI(model, guide, Adam({"lr": 1e-2}), Trace_ELBO()).step()
+    x = data_of(ebm, 20)
+    with pytest.raises(ValueError, match="has 5 rows on batch axis -1, where the plates"):
+        if plate is None:
+            lvebm("scene", ebm, obs=x[:rows])
+        else:
+            with pyro.plate("data", plate):
+                lvebm("scene", ebm, obs=x[:rows])
+    with pyro.plate("data", rows):
+        lvebm("scene", ebm, obs=x[:rows])
