@@ -223,7 +223,7 @@ class Saddle(SVI):
         thinning: int = 1,
         **kwargs: Any,
     ) -> PosteriorDraws:
-        """As `sample_posterior`, with the energies, acceptance and step sizes of the chains."""
+        """As `sample_posterior`, with the energies and acceptance rates of the chains."""
         if self.particles is None:
             raise ValueError(
                 "the guide has no AutoParticles to run on as chains; draw from another guide with "

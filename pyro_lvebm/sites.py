@@ -85,12 +85,12 @@ def _announce(prefix: str, module: nn.Module) -> None:
     if not torch.is_grad_enabled():
         return
     store = pyro.get_param_store()
+    held = dict(store.named_parameters())
     for key, param in module.named_parameters():
         if not param.requires_grad:
             continue
         name = store.param_name(param) or f"{prefix}$$${key}"
         # The store forgets a tensor under a name that another has taken, but not the name.
-        held = dict(store.named_parameters())
         if held.get(name) is not param:
             store[name] = param
         pyro.param(name)
