@@ -34,7 +34,8 @@ from pyro_lvebm.langevin import (
     value_and_grad,
 )
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.pool import PersistentPool, Pool
+from pyro_lvebm.persistent_pool import PersistentPool
+from pyro_lvebm.pool import Pool
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.sites import lvebm
 

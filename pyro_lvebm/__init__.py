@@ -14,10 +14,11 @@ from pyro_lvebm.langevin import MALA, ULA
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.pool import PersistentPool, TemperedPool
+from pyro_lvebm.persistent_pool import PersistentPool
 from pyro_lvebm.quadratic import QuadraticEnergy
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.sites import lvebm
+from pyro_lvebm.tempered_pool import TemperedPool
 
 __all__ = [
     "LVEBM",

@@ -36,10 +36,10 @@ from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.plots import image_figure, save_figure, table_figure
-from pyro_lvebm.pool import TemperedPool
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.sites import lvebm
+from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tracing import Model
 
 

@@ -14,7 +14,8 @@ from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import JointEnergy, Posterior
 from pyro_lvebm.energies import WhitenedEnergy
 from pyro_lvebm.langevin import value_and_grad
-from pyro_lvebm.pool import Pool, TemperedPool
+from pyro_lvebm.pool import Pool
+from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
 
 

@@ -22,10 +22,19 @@ from referee import (
 )
 from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, MALA, ULA, PersistentPool, QuadraticEnergy, TemperedPool, pool
+from pyro_lvebm import (
+    LVEBM,
+    MALA,
+    ULA,
+    PersistentPool,
+    QuadraticEnergy,
+    TemperedPool,
+    tempered_pool,
+)
 from pyro_lvebm.langevin import LangevinState, init_state
-from pyro_lvebm.pool import Pool, exchange
+from pyro_lvebm.pool import Pool
 from pyro_lvebm.reweighting import mbar
+from pyro_lvebm.tempered_pool import exchange
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -123,7 +132,7 @@ def test_tempered_check_fails_for_exchanges_without_a_test(monkeypatch: pytest.M
     def always(state: LangevinState, betas: Tensor, generator: torch.Generator) -> tuple:
         return exchange(state, torch.zeros_like(betas), generator)
 
-    monkeypatch.setattr(pool, "exchange", always)
+    monkeypatch.setattr(tempered_pool, "exchange", always)
     p_values = tempered_p_values(
         lambda seed: TemperedPool(4, 256, num_moves=1, seed=seed), torch.float32
     )
@@ -137,7 +146,7 @@ def test_tempered_check_fails_without_the_weights(monkeypatch: pytest.MonkeyPatc
         log_z, log_w = real(f, betas, log_z, count)
         return 0.7 * log_z, torch.full_like(log_w, -math.log(len(log_w)))
 
-    monkeypatch.setattr(pool, "mbar", unweighted)
+    monkeypatch.setattr(tempered_pool, "mbar", unweighted)
     p_values = tempered_p_values(
         lambda seed: TemperedPool(3, 200, num_moves=1, seed=seed), torch.float32
     )
