@@ -134,15 +134,48 @@ class ULA:
             have had (1 where `target_acceptance` is None and nothing needs it).
         """
         beta, kappa = inverse_temperature, base_precision
-        scales = _step_scales(step_size)
-        grad = _total_grad(state, beta, kappa)
-        xi = _noise_like(state.u, generator)
-        v = _propose(state.u, grad, xi, scales)
-        new = LangevinState(v, *f(v))
         if self.target_acceptance is None:
-            return new, v.new_ones(())
+            new, _, _ = _propose(f, state, step_size, beta, kappa, generator)
+            return new, new.u.new_ones(())
+        new, acceptance, _ = self.weighted_step(
+            f,
+            state,
+            step_size,
+            inverse_temperature=beta,
+            base_precision=kappa,
+            generator=generator,
+        )
+        return new, acceptance
+
+    def weighted_step(
+        self,
+        f: ValueAndGrad,
+        state: LangevinState,
+        step_size: float | Tensor,
+        *,
+        inverse_temperature: float | Tensor = 1.0,
+        base_precision: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[LangevinState, Tensor, Tensor]:
+        """Move every chain once, and return what corrects its weight; arguments as in `step`.
+
+        With q(v | u) the density of the move, a chain of weight w for p_β keeps an exact weight
+        w α, although the move does not leave p_β invariant:
+
+            α = p_β(v) q(u | v) / (p_β(u) q(v | u)),    E_{u ~ p_β, v ~ q}[α g(v)] = E_{p_β}[g]
+
+        Returns:
+            The new state, the acceptance probability min(1, α) (*b,), and log α (*b,), which is
+            NaN where the energy of v is.
+
+        Source:
+            Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers, equation 12, with
+            the same kernel backwards.
+        """
+        beta, kappa = inverse_temperature, base_precision
+        new, grad, xi = _propose(f, state, step_size, beta, kappa, generator)
         log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa)
-        return new, log_alpha.clamp(max=0.0).exp().nan_to_num(0.0)
+        return new, log_alpha.clamp(max=0.0).exp_().nan_to_num_(0.0), log_alpha
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
         """Return η moved towards the target acceptance, η exp(rate (acceptance − target))."""
@@ -201,11 +234,7 @@ class MALA:
             The new state, and the acceptance probability (*b,).
         """
         beta, kappa = inverse_temperature, base_precision
-        scales = _step_scales(step_size)
-        grad = _total_grad(state, beta, kappa)
-        xi = _noise_like(state.u, generator)
-        v = _propose(state.u, grad, xi, scales)
-        new = LangevinState(v, *f(v))
+        new, grad, xi = _propose(f, state, step_size, beta, kappa, generator)
         log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa)
         # −log(uniform) is exponential; a NaN log α compares false and so is rejected.
         accept = torch.empty_like(log_alpha).exponential_(generator=generator).neg_() < log_alpha
@@ -215,6 +244,32 @@ class MALA:
             torch.where(accept[..., None], new.grad, state.grad),
         )
         return moved, log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
+
+    def weighted_step(
+        self,
+        f: ValueAndGrad,
+        state: LangevinState,
+        step_size: float | Tensor,
+        *,
+        inverse_temperature: float | Tensor = 1.0,
+        base_precision: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[LangevinState, Tensor, Tensor]:
+        """Move every chain once, as `ULA.weighted_step`, with nothing to correct.
+
+        Returns:
+            The new state, the acceptance probability (*b,), and zeros (*b,): the move leaves its
+            target invariant, so an exact weight stays exact.
+        """
+        moved, acceptance = self.step(
+            f,
+            state,
+            step_size,
+            inverse_temperature=inverse_temperature,
+            base_precision=base_precision,
+            generator=generator,
+        )
+        return moved, acceptance, torch.zeros_like(acceptance)
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
         """Return η moved towards the target acceptance, η exp(rate (acceptance − target))."""
@@ -234,11 +289,24 @@ def _step_scales(step_size: float | Tensor) -> Scales:
     return step_size, math.sqrt(2.0 * step_size)
 
 
-def _propose(u: Tensor, grad: Tensor, xi: Tensor, scales: Scales) -> Tensor:
+def _propose(
+    f: ValueAndGrad,
+    state: LangevinState,
+    step_size: float | Tensor,
+    beta: float | Tensor,
+    kappa: float,
+    generator: torch.Generator | None,
+) -> tuple[LangevinState, Tensor, Tensor]:
+    """Return the state at v = u − η ∇E(u) + √(2η) ξ, with ∇E(u) and ξ (*b, d)."""
+    scales = _step_scales(step_size)
+    grad = _total_grad(state, beta, kappa)
+    xi = _noise_like(state.u, generator)
     if isinstance(scales[0], Tensor):
         eta, noise_scale = scales
-        return torch.addcmul(u, grad, eta, value=-1.0).addcmul_(xi, noise_scale)
-    return torch.add(u, grad, alpha=-scales[0]).add_(xi, alpha=scales[1])
+        v = torch.addcmul(state.u, grad, eta, value=-1.0).addcmul_(xi, noise_scale)
+    else:
+        v = torch.add(state.u, grad, alpha=-scales[0]).add_(xi, alpha=scales[1])
+    return LangevinState(v, *f(v)), grad, xi
 
 
 def _log_acceptance(

@@ -12,9 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pyro_lvebm.langevin import Kernel, LangevinState, init_state
+from pyro_lvebm.langevin import MALA, Kernel, LangevinState, init_state
 from pyro_lvebm.reweighting import ess
 from pyro_lvebm.rng import generator_for
+
+_DRAW_KERNEL = MALA()
+"""Leaves the model invariant, also where the chains of a pool move by ULA."""
 
 
 class ResidualEnergy(Protocol):
@@ -132,7 +135,7 @@ class Pool(nn.Module):
         num_moves: int = 10,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw from p_θ: resample the weighted negatives, then move the copies by the kernel.
+        """Draw from p_θ: resample the weighted negatives, then move the copies by MALA.
 
         Returns:
             Whitened coordinates (num_draws, d). The pool itself is unchanged.
@@ -142,7 +145,7 @@ class Pool(nn.Module):
         )
         state = init_state(ebm.residual_and_grad, self.u.flatten(0, 1)[index])
         for _ in range(num_moves):
-            state, _ = self.kernel.step(
+            state, _ = _DRAW_KERNEL.step(
                 ebm.residual_and_grad, state, self.step_size[-1], generator=generator
             )
         return state.u

@@ -9,6 +9,10 @@ from torch import Tensor
 from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state
 from pyro_lvebm.pool import Pool, ResidualEnergy, check_finite
 from pyro_lvebm.reweighting import mbar
+from pyro_lvebm.tracking import LogZTrack, correct, log_mixture, mbar_variance, predict
+
+_STRIDE = 2
+"""Moves between the positions that MBAR sees within a refresh."""
 
 
 class TemperedPool(Pool):
@@ -37,6 +41,7 @@ class TemperedPool(Pool):
 
     betas: Tensor  # (num_levels,)
     log_z: Tensor  # (num_levels,), nats
+    log_z_variance: Tensor  # (num_levels,), nats²
     swap_rate: Tensor  # (num_levels - 1,)
 
     def __init__(
@@ -63,34 +68,74 @@ class TemperedPool(Pool):
         )
         self.register_buffer("betas", torch.linspace(0.0, 1.0, num_levels) ** 1.5)
         self.register_buffer("log_z", torch.zeros(num_levels))
+        self.register_buffer("log_z_variance", torch.full((num_levels,), torch.inf))
         self.register_buffer("swap_rate", torch.full((num_levels - 1,), torch.nan))
 
     def _advance(
         self, ebm: ResidualEnergy, state: LangevinState, generator: torch.Generator
     ) -> None:
-        betas = self.betas[:, None]
+        betas = adapt_ladder(self.betas, self.swap_rate)
+        track = LogZTrack(self.log_z, self.log_z_variance)
+        track = predict(track, self.f, state.f, self.betas, betas)
         swap_rate = torch.zeros_like(self.swap_rate)
         fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
         state = _replace_level(state, 0, init_state(ebm.residual_and_grad, fresh))
         acceptance = torch.zeros_like(self.step_size)
-        for _ in range(self.num_moves):
+        snapshots = []
+        for move in range(self.num_moves):
             state, accepted = self.kernel.step(
                 ebm.residual_and_grad,
                 state,
                 self.step_size,
-                inverse_temperature=betas,
+                inverse_temperature=betas[:, None],
                 generator=generator,
             )
             acceptance += accepted.mean(-1, keepdim=True) / self.num_moves
-            state, swapped = exchange(state, self.betas, generator)
+            state, swapped = exchange(state, betas, generator)
             swap_rate += swapped / self.num_moves
+            if (self.num_moves - 1 - move) % _STRIDE == 0:
+                snapshots.append(state.f)
         check_finite(state.f)
-        # MBAR starts from the last answer, which is close; the first refresh starts from nothing.
+        f = torch.cat(snapshots, 1)
+        # MBAR starts from the prediction, which is close; the first refresh has none.
         num_iterations = 50 if int(self.refreshes) == 0 else 5
-        self.log_z, self.log_weights = mbar(state.f, self.betas, self.log_z, num_iterations)
+        estimate, _ = mbar(f, betas, track.log_z, num_iterations)
+        # Snapshots of one refresh resemble each other: together they count as one.
+        variance = len(snapshots) * mbar_variance(f, betas, estimate)
+        track = correct(track, estimate, variance)
+        self.log_z, self.log_z_variance = track
+        mixture = log_mixture(state.f, betas, track.log_z)
+        self.log_weights = torch.log_softmax(-state.f.flatten() - mixture, 0)
         self.u, self.f, self.log_partition = state.u, state.f, self.log_z[-1].clone()
-        self.acceptance, self.swap_rate = acceptance.squeeze(-1), swap_rate
+        self.acceptance, self.swap_rate, self.betas = acceptance.squeeze(-1), swap_rate, betas
         self.step_size = self.kernel.adapt(self.step_size, acceptance)
+
+    @property
+    def log_partition_std_error(self) -> Tensor:
+        """Standard error of `log_partition`, a scalar, in nats, if the chains follow p_θ."""
+        return self.log_z_variance[-1].sqrt()
+
+
+def adapt_ladder(betas: Tensor, swap_rate: Tensor, rate: float = 0.05) -> Tensor:
+    """Widen the gaps that are easily crossed and narrow the others, β_0 = 0 and β_L = 1 fixed.
+
+        β_{l+1} − β_l ∝ (β_{l+1} − β_l) exp(rate (s_l − mean s))
+
+    At rest all neighbours exchange equally often.
+
+    Args:
+        betas: Inverse temperatures (L,).
+        swap_rate: s, acceptance (L − 1,) of the exchange of each pair; NaN before the first.
+        rate: How fast gaps change at each call.
+
+    Source:
+        Miasojedow, Moulines and Vihola (2013), An adaptive parallel tempering algorithm, section 3,
+        with equal rates in place of a given one.
+    """
+    s = torch.nan_to_num(swap_rate, nan=0.0)
+    gaps = betas.diff() * torch.exp(rate * (s - s.mean()))
+    inner = (gaps.cumsum(0) / gaps.sum())[:-1]
+    return torch.cat([betas[:1], inner, betas[-1:]])
 
 
 def _replace_level(state: LangevinState, level: int, new: LangevinState) -> LangevinState:
