@@ -51,7 +51,7 @@ def bounded_step(
     ebms: list[LVEBM],
     max_kl: float,
     step: int,
-) -> tuple[dict[Tensor, Tensor], int]:
+) -> tuple[dict[Tensor, Tensor], int, float]:
     """Let the optimiser change parameters, then shrink the change.
 
     Every update is multiplied by `factor`; that of the energies is then halved until
@@ -67,7 +67,8 @@ def bounded_step(
         step: Number of this step, for the message.
 
     Returns:
-        The values before, by parameter, and the number of halvings.
+        The values before, by parameter; the number of halvings; and KL(p_old ‖ p_new) in nats, the
+        largest of all LVEBMs.
 
     Raises:
         ValueError: If the update made a parameter NaN or infinite; it is undone then.
@@ -77,9 +78,9 @@ def bounded_step(
     scale_update(params, before, factor)
     own = {id(p) for ebm in ebms for p in ebm.f.parameters()}
     energy = [i for i, p in enumerate(params) if id(p) in own]
-    halvings = 0
+    halvings, kl = 0, 0.0
     if energy:
-        halvings = shrink_to_trust_region(
+        halvings, kl = shrink_to_trust_region(
             [params[i] for i in energy],
             [before[i] for i in energy],
             lambda: torch.stack([e.kl_of_update() for e in ebms]).max(),
@@ -91,4 +92,4 @@ def bounded_step(
             f"the update of step {step} made a parameter NaN or infinite; it was undone. Lower "
             "the learning rate"
         )
-    return dict(zip(params, before, strict=True)), halvings
+    return dict(zip(params, before, strict=True)), halvings, kl

@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pyro_lvebm.averaging import ParameterAverage
+from pyro_lvebm.history import History
 from pyro_lvebm.model import LVEBM
 
-FORMAT = "pyro_lvebm saddle 1"
-SETTINGS = ("step_count", "num_moves", "max_kl", "seed")
+FORMAT = "pyro_lvebm saddle 2"
+SETTINGS = ("step_count", "num_moves", "max_kl", "average_decay", "seed")
 
 
 def write_checkpoint(
@@ -30,6 +32,8 @@ def write_checkpoint(
     loose_params: dict[str, Tensor],
     ebms: list[LVEBM],
     optim: PyroOptim,
+    average: ParameterAverage,
+    history: History,
 ) -> None:
     """Write the state of a Saddle to one file, whole or not at all.
 
@@ -40,6 +44,8 @@ def write_checkpoint(
         loose_params: Unconstrained parameters outside these modules, by name.
         ebms: The LVEBMs, for the seeds of their pools.
         optim: The optimiser.
+        average: The averaged parameters.
+        history: The rows of the history.
 
     Raises:
         ValueError: If the optimiser holds state that is neither a tensor nor JSON.
@@ -52,12 +58,18 @@ def write_checkpoint(
         for param, part in optim.optim_objs.items()
         if id(param) in keys
     }
+    columns, rows = history.state()
     header = {
         "format": FORMAT,
         "settings": settings,
         "pools": [{"seed": e.pool.seed, "fresh": e.pool_is_fresh()} for e in ebms],
         "optim": _pull_tensors(state, "optim", tensors),
+        "average": average.count,
+        "history": columns,
     }
+    kept = {p: value for p, value in average.values.items() if id(p) in keys}
+    tensors |= {f"average/{keys[id(p)]}": value for p, value in kept.items()}
+    tensors["history"] = rows
     try:
         text = json.dumps(header)
     except TypeError as error:
@@ -82,6 +94,8 @@ class Checkpoint:
     settings: dict[str, Any]
     pools: list[dict[str, Any]]
     optim: dict[str, Any]
+    average_count: int
+    history_columns: list[str]
     tensors: dict[str, Tensor]
 
     def restore(
@@ -90,14 +104,22 @@ class Checkpoint:
         loose_params: dict[str, Tensor],
         ebms: list[LVEBM],
         optim: PyroOptim,
+        average: ParameterAverage,
+        history: History,
     ) -> None:
-        """Copy the saved state into modules, parameters and optimiser.
+        """Copy the saved state into modules, parameters, optimiser, average and history.
 
         Raises:
             ValueError: If names or shapes differ; nothing is changed then.
         """
         targets = _targets(modules, loose_params)
-        saved = {k: v for k, v in self.tensors.items() if not k.startswith("optim/")}
+        beside = ("optim/", "average/", "history")
+        saved = {k: v for k, v in self.tensors.items() if not k.startswith(beside)}
+        averaged = {
+            k.removeprefix("average/"): v
+            for k, v in self.tensors.items()
+            if k.startswith("average/")
+        }
         problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
         problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
         problems += [
@@ -111,6 +133,7 @@ class Checkpoint:
             if k in saved and v.dtype != saved[k].dtype
         ]
         problems += [f"the optimiser's '{k}' is no parameter" for k in self.optim.keys() - targets]
+        problems += [f"the average of '{k}' is of no parameter" for k in averaged.keys() - targets]
         if problems:
             raise ValueError(
                 "the checkpoint does not fit this model and guide: " + "; ".join(sorted(problems))
@@ -127,6 +150,11 @@ class Checkpoint:
                 optim.optim_objs[param] = optim._get_optim(param)
                 optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]
             _load_state_dict(optim.optim_objs[param], state)
+        average.count = self.average_count
+        average.values = {
+            targets[k]: v.to(device=targets[k].device, copy=True) for k, v in averaged.items()
+        }
+        history.load(self.history_columns, self.tensors["history"])
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -150,7 +178,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         settings = {name: header["settings"][name] for name in SETTINGS}
         pools = [{"seed": int(p["seed"]), "fresh": bool(p["fresh"])} for p in header["pools"]]
         optim = _push_tensors(header["optim"], tensors)
-        return Checkpoint(settings, pools, dict(optim.items()), tensors)
+        average, columns = int(header["average"]), [str(name) for name in header["history"]]
+        if tensors["history"].shape[-1] != len(columns):
+            raise ValueError("the history does not fit its columns")
+        return Checkpoint(settings, pools, dict(optim.items()), average, columns, tensors)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path}' is no checkpoint that Saddle.save wrote: {error!r}") from error
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,38 +14,22 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_lvebm.annealing import log_mean_exp, log_mean_std_error
-from pyro_lvebm.guides import AutoParticles, check_guide, find_particles, own_parameters
-from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks, sum_other_axes
-from pyro_lvebm.log_evidence import anneal_latents
+from pyro_lvebm.guides import check_guide, find_particles, own_parameters
+from pyro_lvebm.local_energy import LatentBlock, sum_other_axes
 from pyro_lvebm.log_partition import LogPartition, log_partition
+from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence
 from pyro_lvebm.particle_elbo import annealed_elbo
-from pyro_lvebm.rng import generator_for, isolated_rng
+from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import (
     Model,
     Node,
     at_minibatch,
-    cover,
     energy_modules,
     frozen,
-    plate_nesting,
     sample_nodes,
     vectorise,
 )
-
-
-class Terms(NamedTuple):
-    """Monte Carlo estimates for every datum, in nats."""
-
-    value: Tensor  # (N,)
-    std_error: Tensor  # (N,)
-
-    def mean(self) -> tuple[float, float]:
-        """Mean over the data, and its Monte Carlo standard error."""
-        n = len(self.value)
-        value, error = self.value.double(), self.std_error.double()
-        return float(value.mean()), float((error**2).sum().sqrt()) / n
 
 
 @dataclass(frozen=True)
@@ -124,18 +108,16 @@ def compare_elbo(
         raise ValueError(f"num_samples must be at least 2; got {num_samples}")
     device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
     with isolated_rng(seed, 20, device=device), poutine.block(), torch.no_grad():
-        prototype = poutine.trace(model).get_trace(*args, **kwargs)
-        ebms = energy_modules(prototype)
+        sweep = Sweep.of(model, seed, args, kwargs)
+        ebms = energy_modules(sweep.prototype)
         log_zs = [log_partition(ebm, seed=seed) for ebm in ebms]
         # The sites carry the pool's log Z; the table uses the upper end of the bracket.
         shift = sum(float(e.log_partition) - z.upper for e, z in zip(ebms, log_zs, strict=True))
         check_not_shared(posteriors)
-        _check_observed(prototype)
-        probe = AutoParticles(model, 1)
-        probe(*args, **kwargs)
-        run = _Comparison(model, prototype, probe, num_samples, seed, args, kwargs)
+        _check_observed(sweep.prototype)
+        run = _Comparison(sweep, num_samples)
         with frozen(ebms):
-            evidence = run.log_evidence()
+            evidence = model_log_evidence(run.sweep)
             elbos = {}
             for name, posterior in posteriors.items():
                 guide = posterior.guide if isinstance(posterior, Saddle) else posterior
@@ -157,32 +139,8 @@ def compare_elbo(
 class _Comparison:
     """Per-datum estimates over all minibatches of a model."""
 
-    model: Model
-    prototype: Trace
-    probe: AutoParticles  # names the latents; its one particle is not used
+    sweep: Sweep
     num_samples: int
-    seed: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def log_evidence(self) -> Terms:
-        """Annealed log ∫ p(x, z) dz of every datum, with the pool's log Z."""
-
-        def estimate(block: LatentBlock, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            batch, dim = block.v.shape[1:-1], block.v.shape[-1]
-            log_c = anneal_latents(
-                as_problems(block.f, batch),
-                (batch.numel(), 64, dim),
-                block.v,
-                num_runs=8,
-                num_moves=2,
-                relative_ess=0.9,
-                generator=generator,
-            )
-            value = log_mean_exp(log_c, 0).reshape(batch) + block.offset
-            return value, log_mean_std_error(log_c, 0).reshape(batch)
-
-        return self._over_data(self.probe, estimate, 0)
 
     def elbo(self, posterior: Callable[..., Any] | Saddle) -> Terms:
         """ELBO of every datum, with the pool's log Z."""
@@ -194,7 +152,8 @@ class _Comparison:
             raise ValueError(
                 "AutoParticles by itself cannot move its particles; pass the Saddle that trained it"
             )
-        latents = {n for n, node in sample_nodes(self.prototype).items() if not node["is_observed"]}
+        nodes = sample_nodes(self.sweep.prototype)
+        latents = {name for name, node in nodes.items() if not node["is_observed"]}
         others = latents - set(dict(particles.prototype_trace.iter_stochastic_nodes()))
         if others:
             raise ValueError(
@@ -211,15 +170,15 @@ class _Comparison:
             )
             return _mean_over_draws(log_w + block.offset)
 
-        return self._over_data(particles, estimate, 1, guide)
+        return self.sweep.over_data(estimate, 1, particles, guide)
 
     def _guide_elbo(self, guide: Model) -> Terms:
-        check_guide(guide, self.prototype)
+        check_guide(guide, self.sweep.prototype)
 
         def estimate(block: LatentBlock, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             nesting = block.at.nesting
             fixed = at_minibatch(vectorise(guide, self.num_samples, nesting), _choices(block))
-            trace = poutine.trace(fixed).get_trace(*self.args, **self.kwargs)
+            trace = poutine.trace(fixed).get_trace(*self.sweep.args, **self.sweep.kwargs)
             trace.compute_log_prob()
             sites = sample_nodes(trace)
             missing = [c.name for c in block.columns if c.name not in sites]
@@ -229,7 +188,7 @@ class _Comparison:
             shape = (self.num_samples, *batch)
             values = {
                 c.name: sites[c.name]["value"].reshape(
-                    *shape, *self.probe.prototype_trace.nodes[c.name]["fn"].event_shape
+                    *shape, *self.sweep.probe.prototype_trace.nodes[c.name]["fn"].event_shape
                 )
                 for c in block.columns
             }
@@ -243,38 +202,7 @@ class _Comparison:
             log_p = log_p - block.f(v)[0] - log_det + block.offset
             return _mean_over_draws(log_p - log_q.reshape(shape))
 
-        return self._over_data(self.probe, estimate, 2)
-
-    def _over_data(
-        self,
-        particles: AutoParticles,
-        estimate: Callable[[LatentBlock, torch.Generator], tuple[Tensor, Tensor]],
-        stream: int,
-        guide: Model | None = None,
-    ) -> Terms:
-        """Collect an estimate for every datum, minibatch by minibatch."""
-        nesting = plate_nesting(self.prototype)
-        guide = particles if guide is None else guide
-        values: list[Tensor] = []
-        errors: list[Tensor] = []
-        for number, batch in enumerate(cover(self.prototype)):
-            fixed = at_minibatch(guide, batch.nodes)
-            vectorised = vectorise(fixed, particles.num_particles, nesting)
-            guide_trace = poutine.trace(vectorised).get_trace(*self.args, **self.kwargs)
-            blocks, _ = latent_blocks(
-                self.model, particles, guide_trace, nesting, self.args, self.kwargs
-            )
-            if len(blocks) != 1 or blocks[0].is_global:
-                groups = [[c.name for c in b.columns] for b in blocks]
-                raise ValueError(
-                    "compare_elbo needs a model whose latents all lie in the same plates; this "
-                    f"one has them in the groups {groups}, or outside the subsampled plate"
-                )
-            generator = generator_for(self.seed, 21, stream, number, device=blocks[0].v.device)
-            value, error = estimate(blocks[0], generator)
-            values.append(batch.drop_repeats(value, 0).flatten())
-            errors.append(batch.drop_repeats(error, 0).flatten())
-        return Terms(torch.cat(values), torch.cat(errors))
+        return self.sweep.over_data(estimate, 2)
 
 
 def check_not_shared(posteriors: dict[str, Callable[..., Any] | Saddle]) -> None:

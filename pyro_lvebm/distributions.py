@@ -263,10 +263,16 @@ class ObservedSite(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log base_x(x) − f(x, z) − log Z (*b,), in nats."""
-        x = _expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
-        z = _expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
-        log_prob: Tensor = self.ebm.base_x.log_prob(value) - self.ebm.f(x, z)
+        log_prob: Tensor = self.ebm.base_x.log_prob(value) - self.ebm.f(*self._pairs(value))
         return log_prob - self.ebm.log_norm()
+
+    def energy(self, value: Tensor) -> Tensor:
+        """Return E_θ(x, z) (*b,), in nats."""
+        return self.ebm.energy(*self._pairs(value))
+
+    def _pairs(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        x = _expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
+        return x, _expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

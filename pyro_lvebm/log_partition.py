@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from pyro_lvebm.langevin import MALA, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import Pool
 from pyro_lvebm.rng import generator_for
+from pyro_lvebm.tempered_pool import TemperedPool
+from pyro_lvebm.validation import TrainingWarning
 
 CONFIDENCE = 0.975
 """One-sided confidence level of each end of a bracket."""
@@ -64,11 +67,12 @@ def log_partition(
     model draws back to the base give unbiased estimates of 1/Z if the draws are exact. Then
 
         estimate = log mean_r Ẑ_r
-        lower    = mean_r log Ẑ_r − t s/√R          as E[log Ẑ] ≤ log Z
-        upper    = mean_r log Ẑ_r^reverse + t s/√R  as E[log Ẑ^reverse] ≥ log Z for exact draws
+        lower    = log mean_r Ẑ_r − t s                as E[log mean Ẑ] ≤ log Z
+        upper    = −log mean_r (1/Ẑ_r^reverse) + t s'  as its mean is ≥ log Z for exact draws
 
-    with t the 97.5 % quantile of Student's distribution for R − 1 degrees of freedom, so that
-    each end allows for its own Monte Carlo error. Where noise puts the upper end below the
+    with s and s' the standard errors of these logarithms of means, and t the 97.5 % quantile of
+    Student's distribution for R − 1 degrees of freedom, so that each end allows for its own Monte
+    Carlo error. Where noise puts the upper end below the
     estimate, the estimate takes its place. The upper end is a bound only as far as the
     draws follow the model: they come from a copy of the pool, refreshed `num_refreshes` times and
     then on between the runs. A pool and base that both miss a mode give a narrow bracket around a
@@ -122,16 +126,36 @@ def log_partition(
             pool.refresh(ebm)
         draws = _model_draws(ebm, pool, num_runs, num_particles, generator)
         reverse = anneal(f, draws, schedule.reversed(), num_moves=num_moves, generator=generator)
-    low, high = forward.log_ratio[:, 0].double(), -reverse.log_ratio[:, 0].double()
-    margin = float(stats.t.ppf(CONFIDENCE, num_runs - 1)) / math.sqrt(num_runs)
-    estimate = float(log_mean_exp(low, 0))
-    return LogPartition(
+    low, high = forward.log_ratio[:, 0].double(), reverse.log_ratio[:, 0].double()
+    t = float(stats.t.ppf(CONFIDENCE, num_runs - 1))
+    estimate, std_error = float(log_mean_exp(low, 0)), float(log_mean_std_error(low, 0))
+    upper = -float(log_mean_exp(high, 0)) + t * float(log_mean_std_error(high, 0))
+    result = LogPartition(
         estimate=estimate,
-        std_error=float(log_mean_std_error(low, 0)),
-        lower=float(low.mean() - margin * low.std()),
-        upper=max(estimate, float(high.mean() + margin * high.std())),
+        std_error=std_error,
+        lower=estimate - t * std_error,
+        upper=max(estimate, upper),
         num_temperatures=len(schedule.betas) - 1,
     )
+    _compare_online(ebm, result)
+    return result
+
+
+def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
+    """Warn where the pool's own log Z, if it belongs to the present θ, contradicts annealing."""
+    if not ebm.pool_is_fresh():
+        return
+    pool, online = ebm.pool, float(ebm.log_partition)
+    online_error = float(pool.log_partition_std_error) if isinstance(pool, TemperedPool) else 0.0
+    error = math.hypot(annealed.std_error, online_error)
+    if abs(online - annealed.estimate) > 3.0 * error:
+        warnings.warn(
+            f"log Z online is {online:.3f}, annealed {annealed.estimate:.3f} ± {error:.3f}: "
+            "the pool does not follow the model, and training had a wrong gradient. Use a "
+            "TemperedPool, with more levels, chains or moves if it is one already",
+            TrainingWarning,
+            stacklevel=3,
+        )
 
 
 def _model_draws(

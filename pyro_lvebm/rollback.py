@@ -12,19 +12,29 @@ from pyro_lvebm.guides import AutoParticles
 from pyro_lvebm.model import LVEBM
 
 
-@contextmanager
-def unchanged_on_error(ebms: list[LVEBM]) -> Iterator[list[Callable[[], None]]]:
-    """Put the pools back after an error, and run whatever was appended to the yielded list."""
+def pool_snapshot(ebms: list[LVEBM]) -> Callable[[], None]:
+    """Return an action that puts the pools back to where they are now."""
     pools = [(ebm, dict(ebm.pool.named_buffers()), ebm.pool_theta) for ebm in ebms]
-    undo: list[Callable[[], None]] = []
-    try:
-        yield undo
-    except BaseException:
+
+    def put_back() -> None:
         for ebm, buffers, theta in pools:
             # A pool replaces its buffers and never writes into them, so these are the old values.
             for name, value in buffers.items():
                 setattr(ebm.pool, name, value)
             ebm.pool_theta = theta
+
+    return put_back
+
+
+@contextmanager
+def unchanged_on_error(ebms: list[LVEBM]) -> Iterator[list[Callable[[], None]]]:
+    """Put the pools back after an error, and run whatever was appended to the yielded list."""
+    put_back = pool_snapshot(ebms)
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except BaseException:
+        put_back()
         for action in undo:
             action()
         raise

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
@@ -18,28 +20,33 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from pyro_lvebm.ascent import bounded_step, check_finite, restore_last_good
+from pyro_lvebm.averaging import ParameterAverage, assign
 from pyro_lvebm.checkpoint import SETTINGS, read_checkpoint, write_checkpoint
-from pyro_lvebm.guides import check_guide, find_particles
+from pyro_lvebm.guides import find_particles
+from pyro_lvebm.history import WINDOW, History, pool_statistics, symptoms
+from pyro_lvebm.inspection import Anatomy, inspect
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.model_evidence import Sweep, model_log_evidence
+from pyro_lvebm.penalties import Penalty
 from pyro_lvebm.positive import move_block
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
 from pyro_lvebm.rng import generator_for, isolated_rng
-from pyro_lvebm.rollback import unchanged_on_error, undo_particles
+from pyro_lvebm.rollback import pool_snapshot, unchanged_on_error, undo_particles
+from pyro_lvebm.schedules import Schedule, half_cosine
 from pyro_lvebm.tracing import (
     Node,
+    PositivePairs,
     all_nodes,
     at_minibatch,
-    energy_modules,
     frozen,
-    plate_nesting,
     subsample_nodes,
     vectorise,
 )
-from pyro_lvebm.validation import DataError
+from pyro_lvebm.validation import DataError, TrainingWarning
 
-_SETTLING_REFRESHES = 10
+_SETTLING_REFRESHES = 20
 
 
 class Saddle(SVI):
@@ -50,7 +57,8 @@ class Saddle(SVI):
     One `step` moves the latent particles of a minibatch by Langevin on p_θ(z | x) (the positive
     phase), lets each LVEBM refresh its pool of negatives on p_θ(x, z) (the negative phase), and
     takes one optimiser step on θ, halved until KL(p_old ‖ p_new) ≤ `max_kl` as the pools see it.
-    With any other guide in place of `AutoParticles` it is SVI for the same model.
+    With any other guide in place of `AutoParticles` it is SVI for the same model. An exponential
+    average of all parameters is kept beside them, for evaluation (`averaged`).
 
     The global random generator is left as it was; everything drawn in a step, by Pyro too, is
     fixed by `seed` and the number of steps so far.
@@ -64,6 +72,8 @@ class Saddle(SVI):
         kernel: Langevin kernel of the positive phase; `MALA()` by default.
         num_moves: Langevin steps of the positive phase in each step.
         max_kl: Radius of the trust region, in nats.
+        penalties: Penalties on the energies, such as `energy_l2(1.0)`, added to the loss.
+        average_decay: Decay of the average of the parameters, in [0, 1).
         seed: Fixes every random number.
 
     Raises:
@@ -98,6 +108,8 @@ class Saddle(SVI):
         kernel: Kernel | None = None,
         num_moves: int = 8,
         max_kl: float = 0.02,
+        penalties: Sequence[Penalty] = (),
+        average_decay: float = 0.99,
         seed: int = 0,
     ) -> None:
         if num_moves < 1:
@@ -113,18 +125,33 @@ class Saddle(SVI):
         super().__init__(model, guide, optim, loss)
         self.kernel: Kernel = MALA() if kernel is None else kernel
         self.num_moves, self.max_kl, self.seed = num_moves, max_kl, seed
+        self.penalties, self.average_decay = tuple(penalties), average_decay
+        self.average = ParameterAverage(average_decay)
         self.step_count = 0
         self.halvings = 0
         self.acceptance: dict[str, float] = {}
-        self._nesting: int | None = None
-        self._ebms: list[LVEBM] = []
-        self._loose_params: dict[str, Tensor] = {}
+        self._anatomy: Anatomy | None = None
+        self._history = History()
+        self._warned: set[str] = set()
         self._last_good: dict[Tensor, Tensor] = {}
 
     @property
     def ebms(self) -> list[LVEBM]:
         """The LVEBMs of the model, known after the first step."""
-        return self._ebms
+        return [] if self._anatomy is None else list(self._anatomy.ebms.values())
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """What happened at every step, indexed by the number of steps; energies in nats.
+
+        Columns: `loss`; `positive_energy` and `negative_energy`, the means of E_θ over the
+        minibatch and over the weighted negatives; `log_partition` and `log_partition_se`, log Z
+        online; `ess`, of the pool; `acceptance_<level>` and `swap_rate_<pair>` of the pool;
+        `latent_acceptance_<site>`; `kl`, of the update in nats; `halvings`; `log_evidence` and
+        `log_evidence_se`, where `fit` evaluated held-out data. In a model with several LVEBMs the
+        columns of all but the first end in `@<site>`.
+        """
+        return self._history.frame()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Move particles and pools, and take one optimiser step.
@@ -146,15 +173,30 @@ class Saddle(SVI):
         self,
         *args: Any,
         num_steps: int,
+        schedule: Schedule = half_cosine,
+        held_out: tuple[Any, ...] | None = None,
+        patience: int | None = None,
+        evaluate_every: int = 100,
         progress: bool = True,
         description: str = "Saddle",
         **kwargs: Any,
     ) -> list[float]:
-        """Take `num_steps` steps, with updates that shrink along a half cosine to 1/50.
+        """Take up to `num_steps` steps; then give the parameters their averages.
+
+        With `held_out`, the log evidence of held-out data is estimated before the first step and
+        every `evaluate_every` steps (`log_evidence`), and the averages that were best at it are
+        the ones the parameters have in the end.
 
         Args:
             args: Arguments of the model and the guide.
             num_steps: Number of steps.
+            schedule: Maps the part of the fit that is done, from 0 to 1, to a factor on each
+                update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`
+                leaves the updates as the optimiser made them.
+            held_out: Arguments of the model for held-out data, as a tuple; keyword arguments are
+                those of the training data.
+            patience: Stop after this many evaluations without a better one. None takes all steps.
+            evaluate_every: Steps from one evaluation to the next.
             progress: Show a progress bar with the loss, and with log Z and ESS of the pool.
             description: Name on the progress bar.
             kwargs: Keyword arguments of the model and the guide.
@@ -163,27 +205,85 @@ class Saddle(SVI):
             The loss of every step.
 
         Raises:
-            ValueError: As in `step`.
+            ValueError: As in `step` and `log_evidence`; if a number is out of range, or
+                `patience` is given without `held_out`.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1; got {num_steps}")
-        losses = []
+        if evaluate_every < 1 or (patience is not None and patience < 1):
+            raise ValueError(
+                f"evaluate_every and patience must be at least 1; got {evaluate_every} and "
+                f"{patience}"
+            )
+        if held_out is None and patience is not None:
+            raise ValueError("patience needs held-out data: give held_out=(x_held_out,)")
+        if held_out is not None and not isinstance(held_out, tuple):
+            raise ValueError(
+                f"held_out must be a tuple of arguments of the model, as in held_out=(x,); got "
+                f"{type(held_out).__name__}"
+            )
+        losses: list[float] = []
+        best: _Best | None = None
+        if held_out is not None:
+            self._prepare(args, kwargs)
+            start = {p: p.detach().clone() for p in self._params()}
+            best = _Best(self._evaluate(held_out, kwargs), start, pool_snapshot(self.ebms))
         with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
             for t in bar:
-                factor = 0.51 + 0.49 * math.cos(math.pi * t / num_steps)
-                losses.append(self._step(factor, args, kwargs))
+                losses.append(self._step(schedule(t / num_steps), args, kwargs))
                 if progress and t % 10 == 0:
                     bar.set_postfix(self._status(losses), refresh=False)
-        self._settle()
+                if best is None or ((t + 1) % evaluate_every and t + 1 < num_steps):
+                    continue
+                value = self._evaluate(held_out or (), kwargs)
+                if value > best.value:
+                    best = _Best(value, self.average.copy(), pool_snapshot(self.ebms))
+                else:
+                    best.misses += 1
+                    if patience is not None and best.misses >= patience:
+                        break
+        self._finish(best)
         return losses
 
-    def _settle(self) -> None:
-        """Let the pools catch up with the last θ, unless θ was held fixed."""
-        for ebm in self._ebms:
-            if any(p.requires_grad for p in ebm.f.parameters()):
-                for _ in range(_SETTLING_REFRESHES):
-                    ebm.pool.refresh(ebm)
-                ebm.mark_pool(fresh=True)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give all parameters their averages inside the block, with pools that follow them.
+
+        After the block, parameters and pools are as they were.
+        """
+        put_back = pool_snapshot(self.ebms)
+        with self.average.swapped_in():
+            self._settle()
+            try:
+                yield
+            finally:
+                put_back()
+
+    def log_evidence(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
+        """Estimate the mean log evidence of data under the averaged parameters, in nats per datum.
+
+            mean_i log ∫ p_θ̄(x_i, z) dz
+
+        Latents are annealed as in `compare_elbo`, with few particles; log Z is that of the pools
+        after they have followed θ̄. This is a quick estimate to steer by. To publish, use the
+        functions `log_evidence` and `log_partition`, which bracket log Z.
+
+        Args:
+            args: Arguments of the model, with the data to evaluate.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            The mean, and its standard error over the data.
+
+        Raises:
+            ValueError: If the model's latents do not all lie in the same plates.
+        """
+        device = self._device(args, kwargs)
+        with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
+            with self.averaged(), frozen(self.ebms):
+                sweep = Sweep.of(self.model, self.seed, args, kwargs)
+                terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
+        return terms.mean()[0], terms.mean_std_error()
 
     def sample_posterior(
         self,
@@ -230,7 +330,7 @@ class Saddle(SVI):
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
         with isolated_rng(self.seed, 2, self.step_count, device=self._device(args, kwargs)):
-            self._inspect(args, kwargs)
+            self._prepare(args, kwargs)
             return draw_posterior(
                 self.model,
                 self.guide,
@@ -254,11 +354,17 @@ class Saddle(SVI):
             ValueError: If no step has been taken yet, or the optimiser holds state that is
                 neither tensor nor JSON.
         """
-        if self._nesting is None:
+        if self._anatomy is None:
             raise ValueError("nothing to save: take a step first")
-        settings = {name: getattr(self, name) for name in SETTINGS}
         write_checkpoint(
-            Path(path), settings, self._modules(), self._loose_params, self._ebms, self.optim
+            Path(path),
+            {name: getattr(self, name) for name in SETTINGS},
+            self._modules(),
+            self._anatomy.loose_params,
+            self.ebms,
+            self.optim,
+            self.average,
+            self._history,
         )
 
     @classmethod
@@ -271,6 +377,7 @@ class Saddle(SVI):
         *args: Any,
         loss: ELBO | None = None,
         kernel: Kernel | None = None,
+        penalties: Sequence[Penalty] = (),
         **kwargs: Any,
     ) -> Saddle:
         """Build a Saddle and give it the state that `save` wrote; no code in the file is run.
@@ -283,6 +390,7 @@ class Saddle(SVI):
             args: Arguments of the model, on which it is run once to find its parts.
             loss: As in the constructor.
             kernel: As in the constructor.
+            penalties: As in the constructor.
             kwargs: Keyword arguments of the model.
 
         Returns:
@@ -300,28 +408,79 @@ class Saddle(SVI):
             optim,
             loss,
             kernel=kernel,
-            num_moves=settings["num_moves"],
-            max_kl=settings["max_kl"],
-            seed=settings["seed"],
+            penalties=penalties,
+            **{name: settings[name] for name in SETTINGS if name != "step_count"},
         )
-        with isolated_rng(saddle.seed, 4, device=saddle._device(args, kwargs)):
-            saddle._inspect(args, kwargs)
-        checkpoint.restore(saddle._modules(), saddle._loose_params, saddle._ebms, optim)
+        anatomy = saddle._prepare(args, kwargs)
+        checkpoint.restore(
+            saddle._modules(),
+            anatomy.loose_params,
+            saddle.ebms,
+            optim,
+            saddle.average,
+            saddle._history,
+        )
         saddle.step_count = settings["step_count"]
         return saddle
 
     def _modules(self) -> dict[str, nn.Module]:
         """The modules whose state is that of the Saddle."""
-        modules: dict[str, nn.Module] = {f"ebm{i}": ebm for i, ebm in enumerate(self._ebms)}
+        modules: dict[str, nn.Module] = {f"ebm{i}": ebm for i, ebm in enumerate(self.ebms)}
         if isinstance(self.guide, nn.Module):
             modules["guide"] = self.guide
         return modules
 
+    def _params(self) -> list[Tensor]:
+        loose = [] if self._anatomy is None else list(self._anatomy.loose_params.values())
+        owned = [p for module in self._modules().values() for p in module.parameters()]
+        return list({id(p): p for p in [*owned, *loose]}.values())
+
+    def _settle(self) -> None:
+        """Let the pools catch up with the present θ, unless θ was held fixed."""
+        for ebm in self.ebms:
+            if any(p.requires_grad for p in ebm.f.parameters()):
+                for _ in range(_SETTLING_REFRESHES):
+                    ebm.pool.refresh(ebm)
+                ebm.mark_pool(fresh=True)
+
+    def _evaluate(self, held_out: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        value, error = self.log_evidence(*held_out, **kwargs)
+        self._history.record(self.step_count, log_evidence=value, log_evidence_se=error)
+        return value
+
+    def _finish(self, best: _Best | None) -> None:
+        """Give the parameters the averages that were best, or the last ones."""
+        if best is not None:
+            best.restore_pools()
+            trained = self.average.values
+            self.average.values = {p: v for p, v in best.values.items() if p in trained}
+        assign(self.average.values)
+        self._settle()
+
+    def _record(self, loss: float, kl: float, pairs: PositivePairs) -> None:
+        """Add a row to the history, and warn where the last rows say that something is wrong."""
+        assert self._anatomy is not None
+        row = {"loss": loss, "kl": kl, "halvings": float(self.halvings)}
+        row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
+        num_chains: dict[str, int] = {}
+        positive = pairs.mean_energies()
+        for name, ebm in self._anatomy.ebms.items():
+            suffix = f"@{name}" if num_chains else ""
+            num_chains[suffix] = len(ebm.pool.log_weights)
+            statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
+            row |= {f"{key}{suffix}": value for key, value in statistics.items()}
+        self._history.record(self.step_count, **row)
+        if self.step_count % WINDOW == 0:
+            for key, text in symptoms(self._history.rows[-WINDOW:], num_chains).items():
+                if key not in self._warned:
+                    self._warned.add(key)
+                    warnings.warn(f"step {self.step_count}: {text}", TrainingWarning, stacklevel=2)
+
     def _status(self, losses: list[float]) -> dict[str, str]:
         recent = losses[-50:]
         status = {"loss": f"{sum(recent) / len(recent):.4g}"}
-        if self._ebms:
-            pool = self._ebms[0].pool
+        if self.ebms:
+            pool = self.ebms[0].pool
             status["log Z"] = f"{float(pool.log_partition):.3f}"
             status["ESS"] = f"{float(pool.ess):.0f}/{len(pool.log_weights)}"
         return status
@@ -331,37 +490,28 @@ class Saddle(SVI):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
 
-    def _inspect(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn the plates and LVEBMs of the model once, and refuse guides that cannot work."""
-        if self._nesting is not None:
-            return
-        with torch.no_grad(), poutine.block():
-            model_trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-            check_guide(self.guide, model_trace)
-            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        self._ebms = energy_modules(model_trace)
-        owned = {id(p) for m in self._modules().values() for p in m.parameters()}
-        params = {
-            name: node["value"].unconstrained()
-            for trace in (model_trace, guide_trace)
-            for name, node in trace.nodes.items()
-            if node["type"] == "param"
-        }
-        self._loose_params = {n: p for n, p in params.items() if id(p) not in owned}
-        self._nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
-        if self._own_loss:
-            # Spares Pyro a guess, which would run model and guide once more and log a message.
-            extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
-            self.elbo.max_plate_nesting = self._nesting + extra
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+        """Learn the parts of model and guide once."""
+        if self._anatomy is None:
+            with isolated_rng(self.seed, 4, device=self._device(args, kwargs)):
+                self._anatomy = inspect(self.model, self.guide, args, kwargs)
+            if self._own_loss:
+                # Spares Pyro a guess, which would run model and guide once more and log a message.
+                extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
+                self.elbo.max_plate_nesting = self._anatomy.nesting + extra
+        return self._anatomy
 
     def _step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         device = self._device(args, kwargs)
+        self._prepare(args, kwargs)
+        pairs = PositivePairs()
         with isolated_rng(self.seed, 0, self.step_count, device=device):
-            self._inspect(args, kwargs)
-            with unchanged_on_error(self._ebms) as undo:
+            with unchanged_on_error(self.ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
-                loss = self._ascend(factor, choices, args, kwargs)
+                with pairs:
+                    loss, kl = self._ascend(factor, choices, args, kwargs)
         self.step_count += 1
+        self._record(loss, kl, pairs)
         return loss
 
     def _positive_phase(
@@ -375,14 +525,12 @@ class Saddle(SVI):
         guide = self.particles
         if guide is None:
             return {}
-        assert self._nesting is not None
+        nesting = self._prepare(args, kwargs).nesting
         generator = generator_for(self.seed, 1, self.step_count, device=device)
-        vectorised = vectorise(self.guide, guide.num_particles, self._nesting)
-        with poutine.block(), frozen(self._ebms), torch.no_grad():
+        vectorised = vectorise(self.guide, guide.num_particles, nesting)
+        with poutine.block(), frozen(self.ebms), torch.no_grad():
             guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
-            blocks, trace = latent_blocks(
-                self.model, guide, guide_trace, self._nesting, args, kwargs
-            )
+            blocks, trace = latent_blocks(self.model, guide, guide_trace, nesting, args, kwargs)
             for block in blocks:
                 undo.append(undo_particles(guide, block.indices, [c.name for c in block.columns]))
                 rate = move_block(block, guide, self.kernel, self.num_moves, generator)
@@ -396,14 +544,15 @@ class Saddle(SVI):
         choices: dict[str, Node],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> float:
-        """Take one optimiser step on the loss of the chosen minibatch."""
+    ) -> tuple[float, float]:
+        """Take one optimiser step on the chosen minibatch; return the loss and the KL."""
         guide = at_minibatch(self.guide, choices) if choices else self.guide
         model = at_minibatch(self.model, choices) if choices else self.model
         with warnings.catch_warnings(), poutine.trace(param_only=True) as capture:
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
             try:
                 loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
+                loss += self._penalise()
             except DataError:
                 raise
             except ValueError as error:
@@ -415,14 +564,35 @@ class Saddle(SVI):
         params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
         try:
             check_finite(loss, params, self._last_good, self.step_count)
-            self._last_good, self.halvings = bounded_step(
+            self._last_good, self.halvings, kl = bounded_step(
                 self.optim,
                 params,
                 factor=factor,
-                ebms=self._ebms,
+                ebms=self.ebms,
                 max_kl=self.max_kl,
                 step=self.step_count,
             )
         finally:
             zero_grads(params)
-        return loss
+        self.average.update(params)
+        return loss, kl
+
+    def _penalise(self) -> float:
+        """Add the gradients of the penalties, and return their sum."""
+        total = 0.0
+        for ebm in self.ebms if self.penalties else ():
+            if any(p.requires_grad for p in ebm.f.parameters()):
+                penalty = torch.stack([p(ebm) for p in self.penalties]).sum()
+                penalty.backward()
+                total += float(penalty)
+        return total
+
+
+@dataclass
+class _Best:
+    """The best parameters so far, by held-out log evidence."""
+
+    value: float
+    values: dict[Tensor, Tensor]
+    restore_pools: Callable[[], None]
+    misses: int = 0

@@ -8,8 +8,14 @@ from torch import Tensor
 
 from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state
 from pyro_lvebm.pool import Pool, ResidualEnergy, check_finite
-from pyro_lvebm.reweighting import mbar
-from pyro_lvebm.tracking import LogZTrack, correct, log_mixture, mbar_variance, predict
+from pyro_lvebm.tracking import (
+    LogZTrack,
+    correct,
+    log_mixture,
+    mbar_log_z,
+    mbar_variance,
+    predict,
+)
 
 _STRIDE = 2
 """Moves between the positions that MBAR sees within a refresh."""
@@ -97,9 +103,7 @@ class TemperedPool(Pool):
                 snapshots.append(state.f)
         check_finite(state.f)
         f = torch.cat(snapshots, 1)
-        # MBAR starts from the prediction, which is close; the first refresh has none.
-        num_iterations = 50 if int(self.refreshes) == 0 else 5
-        estimate, _ = mbar(f, betas, track.log_z, num_iterations)
+        estimate = mbar_log_z(f, betas, track.log_z)
         # Snapshots of one refresh resemble each other: together they count as one.
         variance = len(snapshots) * mbar_variance(f, betas, estimate)
         track = correct(track, estimate, variance)

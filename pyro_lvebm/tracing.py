@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_lvebm.distributions import ObservedSite
@@ -154,3 +155,20 @@ class ModelAt:
             nodes[name] = {**nodes[name], "value": value}
         fixed = at_minibatch(vectorise(self.model, num_particles, self.nesting), nodes)
         return poutine.trace(fixed).get_trace(*self.args, **self.kwargs)
+
+
+class PositivePairs(Messenger):
+    """Collects the pairs (x, z) at which a model is run, by the site of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, tuple[ObservedSite, Tensor]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], ObservedSite):
+            self.sites[msg["name"]] = (msg["fn"], msg["value"].detach())
+
+    @torch.no_grad()
+    def mean_energies(self) -> dict[str, float]:
+        """Return the mean of E_θ over the pairs, in nats, by the site of x."""
+        return {name: float(fn.energy(x).mean()) for name, (fn, x) in self.sites.items()}

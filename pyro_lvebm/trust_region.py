@@ -30,7 +30,7 @@ def shrink_to_trust_region(
     divergence: Callable[[], Tensor],
     max_divergence: float,
     max_halvings: int = 20,
-) -> int:
+) -> tuple[int, float]:
     """Halve an update until the model has moved by at most `max_divergence`.
 
     An update that is still too large, or NaN, after `max_halvings` is undone.
@@ -43,19 +43,21 @@ def shrink_to_trust_region(
         max_halvings: Give up and undo the update after this many.
 
     Returns:
-        Number of halvings; max_halvings + 1 means that the update was undone.
+        Number of halvings, where max_halvings + 1 means that the update was undone; and how far
+        the model has moved in the end.
 
     Example:
         >>> import torch
         >>> p, old = torch.tensor(8.0), torch.tensor(0.0)
         >>> shrink_to_trust_region([p], [old], lambda: p**2, 5.0)
-        2
+        (2, 4.0)
         >>> p
         tensor(2.)
     """
     for halvings in range(max_halvings + 1):
-        if divergence() <= max_divergence:
-            return halvings
+        moved = float(divergence())
+        if moved <= max_divergence:
+            return halvings, moved
         scale_update(params, before, 0.5)
     restore(params, before)
-    return max_halvings + 1
+    return max_halvings + 1, 0.0

@@ -11,6 +11,10 @@ class DataError(ValueError):
     """Observations that no model can use; parameters have no part in it."""
 
 
+class TrainingWarning(UserWarning):
+    """Training goes on, but its numbers are not to be trusted; the text says what to do."""
+
+
 def check_data(x: Tensor, event_shape: torch.Size | None = None) -> None:
     """Raise a DataError unless x is a non-empty, finite, floating-point tensor of events.
 

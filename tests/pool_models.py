@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pyro.distributions as dist
 import torch
-from referee import gaussian_log_partition, gaussian_moments
+from referee import gaussian_draws, gaussian_log_partition, gaussian_moments
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, QuadraticEnergy
+from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool
 from pyro_lvebm.pool import Pool
 
 EYE = torch.eye(3, dtype=torch.float64)
@@ -34,6 +34,41 @@ def frozen_ebm(
         dist.Normal(torch.tensor([0.5], dtype=dtype), 1.7).to_event(1),
         pool=pool,
     )
+
+
+def level(
+    beta: float | Tensor, precision: Tensor = PRECISION, linear: Tensor = LINEAR
+) -> tuple[Tensor, Tensor]:
+    """Total precision and linear term of ½ |u|² + β f."""
+    eye = torch.eye(len(linear), dtype=torch.float64)
+    return eye + beta * (precision - eye), beta * linear
+
+
+def ladder_log_z(betas: Tensor, precision: Tensor = PRECISION, linear: Tensor = LINEAR) -> Tensor:
+    """Exact log Z (L,) of every temperature."""
+    levels = [gaussian_log_partition(*level(b, precision, linear)) for b in betas.double()]
+    return torch.tensor(levels, dtype=torch.float64)
+
+
+def ladder_draws(
+    betas: Tensor, precision: Tensor, linear: Tensor, shape: tuple[int, ...], seed: int
+) -> Tensor:
+    """Exact draws (*shape[:-1], L, shape[-1], d) of every temperature."""
+    draws = [
+        gaussian_draws(*level(b, precision, linear), shape, 1000 * seed + k)
+        for k, b in enumerate(betas.double())
+    ]
+    return torch.stack(draws, -3)
+
+
+def equilibrate(
+    ebm: LVEBM, seed: int, precision: Tensor = PRECISION, linear: Tensor = LINEAR
+) -> TemperedPool:
+    """Put the chains of a tempered pool in equilibrium at every temperature."""
+    pool = ebm.pool
+    draws = ladder_draws(pool.betas, precision, linear, (pool.num_chains,), seed)
+    pool.u = draws.to(pool.u.dtype)
+    return pool
 
 
 def weighted_moments(pool: Pool) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -74,9 +75,18 @@ def steps(saddle: Saddle, x: Tensor, count: int = 3) -> tuple[list[float], dict[
     return [saddle.step(x) for _ in range(count)], state_of(saddle)
 
 
+def averaged_state(saddle: Saddle) -> dict[str, Tensor]:
+    with saddle.averaged():
+        return state_of(saddle)
+
+
+def assert_same_history(a: Saddle, b: Saddle) -> None:
+    pd.testing.assert_frame_equal(a.history, b.history, check_exact=True)
+
+
 def saved(path: Path, count: int = 4, **settings: Any) -> tuple[Saddle, Tensor]:
     model, guide, optim, _, x = make(**settings)
-    saddle = Saddle(model, guide, optim, num_moves=2, max_kl=0.03, seed=7)
+    saddle = Saddle(model, guide, optim, num_moves=2, max_kl=0.03, average_decay=0.15, seed=7)
     for _ in range(count):
         saddle.step(x)
     saddle.save(path)
@@ -104,8 +114,12 @@ def test_the_next_steps_are_those_of_the_uninterrupted_run(
     with assert_global_rng_untouched():
         again = Saddle.load(tmp_path / "run", model, new_guide, new_optim, x)
         assert (again.step_count, again.seed, again.max_kl, again.num_moves) == (4, 7, 0.03, 2)
+        assert again.average_decay == again.average.decay == 0.15 and len(again.history) == 4
         assert steps(again, x)[0] == losses
     assert same(state, state_of(again)) and again.step_count == 7
+    assert same(averaged_state(saddle), averaged_state(again))
+    assert not same(state, averaged_state(again))
+    assert_same_history(saddle, again)
     assert ebm.pool.seed == 0
 
 
@@ -169,6 +183,59 @@ def test_fit_and_posterior_draws_go_on_too(tmp_path: Path) -> None:
     assert again.step(x) == saddle.step(x)
 
 
+@pytest.mark.parametrize("guide", ["particles", "AutoNormal", "amortised"])
+def test_a_fit_to_held_out_data_goes_on(guide: str, tmp_path: Path) -> None:
+    """Evaluations, the choice of the best, the average and the history, in which gaps remain."""
+    saddle, x = saved(tmp_path / "run", guide=guide)
+    options: dict[str, Any] = {"num_steps": 5, "held_out": (x[:9],), "evaluate_every": 2}
+    losses = saddle.fit(x, progress=False, **options)
+    saddle.save(tmp_path / "fitted")
+    runs = []
+    for name in ("run", "fitted"):
+        pyro.clear_param_store()
+        model, new_guide, optim, _, _ = make(guide=guide)
+        runs.append(Saddle.load(tmp_path / name, model, new_guide, optim, x))
+        if name == "run":
+            assert "log_evidence" not in runs[0].history and len(runs[0].history) == 4
+            assert runs[0].fit(x, progress=False, **options) == losses
+        assert same(state_of(saddle), state_of(runs[-1]))
+        assert same(averaged_state(saddle), averaged_state(runs[-1]))
+        assert_same_history(saddle, runs[-1])
+    steps_of_rows = saddle.history.index.tolist()
+    assert steps_of_rows == list(range(1, 10))
+    evaluated = saddle.history["log_evidence"].dropna()
+    assert evaluated.index.tolist() == [4, 6, 8, 9]
+    fits = []
+    for run in (saddle, runs[1]):
+        pyro.clear_param_store()  # guides of one class share their names in it
+        fits.append(run.fit(x, progress=False, **options))
+    assert fits[0] == fits[1]
+    assert_same_history(saddle, runs[1])
+
+
+def test_the_check_notices_an_average_or_a_history_that_was_lost(tmp_path: Path) -> None:
+    saddle, x = saved(tmp_path / "run")
+    expected = averaged_state(saddle)
+    for spoil in ("values", "history", "count"):
+        pyro.clear_param_store()
+        model, guide, optim, _, _ = make()
+        again = Saddle.load(tmp_path / "run", model, guide, optim, x)
+        assert same(expected, averaged_state(again))
+        if spoil == "history":
+            again._history.rows.pop()
+            with pytest.raises(AssertionError):
+                assert_same_history(saddle, again)
+            continue
+        if spoil == "values":
+            again.average.values = {}
+        else:
+            again.average.count = 0
+            again.step(x)
+            saddle.step(x)
+            expected = averaged_state(saddle)
+        assert not same(expected, averaged_state(again))
+
+
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     results = []
     for save in (False, True):
@@ -215,7 +282,9 @@ def test_parameters_outside_modules_and_several_parts_are_saved(tmp_path: Path) 
         saddle.step(x, y)
     saddle.save(tmp_path / "run")
     values = [pyro.param(n).item() for n in ("scale", "shift")]
-    assert values[0] != 2.0 and values[1] != 0.0
+    with saddle.averaged():
+        averages = [pyro.param(n).item() for n in ("scale", "shift")]
+    assert values[0] != 2.0 and values[1] != 0.0 and averages != values
     losses = [saddle.step(x, y) for _ in range(3)]
     after = [pyro.param(n).item() for n in ("scale", "shift")]
     state = state_of(saddle)
@@ -223,6 +292,8 @@ def test_parameters_outside_modules_and_several_parts_are_saved(tmp_path: Path) 
     model, guide, x, y = parts()
     again = Saddle.load(tmp_path / "run", model, guide, Adam({"lr": 0.05}), x, y)
     assert [pyro.param(n).item() for n in ("scale", "shift")] == values
+    with again.averaged():
+        assert [pyro.param(n).item() for n in ("scale", "shift")] == averages
     assert [again.step(x, y) for _ in range(3)] == losses
     assert [pyro.param(n).item() for n in ("scale", "shift")] == after
     assert same(state, state_of(again))
@@ -279,11 +350,23 @@ def test_the_file_is_tensors_and_json(tmp_path: Path) -> None:
     with safe_open(tmp_path / "run", framework="pt") as file:
         metadata = file.metadata()
         keys = set(file.keys())
-        theta = file.get_tensor("ebm0/f.linear")
+        theta, average, rows = map(
+            file.get_tensor, ("ebm0/f.linear", "average/ebm0/f.linear", "history")
+        )
     assert set(metadata) == {"saddle"}
     header = json.loads(metadata["saddle"])
-    assert header["settings"] == {"step_count": 4, "num_moves": 2, "max_kl": 0.03, "seed": 7}
+    assert header["settings"] == {
+        "step_count": 4,
+        "num_moves": 2,
+        "max_kl": 0.03,
+        "average_decay": 0.15,
+        "seed": 7,
+    }
+    assert header["average"] == 4
+    assert header["history"] == ["step", *saddle.history.columns]
+    assert rows.shape == (4, len(header["history"])) and rows[:, 0].tolist() == [1, 2, 3, 4]
     assert torch.equal(theta, saddle.ebms[0].f.linear)
+    assert torch.equal(average, saddle.average.values[saddle.ebms[0].f.linear])
     assert {"ebm0/pool.u", "guide/particles_scene_z"} <= keys
     assert any(k.startswith("optim/") and k.endswith("exp_avg") for k in keys)
     content = (tmp_path / "run").read_bytes()
@@ -397,20 +480,39 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     refuses(tmp_path, "no checkpoint at")
 
 
+FIRST_FORMAT = json.dumps({"format": "pyro_lvebm saddle 1", "settings": {}, "pools": []})
+"""A header as it was before averages and histories were saved."""
+
+
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other"
     save_file({"weight": torch.zeros(3)}, path)
-    refuses(path, "has format None; expected 'pyro_lvebm saddle 1'")
+    refuses(path, "has format None; expected 'pyro_lvebm saddle 2'")
+    save_file({"weight": torch.zeros(3)}, path, metadata={"saddle": FIRST_FORMAT})
+    refuses(path, "has format 'pyro_lvebm saddle 1'; expected 'pyro_lvebm saddle 2'")
     save_file({"weight": torch.zeros(3)}, path, metadata={"saddle": '{"format": "pyro_lvebm 9"}'})
     refuses(path, "has format 'pyro_lvebm 9'")
     torch.save({"weight": torch.zeros(3)}, path)
     refuses(path, "is not a readable checkpoint")
 
 
+WITHOUT_ROWS = {
+    "format": checkpoint.FORMAT,
+    "settings": dict.fromkeys(checkpoint.SETTINGS, 1),
+    "pools": [],
+    "optim": {"__items__": []},
+    "average": 1,
+    "history": ["step"],
+}
+
+
 @pytest.mark.parametrize(
     "header",
     [
         "[]",
+        json.dumps(WITHOUT_ROWS),
+        json.dumps({**WITHOUT_ROWS, "average": "many"}),
+        json.dumps({k: v for k, v in WITHOUT_ROWS.items() if k != "average"}),
         json.dumps({"format": checkpoint.FORMAT}),
         json.dumps({"format": checkpoint.FORMAT, "settings": {}, "pools": [], "optim": {"a": 1}}),
     ],

@@ -72,7 +72,7 @@ def test_fourier_features_suit_the_dimension(
 ) -> None:
     energy = MLPEnergy(x_dim, z_dim, (4,), asked)
     assert energy.frequencies.shape == (x_dim + z_dim, columns)
-    assert energy.hidden[0].in_features == x_dim + z_dim + 2 * columns
+    assert energy.hidden[0].in_features == 2 * x_dim + z_dim + 2 * columns
 
 
 def bandwidth_p_value(dim: int, std: float, seed: int) -> float:
@@ -80,9 +80,9 @@ def bandwidth_p_value(dim: int, std: float, seed: int) -> float:
     return variance_p_value(frequencies.T, torch.full((dim,), std**2))
 
 
-@pytest.mark.parametrize(("dim", "std"), [(2, 1.5), (4, 1.5), (16, 0.75)])
+@pytest.mark.parametrize(("dim", "std"), [(2, 0.9), (4, 0.9), (16, 0.45)])
 def test_frequencies_have_their_bandwidth(dim: int, std: float) -> None:
-    """N(0, 1.5² min(1, 4/d)). False alarms: 1e-3 a case; 1.2 times the bandwidth is found."""
+    """N(0, 0.9² min(1, 4/d)). False alarms: 1e-3 a case; 1.2 times the bandwidth is found."""
     assert bandwidth_p_value(dim, std, 3) > ALPHA
     assert bandwidth_p_value(dim, 1.2 * std, 3) < CERTAIN
 

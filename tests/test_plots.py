@@ -8,11 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from pyro.optim import Adam
+from small_models import data_of, plate_model, quadratic_ebm
 
+from pyro_lvebm import AutoParticles, Saddle
 from pyro_lvebm.plots import (
+    SMOOTHING,
+    history_figure,
     image_figure,
     plot_elbo,
     plot_images,
@@ -212,6 +217,244 @@ def test_one_row_is_enough() -> None:
     assert [t.get_text() for t in axes.get_yticklabels()] == ["particles\nELBO -3.250"]
 
 
+# --- the history ----------------------------------------------------------------------------
+
+PANELS = {
+    "mean energy": "E, nats per datum",
+    "log Z online": "log Z, nats, ± 2 se",
+    "effective negatives": "ESS, chains",
+    "moves of the pool": "acceptance rate",
+    "exchanges of the pool": "swap rate",
+    "moves of the latents": "acceptance rate",
+    "held-out data": "log p(x), nats per datum, ± 2 se",
+    "size of the update": "KL(old ‖ new), nats",
+    "trust region": "halvings of the update",
+}
+LINES = {
+    "mean energy": {
+        "positive (data)": "positive_energy",
+        "negative (model)": "negative_energy",
+    },
+    "effective negatives": {"ESS": "ess"},
+    "moves of the pool": {f"level {k}": f"acceptance_{k}" for k in range(12)},
+    "exchanges of the pool": {f"levels {k} and {k + 1}": f"swap_rate_{k}" for k in range(11)},
+    "moves of the latents": {"scene_z": "latent_acceptance_scene_z", "w": "latent_acceptance_w"},
+    "size of the update": {"KL": "kl"},
+    "trust region": {"halvings": "halvings"},
+}
+
+
+def make_history(steps: int = 90) -> pd.DataFrame:
+    """A history of one LVEBM with 12 levels, evaluated every 30 steps and before the first."""
+    rng = np.random.default_rng(0)
+    names = ["loss", "kl", "log_partition", "log_partition_se"]
+    names += [name for lines in LINES.values() for name in lines.values() if name != "kl"]
+    frame = pd.DataFrame({name: rng.uniform(size=steps) for name in names})
+    frame["ess"] *= 200.0
+    frame["halvings"] = rng.integers(0, 5, steps).astype(float)
+    frame["log_partition"] -= 5.0
+    frame.index = pd.RangeIndex(1, steps + 1)
+    held_out = pd.DataFrame(
+        {"log_evidence": -rng.uniform(size=4), "log_evidence_se": rng.uniform(size=4)},
+        index=[0, 30, 60, 90],
+    )
+    return frame.join(held_out, how="outer").rename_axis("step")
+
+
+def by_title(history: pd.DataFrame) -> dict[str, Axes]:
+    axes = history_figure(history).axes
+    found = {a.get_title(): a for a in axes}
+    assert len(found) == len(axes)
+    return found
+
+
+def labelled(axes: Axes) -> dict[str, Line2D]:
+    return {str(a.get_label()): a for a in axes.lines if not str(a.get_label()).startswith("_")}
+
+
+def assert_line(line: Line2D, values: pd.Series) -> None:
+    np.testing.assert_array_equal(np.asarray(line.get_xdata()), values.index)
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), values, rtol=1e-9)
+
+
+def moving_mean(values: pd.Series) -> pd.Series:
+    """Means over the last steps, without pandas' own."""
+    last = [values.iloc[max(0, k + 1 - SMOOTHING) : k + 1].dropna() for k in range(len(values))]
+    return pd.Series([v.mean() if len(v) else np.nan for v in last], values.index)
+
+
+def test_history_has_nine_panels_with_units() -> None:
+    axes = by_title(make_history())
+    assert {title: a.get_ylabel() for title, a in axes.items()} == PANELS
+    assert all(a.get_xlabel() == "step" for a in axes.values())
+
+
+@pytest.mark.parametrize("title", LINES)
+def test_lines_are_the_steps_and_their_moving_means(title: str) -> None:
+    history = make_history()
+    axes = by_title(history)[title]
+    shown = labelled(axes)
+    assert list(shown) == list(LINES[title])
+    faint = [line for line in axes.lines if line not in shown.values()]
+    assert len(faint) == len(shown)
+    for single, (label, name) in zip(faint, LINES[title].items(), strict=True):
+        assert_line(single, history[name])
+        assert_line(shown[label], moving_mean(history[name]))
+        assert single.get_color() == shown[label].get_color()
+        assert (single.get_alpha() or 1.0) < 0.5 and shown[label].get_alpha() is None
+
+
+def test_log_z_is_shown_as_it_is_with_two_standard_errors() -> None:
+    history = make_history()
+    axes = by_title(history)["log Z online"]
+    (line,) = axes.lines
+    assert_line(line, history["log_partition"])
+    (band,) = [c for c in axes.collections if isinstance(c, FillBetweenPolyCollection)]
+    corners = {(x, round(y, 9)) for x, y in np.concatenate([p.vertices for p in band.get_paths()])}
+    for step, row in history.loc[1:].iterrows():
+        for sign in (-2, 2):
+            edge = row["log_partition"] + sign * row["log_partition_se"]
+            assert (step, round(edge, 9)) in corners
+
+
+@pytest.mark.parametrize("error", [None, np.inf])
+def test_log_z_without_an_error_has_no_band(error: float | None) -> None:
+    """A plain pool has no such column; before the first measurement the error is infinite."""
+    history = make_history().drop(columns="log_partition_se")
+    if error is not None:
+        history["log_partition_se"] = error
+    axes = by_title(history)["log Z online"]
+    assert_line(axes.lines[0], history["log_partition"])
+    assert not any(len(p.vertices) for c in axes.collections for p in c.get_paths())
+    assert axes.get_ylabel() == "log Z, nats"
+    low, high = axes.get_ylim()
+    assert -5.2 < low < high < -3.8
+
+
+def test_held_out_evidence_stands_where_it_was_evaluated() -> None:
+    history = make_history()
+    axes = by_title(history)["held-out data"]
+    (points,) = [line for line in axes.lines if line.get_marker() == "o"]
+    evaluated = history["log_evidence"].dropna()
+    assert list(evaluated.index) == [0, 30, 60, 90]
+    assert_line(points, evaluated)
+    (bars,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    error = 2 * history["log_evidence_se"].dropna()
+    for segment, (step, value) in zip(bars.get_segments(), evaluated.items(), strict=True):
+        np.testing.assert_allclose(
+            segment, [[step, value - error[step]], [step, value + error[step]]]
+        )
+
+
+def test_a_history_of_other_guides_and_no_held_out_data() -> None:
+    history = make_history().loc[1:]
+    absent = [name for name in history if str(name).startswith(("latent", "log_evidence"))]
+    axes = by_title(history.drop(columns=absent))
+    assert list(axes) == [t for t in PANELS if t not in ("moves of the latents", "held-out data")]
+
+
+def test_a_history_of_a_plain_pool_has_no_exchanges() -> None:
+    history = make_history()
+    absent = [name for name in history if str(name).startswith(("swap", "acceptance"))]
+    axes = by_title(history.drop(columns=absent).assign(acceptance_0=0.5))
+    assert "exchanges of the pool" not in axes
+    assert list(labelled(axes["moves of the pool"])) == ["level 0"]
+
+
+def test_a_model_without_an_lvebm_has_its_updates_alone() -> None:
+    axes = by_title(make_history()[["loss", "kl", "halvings"]].loc[1:])
+    assert list(axes) == ["size of the update", "trust region"]
+
+
+def test_columns_of_nothing_are_left_out() -> None:
+    history = make_history()
+    history[["swap_rate_3", "ess", "log_evidence", "log_evidence_se"]] = np.nan
+    history.loc[10:20, "kl"] = np.nan
+    axes = by_title(history)
+    assert set(PANELS) - set(axes) == {"effective negatives", "held-out data"}
+    assert "levels 3 and 4" not in labelled(axes["exchanges of the pool"])
+    (faint,) = [line for line in axes["size of the update"].lines if line.get_label() != "KL"]
+    assert_line(faint, history["kl"])
+
+
+def test_several_lvebms_have_panels_of_their_own() -> None:
+    history = make_history()
+    own = ["positive_energy", "negative_energy", "log_partition", "ess", "acceptance_0"]
+    other = (history[own] + 1.0).add_suffix("@other")
+    axes = by_title(history.join(other))
+    ends = ["mean energy", "log Z online", "effective negatives", "moves of the pool"]
+    titles = list(PANELS)
+    assert list(axes) == [*titles[:5], *(f"{t} @other" for t in ends), *titles[5:]]
+    for end, label, name in (
+        ("", "positive (data)", "positive_energy"),
+        (" @other", "positive (data)", "positive_energy@other"),
+    ):
+        line = labelled(axes[f"mean energy{end}"])[label]
+        assert_line(line, moving_mean(history.join(other)[name]))
+    assert list(labelled(axes["moves of the pool @other"])) == ["level 0"]
+    assert len(labelled(axes["moves of the pool"])) == 12
+
+
+def test_rates_and_counts_are_drawn_from_zero() -> None:
+    axes = by_title(make_history().assign(ess=256.0, halvings=0.0, latent_acceptance_w=0.01))
+    for title in ("moves of the pool", "exchanges of the pool", "moves of the latents"):
+        low, high = axes[title].get_ylim()
+        assert -0.1 < low < 0.0 and 1.0 < high < 1.1
+    assert axes["effective negatives"].get_ylim()[0] < 0.0 < 256.0
+    assert axes["effective negatives"].get_ylim()[1] > 256.0
+    low, high = axes["trust region"].get_ylim()
+    assert -0.1 < low < 0.0 and high > 1.0
+
+
+def test_a_long_ladder_has_a_short_legend() -> None:
+    axes = by_title(make_history())
+    legend = axes["exchanges of the pool"].get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()] == ["levels 0 and 1", "levels 10 and 11"]
+    colors = [line.get_color() for line in labelled(axes["exchanges of the pool"]).values()]
+    assert len(set(colors)) == 11
+    legend = axes["moves of the latents"].get_legend()
+    assert legend is not None and [t.get_text() for t in legend.get_texts()] == ["scene_z", "w"]
+
+
+def test_an_empty_history_is_refused() -> None:
+    for empty in (pd.DataFrame(), make_history()[[]], make_history()[["loss"]]):
+        with pytest.raises(ValueError, match="no numbers to draw: take a step first"):
+            history_figure(empty)
+
+
+def test_a_short_history_can_be_drawn(tmp_path: Path) -> None:
+    for panel in panels(history_figure(make_history(90).loc[[1]]), tmp_path / "figure.png"):
+        assert panel.size > 10_000
+
+
+def test_nothing_in_a_history_overlaps(tmp_path: Path) -> None:
+    history = make_history()
+    own = ["positive_energy", "negative_energy", "log_partition", "ess", "acceptance_0"]
+    figure = history_figure(history.join(1e9 * history[own].add_suffix("@other")))
+    for panel in panels(figure, tmp_path / "figure.png"):
+        assert panel.size > 10_000 and panel.std() > 0.02
+    boxes = [a.get_tightbbox() for a in figure.axes]
+    for k, box in enumerate(boxes):
+        assert box is not None and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 + 1
+        assert not any(other is not None and box.overlaps(other) for other in boxes[:k])
+
+
+def test_the_history_of_a_saddle_can_be_drawn() -> None:
+    ebm = quadratic_ebm()
+    model = plate_model(ebm, 8)
+    saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 0.01}), num_moves=2)
+    x = data_of(ebm, 16)
+    saddle.fit(x, num_steps=3, held_out=(x,), evaluate_every=2, progress=False)
+    axes = by_title(saddle.history)
+    assert {title: a.get_ylabel() for title, a in axes.items()} == PANELS
+    for title, lines in LINES.items():
+        present = [label for label, name in lines.items() if name in saddle.history]
+        if title != "moves of the latents":
+            assert list(labelled(axes[title])) == present
+
+
 # --- files ----------------------------------------------------------------------------------
 
 
@@ -264,4 +507,5 @@ def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
     before, backend = plt.get_fignums(), matplotlib.get_backend()
     save_figure(make_image_figure(), tmp_path / "a.png")
     save_figure(table_figure(np.ones((3, 2)), np.zeros((3, 2)), ROWS), tmp_path / "b.png")
+    save_figure(history_figure(make_history()), tmp_path / "c.png")
     assert plt.get_fignums() == before and matplotlib.get_backend() == backend

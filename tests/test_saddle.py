@@ -685,6 +685,7 @@ def test_any_elbo_with_any_guide_trains_the_energy(
     assert error < 0.2 and gain > 0.1
 
 
+@pytest.mark.filterwarnings("ignore::pyro_lvebm.validation.TrainingWarning")  # rightly raised
 @pytest.mark.parametrize("kind", ["SVI", "Saddle"])
 def test_without_the_gradient_of_log_z_the_energy_collapses(
     kind: str, monkeypatch: pytest.MonkeyPatch

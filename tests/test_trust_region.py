@@ -64,15 +64,15 @@ def test_halvings_are_the_fewest_that_suffice(
         calls.append(p.clone())
         return (p - old).square().sum()
 
-    halvings = shrink_to_trust_region([p], [old], divergence, radius, max_halvings)
+    halvings, moved = shrink_to_trust_region([p], [old], divergence, radius, max_halvings)
     needed = next(k for k in range(60) if (size / 2**k) ** 2 <= radius * (1 + 1e-9))
     borderline = abs((size / 2**needed) ** 2 / radius - 1) < 1e-6
     if needed <= max_halvings and not borderline:
         assert halvings == needed
         torch.testing.assert_close(p - old, torch.tensor([size / 2**needed, 0.0]).double())
-        assert divergence() <= radius
+        assert moved == divergence() <= radius
     elif not borderline:
-        assert halvings == max_halvings + 1
+        assert (halvings, moved) == (max_halvings + 1, 0.0)
         assert torch.equal(p, old)
     assert len(calls) <= max_halvings + 2
 
@@ -86,21 +86,22 @@ def test_an_update_that_stays_too_large_is_undone(value: float) -> None:
         calls.append(0)
         return torch.tensor(value)
 
-    assert shrink_to_trust_region(params, before, divergence, 0.5, max_halvings=3) == 4
+    assert shrink_to_trust_region(params, before, divergence, 0.5, max_halvings=3) == (4, 0.0)
     assert len(calls) == 4
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
 def test_nan_parameters_are_undone() -> None:
     p, old = torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 1.0])
-    assert shrink_to_trust_region([p], [old], lambda: p.sum().abs(), 10.0) == 21
+    assert shrink_to_trust_region([p], [old], lambda: p.sum().abs(), 10.0) == (21, 0.0)
     assert torch.equal(p, old)
 
 
 def test_a_small_update_is_kept_bit_for_bit() -> None:
     params, before = pair(torch.float32)
     after = [p.detach().clone() for p in params]
-    assert shrink_to_trust_region(params, before, lambda: torch.tensor(0.1), 0.1) == 0
+    moved = torch.tensor(0.1)
+    assert shrink_to_trust_region(params, before, lambda: moved, 0.2) == (0, moved.item())
     assert all(torch.equal(p, a) for p, a in zip(params, after, strict=True))
 
 
@@ -122,9 +123,9 @@ def test_a_model_moves_by_no_more_than_the_radius(radius: float) -> None:
         energy.linear.copy_(torch.tensor([1.0, -2.0, 1.0]))
         energy.raw_tril.fill_(0.2)
     far = ebm.kl_of_update()
-    halvings = shrink_to_trust_region(params, before, ebm.kl_of_update, radius)
+    halvings, moved = shrink_to_trust_region(params, before, ebm.kl_of_update, radius)
     assert 1 <= halvings <= 10 < far / radius
-    assert radius / 8 < ebm.kl_of_update() <= radius
+    assert radius / 8 < moved == ebm.kl_of_update() <= radius
     torch.testing.assert_close(
         energy.linear.detach(), torch.tensor([1.0, -2.0, 1.0]) / 2.0**halvings
     )

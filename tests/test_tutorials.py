@@ -28,8 +28,11 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_there_is_a_quickstart() -> None:
-    assert "quickstart" in [path.stem for path in TUTORIALS]
+@pytest.mark.parametrize("name", ["quickstart", "when_training_goes_wrong"])
+def test_a_tutorial_has_a_page(name: str) -> None:
+    assert name in [path.stem for path in TUTORIALS]
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"<!-- tutorial: {name} -->\n")
 
 
 @pytest.mark.slow

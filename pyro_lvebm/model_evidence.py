@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates for every datum of a Pyro model, and the log evidence as the first of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_lvebm.annealing import log_mean_exp, log_mean_std_error
+from pyro_lvebm.guides import AutoParticles
+from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks
+from pyro_lvebm.log_evidence import anneal_latents
+from pyro_lvebm.rng import generator_for
+from pyro_lvebm.tracing import Model, at_minibatch, cover, plate_nesting, vectorise
+
+Estimate = Callable[[LatentBlock, torch.Generator], tuple[Tensor, Tensor]]
+"""Maps the latents of a minibatch to a value and a standard error for every datum (*batch)."""
+
+
+class Terms(NamedTuple):
+    """Monte Carlo estimates for every datum, in nats."""
+
+    value: Tensor  # (N,)
+    std_error: Tensor  # (N,)
+
+    def mean(self) -> tuple[float, float]:
+        """Mean over the data, and its Monte Carlo standard error."""
+        n = len(self.value)
+        value, error = self.value.double(), self.std_error.double()
+        return float(value.mean()), float((error**2).sum().sqrt()) / n
+
+    def mean_std_error(self) -> float:
+        """Standard error of the mean as an estimate for new data; NaN for a single datum."""
+        if len(self.value) < 2:
+            return math.nan
+        return float(self.value.double().std()) / math.sqrt(len(self.value))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A model and its arguments, to go through all data in minibatches of the model's own size."""
+
+    model: Model
+    prototype: Trace
+    probe: AutoParticles  # names the latents; its one particle is not used
+    seed: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Model, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sweep:
+        """Run the model once, and name its latents."""
+        prototype = poutine.trace(model).get_trace(*args, **kwargs)
+        probe = AutoParticles(model, 1)
+        probe(*args, **kwargs)
+        return cls(model, prototype, probe, seed, args, kwargs)
+
+    def over_data(
+        self,
+        estimate: Estimate,
+        stream: int,
+        particles: AutoParticles | None = None,
+        guide: Model | None = None,
+    ) -> Terms:
+        """Collect an estimate for every datum, minibatch by minibatch.
+
+        Args:
+            estimate: What to estimate.
+            stream: Names the random numbers, together with the seed.
+            particles: Where the latents are; the probe by default.
+            guide: The guide that holds the particles, and perhaps more.
+
+        Raises:
+            ValueError: If the latents do not all lie in the same plates.
+        """
+        particles = self.probe if particles is None else particles
+        guide = particles if guide is None else guide
+        nesting = plate_nesting(self.prototype)
+        values: list[Tensor] = []
+        errors: list[Tensor] = []
+        for number, batch in enumerate(cover(self.prototype)):
+            fixed = at_minibatch(guide, batch.nodes)
+            vectorised = vectorise(fixed, particles.num_particles, nesting)
+            guide_trace = poutine.trace(vectorised).get_trace(*self.args, **self.kwargs)
+            blocks, _ = latent_blocks(
+                self.model, particles, guide_trace, nesting, self.args, self.kwargs
+            )
+            if len(blocks) != 1 or blocks[0].is_global:
+                groups = [[c.name for c in b.columns] for b in blocks]
+                raise ValueError(
+                    "estimates for every datum need a model whose latents all lie in the same "
+                    f"plates; this one has them in the groups {groups}, or outside the subsampled "
+                    "plate"
+                )
+            generator = generator_for(self.seed, 21, stream, number, device=blocks[0].v.device)
+            value, error = estimate(blocks[0], generator)
+            values.append(batch.drop_repeats(value, 0).flatten())
+            errors.append(batch.drop_repeats(error, 0).flatten())
+        return Terms(torch.cat(values), torch.cat(errors))
+
+
+def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int = 8) -> Terms:
+    """Estimate log p(x_i) = log ∫ p(x_i, z) dz of every datum, with the pools' present log Z.
+
+    Latents are annealed from a standard normal by sequential Monte Carlo, as in `log_evidence`.
+
+    Args:
+        sweep: The model and its data, with θ frozen.
+        num_particles: Particles of each run, for each datum.
+        num_runs: Independent runs for each datum.
+    """
+
+    def estimate(block: LatentBlock, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        batch, dim = block.v.shape[1:-1], block.v.shape[-1]
+        log_c = anneal_latents(
+            as_problems(block.f, batch),
+            (batch.numel(), num_particles, dim),
+            block.v,
+            num_runs=num_runs,
+            num_moves=2,
+            relative_ess=0.9,
+            generator=generator,
+        )
+        value = log_mean_exp(log_c, 0).reshape(batch) + block.offset
+        return value, log_mean_std_error(log_c, 0).reshape(batch)
+
+    return sweep.over_data(estimate, 0)

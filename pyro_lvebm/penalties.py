@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Penalties on energies, added to the loss of a `Saddle`.
+
+Each function here returns a penalty: a function that maps an `LVEBM` to a scalar in nats. The loss
+it is added to is a sum over all data, so a strength per datum is to be multiplied by their number.
+Training does not need penalties; they are for a smoother energy, or fewer effective parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_lvebm.model import LVEBM
+
+Penalty = Callable[[LVEBM], Tensor]
+
+
+def energy_l2(strength: float) -> Penalty:
+    """Penalise large residual energies of the negatives: strength · E_pool[f²].
+
+    It pulls the model towards its base, where f = 0.
+
+    Args:
+        strength: Factor of the penalty, per nat, not negative.
+
+    Raises:
+        ValueError: If the strength is negative.
+
+    Source:
+        Du and Mordatch (2019), Implicit generation and modeling with energy-based models, section
+        3.3, with the negatives alone: observed x have no finite energy to be pulled back from.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, MLPEnergy
+        >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1)
+        >>> energy_l2(0.1)(ebm).item()  # an untrained f is zero
+        0.0
+    """
+    _check(strength)
+
+    def penalty(ebm: LVEBM) -> Tensor:
+        u, log_w = ebm.pool.negatives()
+        return strength * (log_w.exp() * ebm.residual(u) ** 2).sum()
+
+    return penalty
+
+
+def spectral_norm(strength: float) -> Penalty:
+    """Penalise the Lipschitz constant: ½ strength Σ σ(W)², σ the largest singular value.
+
+    The sum is over the weight matrices of the energy.
+
+    Args:
+        strength: Factor of the penalty, not negative.
+
+    Raises:
+        ValueError: If the strength is negative.
+
+    Source:
+        Yoshida and Miyato (2017), Spectral norm regularization for improving the generalizability
+        of deep learning, equation 4.
+    """
+    _check(strength)
+
+    def penalty(ebm: LVEBM) -> Tensor:
+        norms = [torch.linalg.matrix_norm(w, ord=2) for w in _matrices(ebm)]
+        return 0.5 * strength * torch.stack([s**2 for s in norms]).sum()
+
+    return penalty
+
+
+def weight_decay(strength: float) -> Penalty:
+    """Penalise the size of the weights: ½ strength Σ |W|², over the weight matrices.
+
+    Args:
+        strength: Factor of the penalty, not negative.
+
+    Raises:
+        ValueError: If the strength is negative.
+
+    Source:
+        Krogh and Hertz (1991), A simple weight decay can improve generalization, equation 3.
+    """
+    _check(strength)
+
+    def penalty(ebm: LVEBM) -> Tensor:
+        return 0.5 * strength * torch.stack([(w**2).sum() for w in _matrices(ebm)]).sum()
+
+    return penalty
+
+
+def _matrices(ebm: LVEBM) -> list[Tensor]:
+    matrices: list[Tensor] = [p for p in ebm.f.parameters() if p.dim() == 2]
+    if not matrices:
+        raise ValueError("the energy has no weight matrix to penalise")
+    return matrices
+
+
+def _check(strength: float) -> None:
+    if not strength >= 0:
+        raise ValueError(f"strength must not be negative; got {strength}")

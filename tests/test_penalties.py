@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from linear_gaussian import make_neural
+from pool_models import LINEAR, PRECISION, frozen_ebm
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import SGD, Adam
+from referee import ALPHA, CERTAIN, gaussian_draws, gaussian_moments, mean_p_value, normal
+from small_models import data_of, plate_model, quadratic_ebm, tiny_pool, warm
+from torch import Tensor, nn
+
+from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, Saddle, TemperedPool, lvebm
+from pyro_lvebm.penalties import Penalty, energy_l2, spectral_norm, weight_decay
+
+PENALTIES: dict[str, Callable[[float], Penalty]] = {
+    "energy_l2": energy_l2,
+    "spectral_norm": spectral_norm,
+    "weight_decay": weight_decay,
+}
+
+
+@pytest.fixture
+def ebm() -> LVEBM:
+    """A network far from its base, with a pool that has followed it."""
+    return warm(make_neural(2, 1, pool=TemperedPool(3, 30, num_moves=2, seed=1)), 5)
+
+
+def weights_of(ebm: LVEBM) -> list[np.ndarray]:
+    layers = [*ebm.f.hidden, ebm.f.out]
+    return [layer.weight.detach().numpy() for layer in layers]
+
+
+def flat(params: list[Tensor]) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in params])
+
+
+# --- values ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7, 30.0])
+def test_energy_l2_is_the_weighted_mean_square_of_f(ebm: LVEBM, strength: float) -> None:
+    """With f written out in data coordinates, and weights that are not equal."""
+    u, log_w = ebm.pool.negatives()
+    x, z = ebm.unwhiten(u)
+    f = (ebm.energy(x, z) + ebm.base_x.log_prob(x) + ebm.base_z.log_prob(z)).detach().numpy()
+    weights = log_w.exp().numpy()
+    assert weights.max() > 2.0 / len(weights)
+    value = energy_l2(strength)(ebm)
+    assert value.item() == pytest.approx(strength * (weights * f**2).sum(), rel=1e-9)
+
+
+def exact_mean_square() -> float:
+    """E[f²] of f = ½ uᵀAu + bᵀu under the model: the moments of a quadratic form."""
+    a, b = PRECISION.numpy() - np.eye(3), LINEAR.numpy()
+    mean, covariance = gaussian_moments(PRECISION, LINEAR)
+    slope = a @ mean + b
+    first = 0.5 * np.trace(a @ covariance) + 0.5 * mean @ a @ mean + b @ mean
+    return float(
+        first**2 + 0.5 * np.trace(a @ covariance @ a @ covariance) + slope @ covariance @ slope
+    )
+
+
+def mean_squares(weighted: bool) -> list[float]:
+    """The penalty of 60 pools whose last level, alone, has exact draws of the model."""
+    values = []
+    for seed in range(60):
+        ebm = frozen_ebm(TemperedPool(2, 200), dtype=torch.float64)
+        u = torch.stack([normal((200, 3), 500 + seed), normal((200, 3), 0)])
+        u[1] = gaussian_draws(PRECISION, LINEAR, (200,), seed)
+        ebm.pool.u = u
+        log_w = torch.full((2, 200), -math.inf).double()
+        log_w[1] = -math.log(200)
+        if weighted:
+            ebm.pool.log_weights = log_w.flatten()
+        values.append(energy_l2(1.0)(ebm).item())
+    return values
+
+
+def test_energy_l2_is_the_mean_square_under_the_model() -> None:
+    """Student's test against the moments of a quadratic form; false alarm 1e-3."""
+    assert mean_p_value(mean_squares(weighted=True), exact_mean_square()) > ALPHA
+
+
+def test_the_check_fails_without_the_weights() -> None:
+    assert mean_p_value(mean_squares(weighted=False), exact_mean_square()) < CERTAIN
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 12.0])
+def test_spectral_norm_is_half_the_squared_largest_singular_values(
+    ebm: LVEBM, strength: float
+) -> None:
+    norms = [np.linalg.svd(w, compute_uv=False)[0] for w in weights_of(ebm)]
+    expected = 0.5 * strength * sum(s**2 for s in norms)
+    assert len(norms) == 2 and spectral_norm(strength)(ebm).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 12.0])
+def test_weight_decay_is_half_the_sum_of_squares(ebm: LVEBM, strength: float) -> None:
+    """Of weights alone: biases and fixed frequencies are free."""
+    expected = 0.5 * strength * sum((w**2).sum() for w in weights_of(ebm))
+    assert weight_decay(strength)(ebm).item() == pytest.approx(expected)
+    with torch.no_grad():
+        for layer in [*ebm.f.hidden, ebm.f.out]:
+            layer.bias += 100.0
+    ebm.f.frequencies += 100.0
+    assert weight_decay(strength)(ebm).item() == pytest.approx(expected)
+
+
+# --- gradients ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gradients_are_finite_differences(name: str, ebm: LVEBM) -> None:
+    """Along six directions; pool and weights are held, as in a step."""
+    params = [p for p in ebm.f.parameters() if p.requires_grad]
+    penalty = PENALTIES[name](0.8)
+    penalty(ebm).backward()
+    grad = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params]
+    )
+    assert grad.norm() > 0.1
+    start, eps = flat(params), 1e-5
+    for k in range(6):
+        direction = normal((len(start),), 40 + k)
+        direction /= direction.norm()
+        ends = []
+        for sign in (1.0, -1.0):
+            nn.utils.vector_to_parameters(start + sign * eps * direction, params)
+            ends.append(penalty(ebm).item())
+        slope = (ends[0] - ends[1]) / (2 * eps)
+        assert slope == pytest.approx(float(grad @ direction), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_an_untrained_network_has_finite_gradients(name: str) -> None:
+    """Its last layer is zero, where the largest singular value has a kink."""
+    x = data_of(quadratic_ebm(2, 1), 30)
+    ebm = LVEBM.from_data(MLPEnergy(2, 1, hidden=(5,)), x, z_dim=1, pool=tiny_pool())
+    PENALTIES[name](2.0)(ebm).backward()
+    for p in ebm.f.parameters():
+        assert p.grad is None or torch.isfinite(p.grad).all()
+    assert ebm.f.out.weight.grad is None or not ebm.f.out.weight.grad.any()
+
+
+def test_negatives_get_no_gradient(ebm: LVEBM) -> None:
+    energy_l2(1.0)(ebm).backward()
+    assert not any(part.requires_grad for part in ebm.pool.negatives())
+
+
+# --- in training ----------------------------------------------------------------------------
+
+
+def trained(penalties: list[Penalty], steps: int = 60, lr: float = 0.02) -> tuple[Saddle, Tensor]:
+    pyro.clear_param_store()
+    x = normal((60, 2), 8) ** 3
+    energy = MLPEnergy(2, 1, hidden=(12,), fourier_features=0, seed=1)
+    ebm = LVEBM.from_data(energy, x, z_dim=1, pool=TemperedPool(4, 40, num_moves=3))
+    model = plate_model(ebm, 20)
+    saddle = Saddle(
+        model, AutoParticles(model, 2), Adam({"lr": lr}), num_moves=3, penalties=penalties
+    )
+    for _ in range(steps):
+        saddle.step(x)
+    return saddle, x
+
+
+@pytest.fixture(scope="module")
+def free() -> Saddle:
+    return trained([])[0]
+
+
+def size(saddle: Saddle) -> float:
+    return sum(float((w**2).sum()) for w in weights_of(saddle.ebms[0]))
+
+
+def test_a_strong_weight_decay_shrinks_the_weights(free: Saddle) -> None:
+    decayed, _ = trained([weight_decay(2000.0)])
+    assert size(decayed) < 0.2 * size(free)
+
+
+def test_a_strong_spectral_norm_shrinks_the_largest_singular_values(free: Saddle) -> None:
+    decayed, _ = trained([spectral_norm(2000.0)])
+    pairs = zip(weights_of(decayed.ebms[0]), weights_of(free.ebms[0]), strict=True)
+    assert all(np.linalg.norm(a, 2) < 0.7 * np.linalg.norm(b, 2) for a, b in pairs)
+
+
+def test_a_strong_energy_l2_keeps_the_model_at_its_base(free: Saddle) -> None:
+    held, _ = trained([energy_l2(2000.0)])
+    mean_squares = [energy_l2(1.0)(s.ebms[0]).item() for s in (held, free)]
+    assert mean_squares[0] < 0.02 * mean_squares[1]
+
+
+def test_without_strength_training_is_what_it_was(free: Saddle) -> None:
+    """Bit for bit, and any number of penalties is allowed."""
+    same, _ = trained([energy_l2(0.0), weight_decay(0.0)])
+    for a, b in zip(free.ebms[0].f.parameters(), same.ebms[0].f.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert free.history.equals(same.history)
+
+
+def test_penalties_add_up_in_the_loss() -> None:
+    """With θ held still the loss of a step grows by the sum over penalties."""
+    x, penalties = data_of(quadratic_ebm(), 20), [energy_l2(3.0), weight_decay(5.0)]
+    losses = []
+    for chosen in ([], penalties):
+        pyro.clear_param_store()
+        ebm = warm(quadratic_ebm(), 3)
+        model = plate_model(ebm)
+        saddle = Saddle(model, AutoParticles(model, 2), SGD({"lr": 0.0}), penalties=chosen)
+        losses.append(saddle.step(x))
+        expected = sum(p(ebm).item() for p in penalties)
+    assert expected > 1.0
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-9)
+    assert saddle.history["loss"].tolist() == losses[1:]
+
+
+def test_a_penalised_step_is_free_of_warnings_of_torch() -> None:
+    """Warnings are errors here; torch gives some of them once, unless told otherwise."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        trained([energy_l2(0.1), spectral_norm(0.1), weight_decay(0.1)], steps=2)
+    finally:
+        torch.set_warn_always(always)
+
+
+def test_a_step_along_a_penalty_is_its_gradient() -> None:
+    """Two plain steps of SGD differ by lr times the gradients of all LVEBMs' penalties."""
+    results = []
+    for strength in (0.0, 0.4):
+        pyro.clear_param_store()
+        a, b = warm(quadratic_ebm(3, 2, seed=1), 2), warm(quadratic_ebm(2, 1, seed=2), 2)
+        x, y = data_of(a, 20), data_of(b, 20)
+
+        def model(x: Tensor, y: Tensor, a: LVEBM = a, b: LVEBM = b) -> None:
+            with pyro.plate("data", 20):
+                lvebm("first", a, obs=x)
+                lvebm("second", b, obs=y)
+
+        guide, optim = AutoParticles(model, 2), SGD({"lr": 1e-4})
+        penalties = [weight_decay(strength)]
+        saddle = Saddle(model, guide, optim, penalties=penalties, max_kl=math.inf)
+        before = [e.f.raw_tril.detach().clone() for e in (a, b)]
+        saddle.step(x, y)
+        results.append([e.f.raw_tril.detach().clone() for e in (a, b)])
+    for old, free, decayed in zip(before, *results, strict=True):
+        torch.testing.assert_close(free - decayed, 1e-4 * 0.4 * old, rtol=1e-6, atol=1e-12)
+
+
+def test_a_frozen_energy_is_not_penalised() -> None:
+    ebm = warm(quadratic_ebm(), 3)
+    model, x = plate_model(ebm), data_of(ebm, 20)
+    losses = []
+    for penalties in ([], [weight_decay(1e6)]):
+        pyro.clear_param_store()
+        saddle = Saddle(model, AutoNormal(model), Adam({"lr": 0.01}), penalties=penalties)
+        with ebm.frozen():
+            losses.append([saddle.step(x) for _ in range(2)])
+    assert losses[0] == losses[1]
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    """An energy without a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
+        self.register_buffer("matrix", torch.eye(3))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return (torch.cat([x, z], -1) * self.slope).sum(-1).sin()
+
+
+@pytest.mark.parametrize("make", [spectral_norm, weight_decay])
+def test_an_energy_without_matrices_is_refused(make: Callable[[float], Penalty]) -> None:
+    bases = [dist.Normal(torch.zeros(k), 1.0).to_event(1) for k in (2, 1)]
+    ebm = LVEBM(Bare(), *bases, pool=tiny_pool())
+    with pytest.raises(ValueError, match="the energy has no weight matrix to penalise"):
+        make(1.0)(ebm)
+    assert math.isfinite(energy_l2(1.0)(ebm).item())
+    model, x = plate_model(ebm), normal((10, 2), 0, torch.float32)
+    saddle = Saddle(model, AutoParticles(model), Adam({"lr": 0.01}), penalties=[make(1.0)])
+    with pytest.raises(ValueError, match="no weight matrix to penalise"):
+        saddle.step(x)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("strength", [-1e-9, -2.0, math.nan])
+def test_negative_strengths_are_refused(name: str, strength: Any) -> None:
+    with pytest.raises(ValueError, match=f"strength must not be negative; got {strength}"):
+        PENALTIES[name](strength)
