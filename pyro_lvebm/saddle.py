@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from pyro_lvebm.inspection import Anatomy, inspect
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.model_evidence import Sweep, model_log_evidence
+from pyro_lvebm.model_evidence import Sweep, missed_log_z, model_log_evidence
 from pyro_lvebm.penalties import Penalty
 from pyro_lvebm.positive import move_block
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
@@ -40,6 +41,7 @@ from pyro_lvebm.tracing import (
     PositivePairs,
     all_nodes,
     at_minibatch,
+    energy_modules,
     frozen,
     subsample_nodes,
     vectorise,
@@ -194,7 +196,8 @@ class Saddle(SVI):
                 update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`
                 leaves the updates as the optimiser made them.
             held_out: Arguments of the model for held-out data, as a tuple; keyword arguments are
-                those of the training data.
+                those of the training data. A plate needs as many rows as it subsamples: use
+                `subsample_size=min(256, len(x))`.
             patience: Stop after this many evaluations without a better one. None takes all steps.
             evaluate_every: Steps from one evaluation to the next.
             progress: Show a progress bar with the loss, and with log Z and ESS of the pool.
@@ -226,7 +229,7 @@ class Saddle(SVI):
         best: _Best | None = None
         if held_out is not None:
             self._prepare(args, kwargs)
-            start = {p: p.detach().clone() for p in self._params()}
+            start = {p: p.detach().clone() for p in self._params()} | self.average.copy()
             best = _Best(self._evaluate(held_out, kwargs), start, pool_snapshot(self.ebms))
         with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
             for t in bar:
@@ -236,7 +239,8 @@ class Saddle(SVI):
                 if best is None or ((t + 1) % evaluate_every and t + 1 < num_steps):
                     continue
                 value = self._evaluate(held_out or (), kwargs)
-                if value > best.value:
+                # Where only a guide is trained the evidence stays, and the last one is the best.
+                if value >= best.value:
                     best = _Best(value, self.average.copy(), pool_snapshot(self.ebms))
                 else:
                     best.misses += 1
@@ -251,10 +255,15 @@ class Saddle(SVI):
 
         After the block, parameters and pools are as they were.
         """
-        put_back = pool_snapshot(self.ebms)
+        with self._averaged(self.ebms):
+            yield
+
+    @contextmanager
+    def _averaged(self, ebms: list[LVEBM]) -> Iterator[None]:
+        put_back = pool_snapshot(ebms)
         with self.average.swapped_in():
-            self._settle()
             try:
+                _settle(ebms)
                 yield
             finally:
                 put_back()
@@ -265,8 +274,9 @@ class Saddle(SVI):
             mean_i log ∫ p_θ̄(x_i, z) dz
 
         Latents are annealed as in `compare_elbo`, with few particles; log Z is that of the pools
-        after they have followed θ̄. This is a quick estimate to steer by. To publish, use the
-        functions `log_evidence` and `log_partition`, which bracket log Z.
+        after they have followed θ̄, or a larger one found by annealing. This is a quick estimate
+        to steer by. To publish, use the functions `log_evidence` and `log_partition`, which bracket
+        log Z.
 
         Args:
             args: Arguments of the model, with the data to evaluate.
@@ -280,10 +290,12 @@ class Saddle(SVI):
         """
         device = self._device(args, kwargs)
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
-            with self.averaged(), frozen(self.ebms):
-                sweep = Sweep.of(self.model, self.seed, args, kwargs)
+            sweep = Sweep.of(self.model, self.seed, args, kwargs)
+            ebms = energy_modules(sweep.prototype)
+            with self._averaged(ebms), frozen(ebms):
                 terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
-        return terms.mean()[0], terms.mean_std_error()
+                missed = sum(missed_log_z(ebm, self.seed) for ebm in ebms)
+        return terms.mean()[0] - missed, terms.mean_std_error()
 
     def sample_posterior(
         self,
@@ -435,16 +447,12 @@ class Saddle(SVI):
         owned = [p for module in self._modules().values() for p in module.parameters()]
         return list({id(p): p for p in [*owned, *loose]}.values())
 
-    def _settle(self) -> None:
-        """Let the pools catch up with the present θ, unless θ was held fixed."""
-        for ebm in self.ebms:
-            if any(p.requires_grad for p in ebm.f.parameters()):
-                for _ in range(_SETTLING_REFRESHES):
-                    ebm.pool.refresh(ebm)
-                ebm.mark_pool(fresh=True)
-
     def _evaluate(self, held_out: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        value, error = self.log_evidence(*held_out, **kwargs)
+        try:
+            value, error = self.log_evidence(*held_out, **kwargs)
+        except RuntimeError as failure:
+            self._warn("evaluation", f"held-out data could not be evaluated: {failure}")
+            value, error = -math.inf, math.nan
         self._history.record(self.step_count, log_evidence=value, log_evidence_se=error)
         return value
 
@@ -455,15 +463,14 @@ class Saddle(SVI):
             trained = self.average.values
             self.average.values = {p: v for p, v in best.values.items() if p in trained}
         assign(self.average.values)
-        self._settle()
+        _settle(self.ebms)
 
-    def _record(self, loss: float, kl: float, pairs: PositivePairs) -> None:
+    def _record(self, loss: float, kl: float, positive: dict[str, float]) -> None:
         """Add a row to the history, and warn where the last rows say that something is wrong."""
         assert self._anatomy is not None
         row = {"loss": loss, "kl": kl, "halvings": float(self.halvings)}
         row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
         num_chains: dict[str, int] = {}
-        positive = pairs.mean_energies()
         for name, ebm in self._anatomy.ebms.items():
             suffix = f"@{name}" if num_chains else ""
             num_chains[suffix] = len(ebm.pool.log_weights)
@@ -472,9 +479,14 @@ class Saddle(SVI):
         self._history.record(self.step_count, **row)
         if self.step_count % WINDOW == 0:
             for key, text in symptoms(self._history.rows[-WINDOW:], num_chains).items():
-                if key not in self._warned:
-                    self._warned.add(key)
-                    warnings.warn(f"step {self.step_count}: {text}", TrainingWarning, stacklevel=2)
+                self._warn(key, text)
+
+    def _warn(self, key: str, text: str) -> None:
+        """Warn of a symptom, once."""
+        if key not in self._warned:
+            self._warned.add(key)
+            # From here over the step or evaluation, and `step` or `fit`, to their caller.
+            warnings.warn(f"step {self.step_count}: {text}", TrainingWarning, stacklevel=5)
 
     def _status(self, losses: list[float]) -> dict[str, str]:
         recent = losses[-50:]
@@ -504,14 +516,12 @@ class Saddle(SVI):
     def _step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         device = self._device(args, kwargs)
         self._prepare(args, kwargs)
-        pairs = PositivePairs()
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             with unchanged_on_error(self.ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
-                with pairs:
-                    loss, kl = self._ascend(factor, choices, args, kwargs)
+                loss, kl, positive = self._ascend(factor, choices, args, kwargs)
         self.step_count += 1
-        self._record(loss, kl, pairs)
+        self._record(loss, kl, positive)
         return loss
 
     def _positive_phase(
@@ -544,11 +554,16 @@ class Saddle(SVI):
         choices: dict[str, Node],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[float, float]:
-        """Take one optimiser step on the chosen minibatch; return the loss and the KL."""
+    ) -> tuple[float, float, dict[str, float]]:
+        """Take one optimiser step on the chosen minibatch.
+
+        Returns:
+            The loss and the mean positive energies before the update, and the KL of the update.
+        """
         guide = at_minibatch(self.guide, choices) if choices else self.guide
         model = at_minibatch(self.model, choices) if choices else self.model
-        with warnings.catch_warnings(), poutine.trace(param_only=True) as capture:
+        pairs = PositivePairs()
+        with warnings.catch_warnings(), pairs, poutine.trace(param_only=True) as capture:
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
             try:
                 loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
@@ -564,6 +579,7 @@ class Saddle(SVI):
         params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
         try:
             check_finite(loss, params, self._last_good, self.step_count)
+            positive = pairs.mean_energies()
             self._last_good, self.halvings, kl = bounded_step(
                 self.optim,
                 params,
@@ -575,7 +591,7 @@ class Saddle(SVI):
         finally:
             zero_grads(params)
         self.average.update(params)
-        return loss, kl
+        return loss, kl, positive
 
     def _penalise(self) -> float:
         """Add the gradients of the penalties, and return their sum."""
@@ -584,8 +600,17 @@ class Saddle(SVI):
             if any(p.requires_grad for p in ebm.f.parameters()):
                 penalty = torch.stack([p(ebm) for p in self.penalties]).sum()
                 penalty.backward()
-                total += float(penalty)
+                total += float(penalty.detach())
         return total
+
+
+def _settle(ebms: list[LVEBM]) -> None:
+    """Let the pools catch up with the present θ, unless θ is held fixed."""
+    for ebm in ebms:
+        if any(p.requires_grad for p in ebm.f.parameters()):
+            for _ in range(_SETTLING_REFRESHES):
+                ebm.pool.refresh(ebm)
+            ebm.mark_pool(fresh=True)
 
 
 @dataclass

@@ -107,9 +107,10 @@ losses = saddle.fit(
 )
 
 # %% [markdown]
-# `saddle.history` has a row for every step. On the left is what `fit` stops by. On the right is the
-# pool's running estimate of $\log Z_\theta$, which starts at zero because the untrained model is
-# the Gaussian, and the pool's effective sample size, which falls as the model moves away from it.
+# `saddle.history` has a row for every step. On the left is what `fit` stops by. In the middle is
+# the pool's running estimate of $\log Z_\theta$, which starts at zero because the untrained model
+# is the Gaussian; on the right its effective sample size, which falls as the model moves away from
+# that Gaussian.
 
 # %%
 history = saddle.history
@@ -166,7 +167,7 @@ def attractor(ax, rows, title, **colour):
     ax.set(xticks=(-15, 0, 15), yticks=(-20, 0, 20), zticks=(0, 25, 50))
     ax.set(xlabel="X", ylabel="Y", zlabel="Z")
     ax.view_init(elev=10, azim=-50)
-    ax.set_box_aspect((1, 1, 0.8), zoom=0.9)  # leaves room for the label of the vertical axis
+    ax.set_box_aspect((1, 1, 0.8), zoom=0.82)  # leaves room for the label of the vertical axis
     return points
 
 
