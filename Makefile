@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test demo lint docs bench clean
+.PHONY: help setup test demo lint docs bench bench-training clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Create .venv and install the package with pinned dependencies.
 
@@ -51,6 +51,10 @@ docs: setup ## Build the documentation into docs/_build/html; warnings are error
 
 bench: setup ## Print speed ratios; QUICK=1 for a short run.
 	$(BIN)/python -m benchmarks.speed $(if $(filter-out 0,$(QUICK)),--quick)
+
+# One process for each core, with one thread each.
+bench-training: setup ## Train on every data set of the suite, beside peers; QUICK=1 for minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## Remove outputs and caches; keep .venv.
 	rm -rf demo docs/_build build dist *.egg-info

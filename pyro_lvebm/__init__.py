@@ -14,11 +14,15 @@ from pyro_lvebm.langevin import MALA, ULA
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.penalties import energy_l2, spectral_norm, weight_decay
 from pyro_lvebm.persistent_pool import PersistentPool
+from pyro_lvebm.plots import history_figure
 from pyro_lvebm.quadratic import QuadraticEnergy
 from pyro_lvebm.saddle import Saddle
+from pyro_lvebm.schedules import half_cosine
 from pyro_lvebm.sites import lvebm
 from pyro_lvebm.tempered_pool import TemperedPool
+from pyro_lvebm.validation import TrainingWarning
 
 __all__ = [
     "LVEBM",
@@ -36,9 +40,15 @@ __all__ = [
     "QuadraticEnergy",
     "Saddle",
     "TemperedPool",
+    "TrainingWarning",
     "compare_elbo",
+    "energy_l2",
+    "half_cosine",
+    "history_figure",
     "log_evidence",
     "log_partition",
     "lvebm",
+    "spectral_norm",
     "to_arviz",
+    "weight_decay",
 ]

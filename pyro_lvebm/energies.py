@@ -88,13 +88,14 @@ _WHITENED_SCALE, _STANDARDISED_SCALE = 0.5, 2.0
 class MLPEnergy(WhitenedEnergy):
     """A SiLU network on whitened and standardised coordinates, with fixed Fourier features.
 
-        f(u) = W_k σ(… σ(W_1 φ(u) + b_1) …) + b_k,    φ(u) = (½ u_x, u_z, 2 x̃, sin uB, cos uB)
+        f(u) = W_k σ(… σ(W_1 φ(u) + b_1) …) + b_k,    φ(u) = (½ u_x, t, 2 x̃, sin u_x B, cos u_x B)
 
-    Here u = (u_x, u_z) is whitened by the bases, and x̃ = (x − μ) / s has the columns of x in
-    units of their standard deviations s. Large differences between data lie mostly along x̃, small
-    ones along u_x; a network learns first along the larger inputs. The last layer starts at zero,
-    so an untrained LVEBM is its base and log Z = 0. The columns of B are drawn once from
-    N(0, 0.9² min(1, 4/d)) and never trained; they let a smooth network follow thin structures,
+    Here u = (u_x, u_z) is whitened by the bases, t = 2 tanh(u_z / 2), and x̃ = (x − μ) / s has the
+    columns of x in units of their standard deviations s. Large differences between data lie mostly
+    along x̃, small ones along u_x; a network learns first along the larger inputs. The data hold x
+    in place but not z, and tanh keeps z from drifting away from its base. The last layer starts at
+    zero, so an untrained LVEBM is its base and log Z = 0. The columns of B are drawn once from
+    N(0, 1.2² min(1, 2/d_x)) and never trained; they let a smooth network follow thin structures,
     and f stays Lipschitz.
 
     Args:
@@ -119,8 +120,8 @@ class MLPEnergy(WhitenedEnergy):
         [0.0, 0.0, 0.0, 0.0, 0.0]
     """
 
-    frequencies: Tensor  # B, (dim, fourier_features)
-    linear: Tensor  # (dim, dim + x_dim), the linear part of φ
+    frequencies: Tensor  # B, (x_dim, fourier_features)
+    linear: Tensor  # (dim, dim + x_dim), maps (u_x, t) to the first three parts of φ
 
     def __init__(
         self,
@@ -139,8 +140,8 @@ class MLPEnergy(WhitenedEnergy):
         if fourier_features < 0:
             raise ValueError(f"fourier_features must be 0 or more; got {fourier_features}")
         with isolated_rng(seed):
-            bandwidth = 0.9 * math.sqrt(min(1.0, 4.0 / self.dim))
-            self.register_buffer("frequencies", bandwidth * torch.randn(self.dim, fourier_features))
+            bandwidth = 1.2 * math.sqrt(min(1.0, 2.0 / x_dim))
+            self.register_buffer("frequencies", bandwidth * torch.randn(x_dim, fourier_features))
             self.register_buffer("linear", self._linear_part())
             widths = [self.linear.shape[1] + 2 * fourier_features, *hidden]
             self.hidden = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
@@ -169,10 +170,11 @@ class MLPEnergy(WhitenedEnergy):
         return linear
 
     def _features(self, u: Tensor) -> Tensor:
-        flat = u @ self.linear
+        u_x, u_z = u.split([self.x_dim, self.z_dim], -1)
+        flat = torch.cat([u_x, 2.0 * torch.tanh(0.5 * u_z)], -1) @ self.linear
         if not self.frequencies.shape[1]:
             return flat
-        phase = u @ self.frequencies
+        phase = u_x @ self.frequencies
         return torch.cat([flat, phase.sin(), phase.cos()], -1)
 
     def whitened(self, u: Tensor) -> Tensor:
@@ -200,12 +202,12 @@ class MLPEnergy(WhitenedEnergy):
             grad = self.out.weight.expand(len(flat), -1)
             for layer, a in zip(reversed(layers), reversed(pre), strict=True):
                 grad = torch.ops.aten.silu_backward(grad, a) @ layer.weight
-            if count := self.frequencies.shape[1]:
-                sizes = [self.linear.shape[1], count, count]
-                _, sin, cos = features.split(sizes, -1)
-                direct, by_sin, by_cos = grad.split(sizes, -1)
-                grad = direct @ self.linear.T
-                grad = grad + (by_sin * cos - by_cos * sin) @ self.frequencies.T
-            else:
-                grad = grad @ self.linear.T
+            width, count = self.linear.shape[1], self.frequencies.shape[1]
+            _, sin, cos = features.split([width, count, count], -1)
+            direct, by_sin, by_cos = grad.split([width, count, count], -1)
+            grad = direct @ self.linear.T
+            t = torch.tanh(0.5 * flat[:, self.x_dim :])
+            grad[:, self.x_dim :] *= 1.0 - t * t
+            if count:
+                grad[:, : self.x_dim] += (by_sin * cos - by_cos * sin) @ self.frequencies.T
             return value.reshape(u.shape[:-1]), grad.reshape(u.shape)

@@ -71,20 +71,34 @@ def test_fourier_features_suit_the_dimension(
     x_dim: int, z_dim: int, asked: int | None, columns: int
 ) -> None:
     energy = MLPEnergy(x_dim, z_dim, (4,), asked)
-    assert energy.frequencies.shape == (x_dim + z_dim, columns)
+    assert energy.frequencies.shape == (x_dim, columns)
     assert energy.hidden[0].in_features == 2 * x_dim + z_dim + 2 * columns
 
 
-def bandwidth_p_value(dim: int, std: float, seed: int) -> float:
-    frequencies = MLPEnergy(dim - 1, 1, (2,), 3000, seed=seed).frequencies
-    return variance_p_value(frequencies.T, torch.full((dim,), std**2))
+def bandwidth_p_value(x_dim: int, std: float, seed: int) -> float:
+    frequencies = MLPEnergy(x_dim, 1, (2,), 3000, seed=seed).frequencies
+    return variance_p_value(frequencies.T, torch.full((x_dim,), std**2))
 
 
-@pytest.mark.parametrize(("dim", "std"), [(2, 0.9), (4, 0.9), (16, 0.45)])
-def test_frequencies_have_their_bandwidth(dim: int, std: float) -> None:
-    """N(0, 0.9² min(1, 4/d)). False alarms: 1e-3 a case; 1.2 times the bandwidth is found."""
-    assert bandwidth_p_value(dim, std, 3) > ALPHA
-    assert bandwidth_p_value(dim, 1.2 * std, 3) < CERTAIN
+@pytest.mark.parametrize(("x_dim", "std"), [(1, 1.2), (2, 1.2), (8, 0.6), (18, 0.4)])
+def test_frequencies_have_their_bandwidth(x_dim: int, std: float) -> None:
+    """N(0, 1.2² min(1, 2/d_x)). False alarms: 1e-3 a case; 1.2 times the bandwidth is found."""
+    assert bandwidth_p_value(x_dim, std, 3) > ALPHA
+    assert bandwidth_p_value(x_dim, 1.2 * std, 3) < CERTAIN
+
+
+def test_inputs_are_whitened_standardised_and_bounded() -> None:
+    """φ of a bound energy: ½ u_x, 2 tanh(u_z / 2), 2 (x − μ) / s."""
+    tril = torch.tensor([[2.0, 0.0], [1.5, 0.5]])
+    energy = MLPEnergy(2, 1, (4,), 0)
+    loc = torch.tensor([1.0, -3.0])
+    base_x, base_z = GaussianBase(loc, tril), GaussianBase(torch.zeros(1), torch.ones(1))
+    energy.bind(base_x, base_z)
+    u = normal((7, 3), 1, torch.float32)
+    x = base_x.unwhiten(u[:, :2])
+    std = (tril @ tril.T).diagonal().sqrt()
+    expected = [0.5 * u[:, :2], 2.0 * torch.tanh(0.5 * u[:, 2:]), 2.0 * (x - loc) / std]
+    torch.testing.assert_close(energy._features(u), torch.cat(expected, 1))
 
 
 # --- the written-out gradient ---------------------------------------------------------------
