@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 
 import pandas as pd
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.tempered_pool import TemperedPool
+from pyro_lvebm.validation import TrainingWarning
+
+_PACKAGE = "pyro_lvebm"
 
 WINDOW = 50
 """Steps over which numbers are averaged before they are called a symptom."""
@@ -23,12 +28,45 @@ class History:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self._warned: set[str] = set()
 
     def record(self, step: int, **values: float) -> None:
         """Add values to the row of a step, which is the last or a new one."""
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": float(step)})
         self.rows[-1].update(values)
+
+    def record_step(
+        self, step: int, row: dict[str, float], positive: dict[str, float], ebms: dict[str, LVEBM]
+    ) -> None:
+        """Record a training step, and warn where the last rows say that something is wrong.
+
+        Args:
+            step: Number of steps so far.
+            row: What does not belong to one LVEBM.
+            positive: Mean positive energies in nats, by the site of x.
+            ebms: The LVEBMs, by the site of x; the columns of all but the first have suffixes.
+        """
+        num_chains: dict[str, int] = {}
+        for name, ebm in ebms.items():
+            suffix = f"@{name}" if num_chains else ""
+            num_chains[suffix] = len(ebm.pool.log_weights)
+            statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
+            row = row | {f"{key}{suffix}": value for key, value in statistics.items()}
+        self.record(step, **row)
+        if step % WINDOW == 0:
+            for key, text in symptoms(self.rows[-WINDOW:], num_chains).items():
+                self.warn(key, step, text)
+
+    def warn(self, key: str, step: int, text: str) -> None:
+        """Warn of a symptom, once, at the line outside this package that led to it."""
+        if key in self._warned:
+            return
+        self._warned.add(key)
+        frame, level = inspect.currentframe(), 1
+        while frame is not None and frame.f_globals.get("__package__", "").startswith(_PACKAGE):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"step {step}: {text}", TrainingWarning, stacklevel=level - 1)
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, indexed by step."""

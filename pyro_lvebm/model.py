@@ -18,6 +18,8 @@ from pyro_lvebm.pool import Pool
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
 
+_SETTLING_REFRESHES = 20
+
 
 class LVEBM(nn.Module):
     """A latent-variable energy-based model, one normalised density over pairs (x, z).
@@ -165,6 +167,13 @@ class LVEBM(nn.Module):
     def mark_pool(self, *, fresh: bool) -> None:
         """Record that the pool has, or has not, been refreshed under the present θ."""
         self.pool_theta = [p.detach().clone() for p in self.f.parameters()] if fresh else []
+
+    def settle(self) -> None:
+        """Let the pool catch up with the present θ, unless θ is frozen."""
+        if any(p.requires_grad for p in self.f.parameters()):
+            for _ in range(_SETTLING_REFRESHES):
+                self.pool.refresh(self)
+            self.mark_pool(fresh=True)
 
     def kl_of_update(self) -> Tensor:
         """Return KL(p_old ‖ p_θ) in nats, with p_old the model at the pool's last refresh."""

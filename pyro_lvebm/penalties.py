@@ -8,7 +8,7 @@ Training does not need penalties; they are for a smoother energy, or fewer effec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +92,17 @@ def weight_decay(strength: float) -> Penalty:
         return 0.5 * strength * torch.stack([(w**2).sum() for w in _matrices(ebm)]).sum()
 
     return penalty
+
+
+def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
+    """Add the gradients of penalties on energies that are not frozen, and return their sum."""
+    total = 0.0
+    for ebm in ebms if penalties else ():
+        if any(p.requires_grad for p in ebm.f.parameters()):
+            penalty = torch.stack([p(ebm) for p in penalties]).sum()
+            penalty.backward()
+            total += float(penalty.detach())
+    return total
 
 
 def _matrices(ebm: LVEBM) -> list[Tensor]:

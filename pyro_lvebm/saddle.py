@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,19 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import trange
 
 from pyro_lvebm.ascent import bounded_step, check_finite, restore_last_good
-from pyro_lvebm.averaging import ParameterAverage, assign
+from pyro_lvebm.averaging import ParameterAverage
 from pyro_lvebm.checkpoint import SETTINGS, read_checkpoint, write_checkpoint
+from pyro_lvebm.fitting import run_fit
 from pyro_lvebm.guides import find_particles
-from pyro_lvebm.history import WINDOW, History, pool_statistics, symptoms
+from pyro_lvebm.history import History
 from pyro_lvebm.inspection import Anatomy, inspect
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.model_evidence import Sweep, missed_log_z, model_log_evidence
-from pyro_lvebm.penalties import Penalty
+from pyro_lvebm.penalties import Penalty, add_penalties
 from pyro_lvebm.positive import move_block
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
 from pyro_lvebm.rng import generator_for, isolated_rng
@@ -46,9 +44,7 @@ from pyro_lvebm.tracing import (
     subsample_nodes,
     vectorise,
 )
-from pyro_lvebm.validation import DataError, TrainingWarning
-
-_SETTLING_REFRESHES = 20
+from pyro_lvebm.validation import DataError
 
 
 class Saddle(SVI):
@@ -133,8 +129,7 @@ class Saddle(SVI):
         self.halvings = 0
         self.acceptance: dict[str, float] = {}
         self._anatomy: Anatomy | None = None
-        self._history = History()
-        self._warned: set[str] = set()
+        self.recorder = History()
         self._last_good: dict[Tensor, Tensor] = {}
 
     @property
@@ -153,7 +148,7 @@ class Saddle(SVI):
         `log_evidence_se`, where `fit` evaluated held-out data. In a model with several LVEBMs the
         columns of all but the first end in `@<site>`.
         """
-        return self._history.frame()
+        return self.recorder.frame()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Move particles and pools, and take one optimiser step.
@@ -169,7 +164,7 @@ class Saddle(SVI):
             ValueError: If the loss or a gradient is NaN or infinite. θ is then back at the last
                 values whose loss was finite, and particles and pools are as before the step.
         """
-        return self._step(1.0, args, kwargs)
+        return self.scaled_step(1.0, args, kwargs)
 
     def fit(
         self,
@@ -211,43 +206,18 @@ class Saddle(SVI):
             ValueError: As in `step` and `log_evidence`; if a number is out of range, or
                 `patience` is given without `held_out`.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1; got {num_steps}")
-        if evaluate_every < 1 or (patience is not None and patience < 1):
-            raise ValueError(
-                f"evaluate_every and patience must be at least 1; got {evaluate_every} and "
-                f"{patience}"
-            )
-        if held_out is None and patience is not None:
-            raise ValueError("patience needs held-out data: give held_out=(x_held_out,)")
-        if held_out is not None and not isinstance(held_out, tuple):
-            raise ValueError(
-                f"held_out must be a tuple of arguments of the model, as in held_out=(x,); got "
-                f"{type(held_out).__name__}"
-            )
-        losses: list[float] = []
-        best: _Best | None = None
-        if held_out is not None:
-            self._prepare(args, kwargs)
-            start = {p: p.detach().clone() for p in self._params()} | self.average.copy()
-            best = _Best(self._evaluate(held_out, kwargs), start, pool_snapshot(self.ebms))
-        with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
-            for t in bar:
-                losses.append(self._step(schedule(t / num_steps), args, kwargs))
-                if progress and t % 10 == 0:
-                    bar.set_postfix(self._status(losses), refresh=False)
-                if best is None or ((t + 1) % evaluate_every and t + 1 < num_steps):
-                    continue
-                value = self._evaluate(held_out or (), kwargs)
-                # Where only a guide is trained the evidence stays, and the last one is the best.
-                if value >= best.value:
-                    best = _Best(value, self.average.copy(), pool_snapshot(self.ebms))
-                else:
-                    best.misses += 1
-                    if patience is not None and best.misses >= patience:
-                        break
-        self._finish(best)
-        return losses
+        return run_fit(
+            self,
+            args,
+            kwargs,
+            num_steps=num_steps,
+            schedule=schedule,
+            held_out=held_out,
+            patience=patience,
+            evaluate_every=evaluate_every,
+            progress=progress,
+            description=description,
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -263,7 +233,8 @@ class Saddle(SVI):
         put_back = pool_snapshot(ebms)
         with self.average.swapped_in():
             try:
-                _settle(ebms)
+                for ebm in ebms:
+                    ebm.settle()
                 yield
             finally:
                 put_back()
@@ -342,7 +313,7 @@ class Saddle(SVI):
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
         with isolated_rng(self.seed, 2, self.step_count, device=self._device(args, kwargs)):
-            self._prepare(args, kwargs)
+            self.prepare(args, kwargs)
             return draw_posterior(
                 self.model,
                 self.guide,
@@ -376,7 +347,7 @@ class Saddle(SVI):
             self.ebms,
             self.optim,
             self.average,
-            self._history,
+            self.recorder,
         )
 
     @classmethod
@@ -423,14 +394,14 @@ class Saddle(SVI):
             penalties=penalties,
             **{name: settings[name] for name in SETTINGS if name != "step_count"},
         )
-        anatomy = saddle._prepare(args, kwargs)
+        anatomy = saddle.prepare(args, kwargs)
         checkpoint.restore(
             saddle._modules(),
             anatomy.loose_params,
             saddle.ebms,
             optim,
             saddle.average,
-            saddle._history,
+            saddle.recorder,
         )
         saddle.step_count = settings["step_count"]
         return saddle
@@ -442,67 +413,18 @@ class Saddle(SVI):
             modules["guide"] = self.guide
         return modules
 
-    def _params(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Return all parameters of model and guide, known after the first step."""
         loose = [] if self._anatomy is None else list(self._anatomy.loose_params.values())
         owned = [p for module in self._modules().values() for p in module.parameters()]
         return list({id(p): p for p in [*owned, *loose]}.values())
-
-    def _evaluate(self, held_out: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        try:
-            value, error = self.log_evidence(*held_out, **kwargs)
-        except RuntimeError as failure:
-            self._warn("evaluation", f"held-out data could not be evaluated: {failure}")
-            value, error = -math.inf, math.nan
-        self._history.record(self.step_count, log_evidence=value, log_evidence_se=error)
-        return value
-
-    def _finish(self, best: _Best | None) -> None:
-        """Give the parameters the averages that were best, or the last ones."""
-        if best is not None:
-            best.restore_pools()
-            trained = self.average.values
-            self.average.values = {p: v for p, v in best.values.items() if p in trained}
-        assign(self.average.values)
-        _settle(self.ebms)
-
-    def _record(self, loss: float, kl: float, positive: dict[str, float]) -> None:
-        """Add a row to the history, and warn where the last rows say that something is wrong."""
-        assert self._anatomy is not None
-        row = {"loss": loss, "kl": kl, "halvings": float(self.halvings)}
-        row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
-        num_chains: dict[str, int] = {}
-        for name, ebm in self._anatomy.ebms.items():
-            suffix = f"@{name}" if num_chains else ""
-            num_chains[suffix] = len(ebm.pool.log_weights)
-            statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
-            row |= {f"{key}{suffix}": value for key, value in statistics.items()}
-        self._history.record(self.step_count, **row)
-        if self.step_count % WINDOW == 0:
-            for key, text in symptoms(self._history.rows[-WINDOW:], num_chains).items():
-                self._warn(key, text)
-
-    def _warn(self, key: str, text: str) -> None:
-        """Warn of a symptom, once."""
-        if key not in self._warned:
-            self._warned.add(key)
-            # From here over the step or evaluation, and `step` or `fit`, to their caller.
-            warnings.warn(f"step {self.step_count}: {text}", TrainingWarning, stacklevel=5)
-
-    def _status(self, losses: list[float]) -> dict[str, str]:
-        recent = losses[-50:]
-        status = {"loss": f"{sum(recent) / len(recent):.4g}"}
-        if self.ebms:
-            pool = self.ebms[0].pool
-            status["log Z"] = f"{float(pool.log_partition):.3f}"
-            status["ESS"] = f"{float(pool.ess):.0f}/{len(pool.log_weights)}"
-        return status
 
     @staticmethod
     def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
         """Learn the parts of model and guide once."""
         if self._anatomy is None:
             with isolated_rng(self.seed, 4, device=self._device(args, kwargs)):
@@ -513,15 +435,19 @@ class Saddle(SVI):
                 self.elbo.max_plate_nesting = self._anatomy.nesting + extra
         return self._anatomy
 
-    def _step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    def scaled_step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """Take a `step` whose update is multiplied by a factor, such as that of a schedule."""
         device = self._device(args, kwargs)
-        self._prepare(args, kwargs)
+        self.prepare(args, kwargs)
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             with unchanged_on_error(self.ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
                 loss, kl, positive = self._ascend(factor, choices, args, kwargs)
         self.step_count += 1
-        self._record(loss, kl, positive)
+        ebms = self.prepare(args, kwargs).ebms
+        row = {"loss": loss, "kl": kl, "halvings": float(self.halvings)}
+        row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
+        self.recorder.record_step(self.step_count, row, positive, ebms)
         return loss
 
     def _positive_phase(
@@ -535,7 +461,7 @@ class Saddle(SVI):
         guide = self.particles
         if guide is None:
             return {}
-        nesting = self._prepare(args, kwargs).nesting
+        nesting = self.prepare(args, kwargs).nesting
         generator = generator_for(self.seed, 1, self.step_count, device=device)
         vectorised = vectorise(self.guide, guide.num_particles, nesting)
         with poutine.block(), frozen(self.ebms), torch.no_grad():
@@ -567,7 +493,7 @@ class Saddle(SVI):
             warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
             try:
                 loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
-                loss += self._penalise()
+                loss += add_penalties(self.penalties, self.ebms)
             except DataError:
                 raise
             except ValueError as error:
@@ -592,32 +518,3 @@ class Saddle(SVI):
             zero_grads(params)
         self.average.update(params)
         return loss, kl, positive
-
-    def _penalise(self) -> float:
-        """Add the gradients of the penalties, and return their sum."""
-        total = 0.0
-        for ebm in self.ebms if self.penalties else ():
-            if any(p.requires_grad for p in ebm.f.parameters()):
-                penalty = torch.stack([p(ebm) for p in self.penalties]).sum()
-                penalty.backward()
-                total += float(penalty.detach())
-        return total
-
-
-def _settle(ebms: list[LVEBM]) -> None:
-    """Let the pools catch up with the present θ, unless θ is held fixed."""
-    for ebm in ebms:
-        if any(p.requires_grad for p in ebm.f.parameters()):
-            for _ in range(_SETTLING_REFRESHES):
-                ebm.pool.refresh(ebm)
-            ebm.mark_pool(fresh=True)
-
-
-@dataclass
-class _Best:
-    """The best parameters so far, by held-out log evidence."""
-
-    value: float
-    values: dict[Tensor, Tensor]
-    restore_pools: Callable[[], None]
-    misses: int = 0

@@ -156,14 +156,14 @@ def test_a_fit_ends_at_the_averages(guide: str, decay: float) -> None:
     ebm = quadratic_ebm()
     saddle, x = make(ebm, guide=guide, lr=0.05, average_decay=decay), data_of(ebm, 20)
     path: list[dict[str, Tensor]] = []
-    step = saddle._step
+    step = saddle.scaled_step
 
     def recorded(*args: Any) -> float:
         loss = step(*args)
         path.append(parameters(saddle))
         return loss
 
-    saddle._step = recorded  # type: ignore[method-assign]
+    saddle.scaled_step = recorded  # type: ignore[method-assign]
     saddle.fit(x, num_steps=30, progress=False)
     final = parameters(saddle)
     assert len(final) == {"particles": 2, "AutoNormal": 4, "amortised": 6}[guide]

@@ -353,14 +353,14 @@ def factor_model() -> None:
 def test_fit_shrinks_updates_along_a_half_cosine(num_steps: int) -> None:
     saddle = Saddle(factor_model, lambda: None, SGD({"lr": 0.5}))
     values = [0.0]
-    step = saddle._step
+    step = saddle.scaled_step
 
     def recorded(*args: Any) -> float:
         loss = step(*args)
         values.append(pyro.param("theta").item())
         return loss
 
-    saddle._step = recorded  # type: ignore[method-assign]
+    saddle.scaled_step = recorded  # type: ignore[method-assign]
     losses = saddle.fit(num_steps=num_steps, progress=False)
     t = np.arange(num_steps)
     expected = -(0.51 + 0.49 * np.cos(math.pi * t / num_steps))

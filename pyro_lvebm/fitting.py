@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of `Saddle.fit`: steps, schedule, evaluation of held-out data, and stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm.auto import trange
+
+from pyro_lvebm.averaging import assign
+from pyro_lvebm.rollback import pool_snapshot
+from pyro_lvebm.schedules import Schedule
+
+if TYPE_CHECKING:
+    from pyro_lvebm.saddle import Saddle
+
+
+@dataclass
+class _Best:
+    """The best parameters so far, by held-out log evidence."""
+
+    value: float
+    values: dict[Tensor, Tensor]
+    restore_pools: Callable[[], None]
+    misses: int = 0
+
+
+def run_fit(
+    saddle: Saddle,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    num_steps: int,
+    schedule: Schedule,
+    held_out: tuple[Any, ...] | None,
+    patience: int | None,
+    evaluate_every: int,
+    progress: bool,
+    description: str,
+) -> list[float]:
+    """Take steps, and end with averaged parameters; see `Saddle.fit`."""
+    _check(num_steps, held_out, patience, evaluate_every)
+    losses: list[float] = []
+    best: _Best | None = None
+    if held_out is not None:
+        value = _evaluate(saddle, held_out, args, kwargs)
+        start = {p: p.detach().clone() for p in saddle.parameters()} | saddle.average.copy()
+        best = _Best(value, start, pool_snapshot(saddle.ebms))
+    with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
+        for t in bar:
+            losses.append(saddle.scaled_step(schedule(t / num_steps), args, kwargs))
+            if progress and t % 10 == 0:
+                bar.set_postfix(_status(saddle, losses), refresh=False)
+            if best is None or held_out is None:
+                continue
+            if (t + 1) % evaluate_every and t + 1 < num_steps:
+                continue
+            value = _evaluate(saddle, held_out, args, kwargs)
+            # Where only a guide is trained the evidence stays, and the last one is the best.
+            if value >= best.value:
+                best = _Best(value, saddle.average.copy(), pool_snapshot(saddle.ebms))
+            else:
+                best.misses += 1
+                if patience is not None and best.misses >= patience:
+                    break
+    if best is not None:
+        best.restore_pools()
+        trained = saddle.average.values
+        saddle.average.values = {p: v for p, v in best.values.items() if p in trained}
+    assign(saddle.average.values)
+    for ebm in saddle.ebms:
+        ebm.settle()
+    return losses
+
+
+def _check(
+    num_steps: int, held_out: tuple[Any, ...] | None, patience: int | None, evaluate_every: int
+) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}")
+    if evaluate_every < 1 or (patience is not None and patience < 1):
+        raise ValueError(
+            f"evaluate_every and patience must be at least 1; got {evaluate_every} and {patience}"
+        )
+    if held_out is None and patience is not None:
+        raise ValueError("patience needs held-out data: give held_out=(x_held_out,)")
+    if held_out is not None and not isinstance(held_out, tuple):
+        raise ValueError(
+            "held_out must be a tuple of arguments of the model, as in held_out=(x,); got "
+            f"{type(held_out).__name__}"
+        )
+
+
+def _evaluate(
+    saddle: Saddle, held_out: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float:
+    saddle.prepare(args, kwargs)
+    try:
+        value, error = saddle.log_evidence(*held_out, **kwargs)
+    except RuntimeError as failure:
+        text = f"held-out data could not be evaluated: {failure}"
+        saddle.recorder.warn("evaluation", saddle.step_count, text)
+        value, error = -math.inf, math.nan
+    saddle.recorder.record(saddle.step_count, log_evidence=value, log_evidence_se=error)
+    return value
+
+
+def _status(saddle: Saddle, losses: list[float]) -> dict[str, str]:
+    recent = losses[-50:]
+    status = {"loss": f"{sum(recent) / len(recent):.4g}"}
+    if saddle.ebms:
+        pool = saddle.ebms[0].pool
+        status["log Z"] = f"{float(pool.log_partition):.3f}"
+        status["ESS"] = f"{float(pool.ess):.0f}/{len(pool.log_weights)}"
+    return status
