@@ -64,9 +64,9 @@ class History:
             return
         self._warned.add(key)
         frame, level = inspect.currentframe(), 1
-        while frame is not None and frame.f_globals.get("__package__", "").startswith(_PACKAGE):
+        while frame is not None and frame.f_globals["__name__"].startswith(_PACKAGE):
             frame, level = frame.f_back, level + 1
-        warnings.warn(f"step {step}: {text}", TrainingWarning, stacklevel=level - 1)
+        warnings.warn(f"step {step}: {text}", TrainingWarning, stacklevel=level)
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, indexed by step."""
