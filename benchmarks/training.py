@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -311,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(effort.seeds if args.seeds is None else args.seeds)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(task) for task in tasks(effort, args.quick, args.rows)]
+        for future in futures:
+            future.add_done_callback(_announce)
         runs = {
             (name, rate, seed): pool.submit(rate_run, name, rate, seed, effort)
             for name in (RATE_SETS if "rates" in args.rows else ())
@@ -321,6 +324,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += rate_rows({key: future.result() for key, future in runs.items()}, args.quick)
     print(table(rows))
     return int(any(row.short for row in rows))
+
+
+def _announce(future: Future[Row]) -> None:
+    """Show on standard error what is done; the table comes at the end."""
+    if not future.cancelled() and future.exception() is None:
+        row = future.result()
+        print(f"{row.kind}, {row.data}: {row.value:.4f} {row.note}", file=sys.stderr, flush=True)
 
 
 def table(rows: Sequence[Row]) -> str:

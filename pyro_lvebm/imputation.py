@@ -12,7 +12,7 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import check_rows
 
-_NUM_PARTICLES = 16
+_NUM_PARTICLES = 64
 
 
 def impute(
