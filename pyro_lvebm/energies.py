@@ -170,20 +170,30 @@ class MLPEnergy(WhitenedEnergy):
         return linear
 
     def _features(self, u: Tensor) -> Tensor:
+        """Return (u_x, t, sin u_x B, cos u_x B); `linear` is part of the first layer."""
         u_x, u_z = u.split([self.x_dim, self.z_dim], -1)
-        flat = torch.cat([u_x, 2.0 * torch.tanh(0.5 * u_z)], -1) @ self.linear
-        if not self.frequencies.shape[1]:
-            return flat
-        phase = u_x @ self.frequencies
-        return torch.cat([flat, phase.sin(), phase.cos()], -1)
+        flat = [u_x, 2.0 * torch.tanh(0.5 * u_z)]
+        if self.frequencies.shape[1]:
+            phase = u_x @ self.frequencies
+            flat += [phase.sin(), phase.cos()]
+        return torch.cat(flat, -1)
 
     def whitened(self, u: Tensor) -> Tensor:
         """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
         h = self._features(u)
-        for layer in self.hidden:
+        layers = cast(list[nn.Linear], list(self.hidden))
+        h = nn.functional.silu(nn.functional.linear(h, self._first_weight(), layers[0].bias))
+        for layer in layers[1:]:
             h = nn.functional.silu(layer(h))
         value: Tensor = self.out(h).squeeze(-1)
         return value
+
+    def _first_weight(self) -> Tensor:
+        """W_1 on (u_x, t, sin, cos): folding the linear map into it spares two large products."""
+        weight = cast(nn.Linear, self.hidden[0]).weight
+        width = self.linear.shape[1]
+        folded = weight[:, :width] @ self.linear.T
+        return torch.cat([folded, weight[:, width:]], 1) if weight.shape[1] > width else folded
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.
@@ -195,19 +205,20 @@ class MLPEnergy(WhitenedEnergy):
             features = h = self._features(flat)
             pre = []
             layers = cast(list[nn.Linear], list(self.hidden))
-            for layer in layers:
-                pre.append(torch.addmm(layer.bias, h, layer.weight.T))
+            weights = [self._first_weight(), *(layer.weight for layer in layers[1:])]
+            for layer, weight in zip(layers, weights, strict=True):
+                pre.append(torch.addmm(layer.bias, h, weight.T))
                 h = nn.functional.silu(pre[-1])
             value = torch.addmv(self.out.bias, h, self.out.weight[0])
             grad = self.out.weight.expand(len(flat), -1)
-            for layer, a in zip(reversed(layers), reversed(pre), strict=True):
-                grad = torch.ops.aten.silu_backward(grad, a) @ layer.weight
-            width, count = self.linear.shape[1], self.frequencies.shape[1]
-            _, sin, cos = features.split([width, count, count], -1)
-            direct, by_sin, by_cos = grad.split([width, count, count], -1)
-            grad = direct @ self.linear.T
-            t = torch.tanh(0.5 * flat[:, self.x_dim :])
-            grad[:, self.x_dim :] *= 1.0 - t * t
-            if count:
+            for weight, a in zip(reversed(weights), reversed(pre), strict=True):
+                grad = torch.ops.aten.silu_backward(grad, a) @ weight
+            if count := self.frequencies.shape[1]:
+                sizes = [self.dim, count, count]
+                _, sin, cos = features.split(sizes, -1)
+                grad, by_sin, by_cos = grad.split(sizes, -1)
+                grad = grad.clone()
                 grad[:, : self.x_dim] += (by_sin * cos - by_cos * sin) @ self.frequencies.T
+            t = 0.5 * features[:, self.x_dim : self.dim]
+            grad[:, self.x_dim :] *= 1.0 - t * t
             return value.reshape(u.shape[:-1]), grad.reshape(u.shape)

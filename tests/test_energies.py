@@ -98,7 +98,11 @@ def test_inputs_are_whitened_standardised_and_bounded() -> None:
     x = base_x.unwhiten(u[:, :2])
     std = (tril @ tril.T).diagonal().sqrt()
     expected = [0.5 * u[:, :2], 2.0 * torch.tanh(0.5 * u[:, 2:]), 2.0 * (x - loc) / std]
-    torch.testing.assert_close(energy._features(u), torch.cat(expected, 1))
+    with torch.no_grad():
+        energy.out.weight.fill_(1.0)
+        first = energy.hidden[0]
+        direct = nn.functional.silu(first(torch.cat(expected, 1))).sum(-1)
+        torch.testing.assert_close(energy.whitened(u), direct)
 
 
 # --- the written-out gradient ---------------------------------------------------------------
