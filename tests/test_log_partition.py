@@ -198,7 +198,7 @@ def test_default_settings_and_the_pool_of_training() -> None:
 
 
 NEURAL = {
-    "1+1, diagonal bases, tempered": lambda: make_neural(1, 1, pool=tempered(1), seed=3),
+    "1+1, diagonal bases, tempered": lambda: make_neural(1, 1, pool=tempered(1), seed=1),
     "1+1, full bases, persistent MALA, float32": lambda: make_neural(
         1, 1, full=True, pool=persistent(2), seed=2, dtype=torch.float32
     ),
