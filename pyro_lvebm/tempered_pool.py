@@ -8,14 +8,8 @@ from torch import Tensor
 
 from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state
 from pyro_lvebm.pool import Pool, ResidualEnergy, check_finite
-from pyro_lvebm.tracking import (
-    LogZTrack,
-    correct,
-    log_mixture,
-    mbar_log_z,
-    mbar_variance,
-    predict,
-)
+from pyro_lvebm.reweighting import log_mixture, mbar_log_z, mbar_variance
+from pyro_lvebm.tracking import LogZTrack, correct, predict
 
 _STRIDE = 2
 """Moves between the positions that MBAR sees within a refresh."""
@@ -26,8 +20,10 @@ class TemperedPool(Pool):
 
     Level l has chains on E_β = ½ |u|² + β_l f(u), 0 = β_0 < … < β_L = 1. A refresh draws level 0
     afresh from the base, moves all levels by MALA, lets neighbours exchange chains with
-    probability min(1, exp((β_{l+1} − β_l)(f_{l+1} − f_l))), and reweights all chains of all
-    levels to the model by MBAR, which also gives log Z.
+    probability min(1, exp((β_{l+1} − β_l)(f_{l+1} − f_l))), estimates log Z of every level by
+    MBAR, and combines that with what is known of it from earlier refreshes (`tracking`). With
+    these log Z, all chains of all levels are reweighted to the model. The inner β_l move slowly
+    to where all neighbours exchange equally often.
 
     Args:
         num_levels: Number of temperatures, at least 2.
@@ -42,7 +38,7 @@ class TemperedPool(Pool):
 
     Source:
         Geyer (1991), Markov chain Monte Carlo maximum likelihood (exchange); Shirts and Chodera
-        (2008), equations 11 and 13 (weights).
+        (2008), equations 11 and 13 (log Z and weights).
     """
 
     betas: Tensor  # (num_levels,)

@@ -8,6 +8,7 @@ is not finite has p = 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -108,3 +109,20 @@ def gaussian_draws(precision: Tensor, linear: Tensor, shape: tuple[int, ...], se
     """Exact draws (*shape, d) of exp(-½ uᵀPu - bᵀu), in float64."""
     mean, covariance = map(torch.from_numpy, gaussian_moments(precision, linear))
     return mean + normal((*shape, len(mean)), seed) @ torch.linalg.cholesky(covariance).T
+
+
+def fixed_point_mbar(
+    f: Tensor, betas: Tensor, log_z: Tensor, num_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """MBAR by its fixed-point iteration: log Z (L,), and log weights (L·n,) for the last level.
+
+    log Z_l = log Σ_i exp(−β_l f_i) / Σ_m n exp(−β_m f_i − log Z_m), for f (L, n).
+    """
+    n = f.shape[1]
+    a = -betas[:, None] * f.reshape(1, -1)  # (L, L·n)
+    for _ in range(num_iterations):
+        log_mixture = torch.logsumexp(a - log_z[:, None], 0) + math.log(n)
+        log_z = torch.logsumexp(a - log_mixture, 1)
+        log_z = log_z - log_z[0]
+    log_mixture = torch.logsumexp(a - log_z[:, None], 0)
+    return log_z, torch.log_softmax(a[-1] - log_mixture, 0)

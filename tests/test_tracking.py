@@ -10,20 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pool_models import LINEAR, PRECISION, ladder_draws, ladder_log_z
-from referee import ALPHA, CERTAIN, normal, seeded, variance_p_value
+from referee import ALPHA, CERTAIN, fixed_point_mbar, normal, seeded, variance_p_value
 from scipy import optimize, special, stats
 from torch import Tensor
 
 from pyro_lvebm import QuadraticEnergy, tracking
-from pyro_lvebm.reweighting import mbar
-from pyro_lvebm.tracking import (
-    LogZTrack,
-    correct,
-    log_mixture,
-    mbar_log_z,
-    mbar_variance,
-    predict,
-)
+from pyro_lvebm.reweighting import log_mixture, mbar_log_z, mbar_variance
+from pyro_lvebm.tracking import LogZTrack, correct, predict
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -286,7 +279,7 @@ def test_newton_solves_the_equations_of_mbar(theta: Theta, start: str, dtype: to
     assert log_z.dtype == dtype and log_z[0] == 0.0
     np.testing.assert_allclose(log_z[1:].double().numpy(), root, atol=2e-5)
     # One fixed-point iteration in double precision does not move it.
-    again, _ = mbar(f.double(), BETAS, log_z.double(), 1)
+    again, _ = fixed_point_mbar(f.double(), BETAS, log_z.double(), 1)
     torch.testing.assert_close(again, log_z.double(), rtol=0, atol=3e-6)
 
 
@@ -327,7 +320,7 @@ def test_newton_reaches_the_solution_where_levels_overlap_little() -> None:
     Fifty iterations of the fixed point remain far from it, and claim to be near.
     """
     assert narrow_p_value(mbar_log_z) > ALPHA
-    assert narrow_p_value(lambda *args: mbar(*args, 50)[0]) < CERTAIN
+    assert narrow_p_value(lambda *args: fixed_point_mbar(*args, 50)[0]) < CERTAIN
 
 
 # --- variance of MBAR -----------------------------------------------------------------------
@@ -622,4 +615,4 @@ def test_claimed_errors_hold_where_levels_overlap_little() -> None:
     A fixed-point iteration that stops near its start confirms the prediction by itself.
     """
     assert refreshed_p_value(mbar_log_z) > ALPHA
-    assert refreshed_p_value(lambda *args: mbar(*args, 5)[0]) < CERTAIN
+    assert refreshed_p_value(lambda *args: fixed_point_mbar(*args, 5)[0]) < CERTAIN
