@@ -4,13 +4,80 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from pyro import poutine
+from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.tracing import PositivePairs, all_nodes
 from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
+from pyro_lvebm.validation import DataError
+
+
+class Ascent(NamedTuple):
+    """What one step on the parameters did."""
+
+    loss: float  # before the update, nats
+    positive: dict[str, float]  # mean positive energy before the update, by the site of x, nats
+    before: dict[Tensor, Tensor]  # the values before the update, by parameter
+    halvings: int
+    kl: float  # KL(p_old ‖ p_new), nats
+
+
+def ascend(
+    loss_and_grads: Callable[[], float],
+    optim: PyroOptim,
+    ebms: list[LVEBM],
+    *,
+    factor: float,
+    max_kl: float,
+    last_good: dict[Tensor, Tensor],
+    step: int,
+) -> Ascent:
+    """Take one optimiser step on all parameters that a loss meets.
+
+    Args:
+        loss_and_grads: Runs model and guide, leaves gradients, and returns the loss in nats.
+        optim: The optimiser.
+        ebms: The LVEBMs of the model.
+        factor: Multiplies the update.
+        max_kl: Radius of the trust region, in nats.
+        last_good: For each parameter, the last value whose loss was finite.
+        step: Number of this step, for messages.
+
+    Raises:
+        ValueError: If the loss, a gradient or the update is NaN or infinite; parameters are then
+            back at the last values with a finite loss.
+    """
+    pairs = PositivePairs()
+    with warnings.catch_warnings(), pairs, poutine.trace(param_only=True) as capture:
+        warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
+        try:
+            loss = loss_and_grads()
+        except DataError:
+            raise
+        except ValueError as error:
+            restore_last_good(last_good)
+            raise ValueError(
+                f"the loss could not be computed at step {step}; parameters are back at the last "
+                f"values with a finite loss: {error}"
+            ) from error
+    params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
+    try:
+        check_finite(loss, params, last_good, step)
+        positive = pairs.mean_energies()
+        before, halvings, kl = bounded_step(
+            optim, params, factor=factor, ebms=ebms, max_kl=max_kl, step=step
+        )
+    finally:
+        zero_grads(params)
+    return Ascent(loss, positive, before, halvings, kl)
 
 
 def check_finite(

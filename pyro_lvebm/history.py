@@ -126,8 +126,8 @@ def symptoms(rows: list[dict[str, float]], num_chains: dict[str, int]) -> dict[s
         if share < LOW_ESS:
             found[f"ess{suffix}"] = (
                 f"the effective sample size of the pool{suffix} is {share:.1%} of its {n} chains, "
-                "so few of them carry the negative phase and its gradient is noisy. Give the "
-                "TemperedPool more chains or levels, or lower max_kl"
+                "so few of them carry the negative phase and its gradient is noisy. Use a "
+                "TemperedPool, with more chains or levels if it is one already, or lower max_kl"
             )
         rates = {}
         for name, rate in mean.items():

@@ -3,18 +3,64 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import MALA, Kernel, init_state
-from pyro_lvebm.local_energy import LatentBlock
+from pyro_lvebm.local_energy import LatentBlock, latent_blocks
+from pyro_lvebm.rollback import undo_particles
+from pyro_lvebm.tracing import Model, Node, subsample_nodes, vectorise
 
 # With a minibatch estimate of the energy, small steps are stochastic-gradient Langevin dynamics.
 # The test on the same minibatch hardly ever refuses those; it stops a step that is still too large.
 _NOISY_KERNEL = MALA(target_acceptance=0.95)
+
+
+def move_minibatch(
+    model: Model,
+    guide: Model,
+    particles: AutoParticles,
+    kernel: Kernel,
+    num_moves: int,
+    generator: torch.Generator,
+    undo: list[Callable[[], None]],
+    nesting: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Node], dict[str, float]]:
+    """Move the particles of one minibatch, block after block.
+
+    Args:
+        model: The Pyro model, with θ frozen.
+        guide: The guide that holds the particles, and perhaps other latents.
+        particles: The particles.
+        kernel: `MALA()` or `ULA()`.
+        num_moves: Langevin steps.
+        generator: Source of randomness.
+        undo: Gets an action for every block that puts its particles back.
+        nesting: Number of batch dimensions of the model.
+        args: Arguments of the model.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        The nodes that fix the minibatch, and the mean acceptance probability of every site.
+    """
+    acceptance: dict[str, float] = {}
+    vectorised = vectorise(guide, particles.num_particles, nesting)
+    with poutine.block(), torch.no_grad():
+        guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
+        blocks, trace = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
+        for block in blocks:
+            names = [column.name for column in block.columns]
+            undo.append(undo_particles(particles, block.indices, names))
+            rate = float(move_block(block, particles, kernel, num_moves, generator))
+            acceptance |= dict.fromkeys(names, rate)
+    return subsample_nodes(trace), acceptance
 
 
 class Chain(NamedTuple):
@@ -39,21 +85,26 @@ def move_block(
 ) -> Tensor:
     """Move the particles of a block and store them, and the adapted step size, in the guide.
 
+    The step size adapts after every move: on a sharp posterior the first one may be a hundred times
+    too large. It follows the mean over all particles of a minibatch, of which one is a small part.
+
     Returns:
         Mean acceptance probability, a scalar.
     """
     kernel = kernel_for(block, kernel)
     step_size = guide.step_size(block.columns[0].name)
     state = init_state(block.f, block.v)
-    eta = float(step_size)
+    eta = step_size.clone()
     acceptance = torch.zeros_like(step_size)
     for _ in range(num_moves):
-        state, accepted = kernel.step(block.f, state, eta, generator=generator)
-        acceptance += accepted.mean() / num_moves
+        state, accepted = kernel.step(block.f, state, float(eta), generator=generator)
+        rate = accepted.mean()
+        acceptance += rate / num_moves
+        eta = kernel.adapt(eta, rate)
     block.fix(state.u)
     for name, value in block.split(state.u).items():
         guide.write(name, block.indices, value)
-    step_size.copy_(kernel.adapt(step_size, acceptance))
+    step_size.copy_(eta)
     return acceptance
 
 

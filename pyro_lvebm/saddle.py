@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,10 @@ import pandas as pd
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
-from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_lvebm.ascent import bounded_step, check_finite, restore_last_good
+from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.averaging import ParameterAverage
 from pyro_lvebm.checkpoint import SETTINGS, read_checkpoint, write_checkpoint
 from pyro_lvebm.fitting import run_fit
@@ -25,26 +23,20 @@ from pyro_lvebm.guides import find_particles
 from pyro_lvebm.history import History
 from pyro_lvebm.inspection import Anatomy, inspect
 from pyro_lvebm.langevin import MALA, Kernel
-from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.model_evidence import Sweep, missed_log_z, model_log_evidence
 from pyro_lvebm.penalties import Penalty, add_penalties
-from pyro_lvebm.positive import move_block
+from pyro_lvebm.positive import move_minibatch
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
 from pyro_lvebm.rng import generator_for, isolated_rng
-from pyro_lvebm.rollback import pool_snapshot, unchanged_on_error, undo_particles
+from pyro_lvebm.rollback import pool_snapshot, unchanged_on_error
 from pyro_lvebm.schedules import Schedule, half_cosine
 from pyro_lvebm.tracing import (
     Node,
-    PositivePairs,
-    all_nodes,
     at_minibatch,
     energy_modules,
     frozen,
-    subsample_nodes,
-    vectorise,
 )
-from pyro_lvebm.validation import DataError
 
 
 class Saddle(SVI):
@@ -438,17 +430,18 @@ class Saddle(SVI):
     def scaled_step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Take a `step` whose update is multiplied by a factor, such as that of a schedule."""
         device = self._device(args, kwargs)
-        self.prepare(args, kwargs)
+        anatomy = self.prepare(args, kwargs)
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             with unchanged_on_error(self.ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
-                loss, kl, positive = self._ascend(factor, choices, args, kwargs)
+                ascent = self._ascend(factor, choices, args, kwargs)
+        self.average.update(list(ascent.before))
+        self._last_good, self.halvings = ascent.before, ascent.halvings
         self.step_count += 1
-        ebms = self.prepare(args, kwargs).ebms
-        row = {"loss": loss, "kl": kl, "halvings": float(self.halvings)}
+        row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
         row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
-        self.recorder.record_step(self.step_count, row, positive, ebms)
-        return loss
+        self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
+        return ascent.loss
 
     def _positive_phase(
         self,
@@ -458,21 +451,22 @@ class Saddle(SVI):
         kwargs: dict[str, Any],
     ) -> dict[str, Node]:
         """Move the particles of one minibatch; return the nodes that fix it."""
-        guide = self.particles
-        if guide is None:
+        if self.particles is None:
             return {}
-        nesting = self.prepare(args, kwargs).nesting
-        generator = generator_for(self.seed, 1, self.step_count, device=device)
-        vectorised = vectorise(self.guide, guide.num_particles, nesting)
-        with poutine.block(), frozen(self.ebms), torch.no_grad():
-            guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
-            blocks, trace = latent_blocks(self.model, guide, guide_trace, nesting, args, kwargs)
-            for block in blocks:
-                undo.append(undo_particles(guide, block.indices, [c.name for c in block.columns]))
-                rate = move_block(block, guide, self.kernel, self.num_moves, generator)
-                for column in block.columns:
-                    self.acceptance[column.name] = float(rate)
-        return subsample_nodes(trace)
+        with frozen(self.ebms):
+            choices, self.acceptance = move_minibatch(
+                self.model,
+                self.guide,
+                self.particles,
+                self.kernel,
+                self.num_moves,
+                generator_for(self.seed, 1, self.step_count, device=device),
+                undo,
+                self.prepare(args, kwargs).nesting,
+                args,
+                kwargs,
+            )
+        return choices
 
     def _ascend(
         self,
@@ -480,41 +474,21 @@ class Saddle(SVI):
         choices: dict[str, Node],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[float, float, dict[str, float]]:
-        """Take one optimiser step on the chosen minibatch.
-
-        Returns:
-            The loss and the mean positive energies before the update, and the KL of the update.
-        """
+    ) -> Ascent:
+        """Take one optimiser step on the chosen minibatch."""
         guide = at_minibatch(self.guide, choices) if choices else self.guide
         model = at_minibatch(self.model, choices) if choices else self.model
-        pairs = PositivePairs()
-        with warnings.catch_warnings(), pairs, poutine.trace(param_only=True) as capture:
-            warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-            try:
-                loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
-                loss += add_penalties(self.penalties, self.ebms)
-            except DataError:
-                raise
-            except ValueError as error:
-                restore_last_good(self._last_good)
-                raise ValueError(
-                    f"the loss could not be computed at step {self.step_count}; parameters are "
-                    f"back at the last values with a finite loss: {error}"
-                ) from error
-        params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
-        try:
-            check_finite(loss, params, self._last_good, self.step_count)
-            positive = pairs.mean_energies()
-            self._last_good, self.halvings, kl = bounded_step(
-                self.optim,
-                params,
-                factor=factor,
-                ebms=self.ebms,
-                max_kl=self.max_kl,
-                step=self.step_count,
-            )
-        finally:
-            zero_grads(params)
-        self.average.update(params)
-        return loss, kl, positive
+
+        def loss_and_grads() -> float:
+            loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
+            return loss + add_penalties(self.penalties, self.ebms)
+
+        return ascend(
+            loss_and_grads,
+            self.optim,
+            self.ebms,
+            factor=factor,
+            max_kl=self.max_kl,
+            last_good=self._last_good,
+            step=self.step_count,
+        )

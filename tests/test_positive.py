@@ -34,19 +34,18 @@ def parts(count: int = 3, size: int | None = 4) -> tuple[Any, AutoParticles, Any
 @pytest.mark.parametrize("kernel", [MALA(), MALA(0.8), ULA(), ULA(0.9)])
 @pytest.mark.parametrize("num_moves", [1, 5])
 def test_moves_are_those_of_the_kernel(kernel: MALA | ULA, num_moves: int) -> None:
-    """Written to the particles of the minibatch, with one adapted step size."""
+    """Written to the particles of the minibatch; one step size for all, adapted every move."""
     block, guide, ebm = parts()
     guide.step_size("scene_z").fill_(0.3)
     before = guide.particles("scene_z").clone()
     generator = seeded(1)
     with frozen([ebm]):
         state = init_state(block.f, block.v)
-        rates = []
+        rates, expected = [], torch.tensor(0.3).double()
         for _ in range(num_moves):
-            state, accepted = kernel.step(
-                block.f, state, float(guide.step_size("scene_z")), generator=generator
-            )
+            state, accepted = kernel.step(block.f, state, float(expected), generator=generator)
             rates.append(accepted.mean())
+            expected = kernel.adapt(expected, accepted.mean())
         rate = move_block(block, guide, kernel, num_moves, seeded(1))
     torch.testing.assert_close(rate, torch.stack(rates).mean())
     rows = block.indices["data"]
@@ -54,7 +53,6 @@ def test_moves_are_those_of_the_kernel(kernel: MALA | ULA, num_moves: int) -> No
     torch.testing.assert_close(moved[:, rows], ebm.base_z.unwhiten(state.u))
     others = [k for k in range(10) if k not in rows]
     assert torch.equal(moved[:, others], before[:, others])
-    expected = kernel.adapt(torch.tensor(0.3).double(), rate)
     torch.testing.assert_close(guide.step_size("scene_z"), expected)
     fixed = block.at.nodes["scene_z"]["value"]  # what other blocks, and the loss, now see
     torch.testing.assert_close(fixed, ebm.base_z.unwhiten(state.u))
