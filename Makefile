@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test demo lint docs bench bench-training clean
+.PHONY: help setup test demo lint docs bench bench-training bench-calibration bench-tightness clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Create .venv and install the package with pinned dependencies.
 
@@ -55,6 +55,12 @@ bench: setup ## Print speed ratios; QUICK=1 for a short run.
 # One process for each core, with one thread each.
 bench-training: setup ## Train on every data set of the suite, beside peers; QUICK=1 for minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training $(if $(filter-out 0,$(QUICK)),--quick)
+
+bench-calibration: setup ## Check the stated errors of log Z and log C(x); QUICK=1 for a minute.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration $(if $(filter-out 0,$(QUICK)),--quick)
+
+bench-tightness: setup ## Compare particles with restricted guides at one θ; QUICK=1 for a minute.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tightness $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## Remove outputs and caches; keep .venv.
 	rm -rf demo docs/_build build dist *.egg-info

@@ -41,6 +41,8 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_SETS = ("two moons", "8 Gaussians", "Lorenz-63", "digits")
 PEER_SETS = ("two moons", "8 Gaussians", "Lorenz-63")
 LEARNING_RATE, BATCH, NUM_PARTICLES = 3e-3, 256, 2
+SMALL = 1000
+"""Rows below which one held-out part is too few to choose the number of steps."""
 TOLERANCE = 0.02
 """Nats per datum by which rows in 2-D and 3-D may stay behind the best mixture."""
 
@@ -60,7 +62,7 @@ class Effort:
     refit: bool
 
 
-FULL = Effort(2500, 1500, 1000, 20, 8, 4096, 32, 5, True)
+FULL = Effort(5000, 1000, 1000, 20, 8, 2048, 128, 5, True)
 QUICK = Effort(150, 60, 60, 20, 8, 512, 8, 1, False)
 
 
@@ -98,33 +100,49 @@ def build(data: DataSet, x: Tensor, rate: float, seed: int) -> tuple[LVEBM, Sadd
 
 
 def train(data: DataSet, effort: Effort, seed: int) -> tuple[LVEBM, Saddle]:
-    """Choose the number of steps on a tenth of the training rows, then fit all of them.
+    """Choose the number of steps on held-out parts of the training rows, then fit all of them.
 
-    Mixtures are chosen by cross-validation and fitted to all rows in the same way.
+    Mixtures are chosen by cross-validation and fitted to all rows in the same way. The last fit
+    has a whole schedule, and as many steps as make the sum of its factors that of the best step.
     """
     x = torch.as_tensor(data.train, dtype=torch.float32)
-    if not effort.refit:
-        ebm, saddle = build(data, x, LEARNING_RATE, seed)
-        saddle.fit(x, num_steps=effort.num_steps, progress=False)
-        return ebm, saddle
-    fit, held_out = (
-        torch.as_tensor(part, dtype=torch.float32) for part in split(data.train, 0.1, seed)
-    )
-    _, saddle = build(data, fit, LEARNING_RATE, seed)
-    saddle.fit(
-        fit,
-        num_steps=effort.num_steps,
-        held_out=(held_out,),
-        patience=effort.patience,
-        progress=False,
-    )
-    best = int(saddle.history["log_evidence"].idxmax())
+    num_steps = effort.num_steps
+    if effort.refit:
+        factors = half_cosine_factors(effort.num_steps)
+        best = best_step(data, effort, seed)
+        num_steps = round(effort.num_steps * factors[:best].sum() / factors.sum())
     ebm, saddle = build(data, x, LEARNING_RATE, seed)
-    if best:
-        part = best / effort.num_steps
-        schedule = lambda progress: half_cosine(part * progress)  # noqa: E731
-        saddle.fit(x, num_steps=best, schedule=schedule, progress=False)
+    if num_steps:
+        saddle.fit(x, num_steps=num_steps, progress=False)
     return ebm, saddle
+
+
+def best_step(data: DataSet, effort: Effort, seed: int) -> int:
+    """Return the step that is best on average over splits: one split of large sets, five of small.
+
+    A fit that stopped keeps its last value, which is worse than its best.
+    """
+    small = len(data.train) < SMALL
+    curves = []
+    for number in range(5 if small else 1):
+        parts = split(data.train, 0.2 if small else 0.1, seed + number)
+        fit, held_out = (torch.as_tensor(part, dtype=torch.float32) for part in parts)
+        _, saddle = build(data, fit, LEARNING_RATE, seed)
+        saddle.fit(
+            fit,
+            num_steps=effort.num_steps,
+            held_out=(held_out,),
+            patience=effort.patience,
+            evaluate_every=50 if small else 100,
+            progress=False,
+        )
+        curves.append(saddle.history["log_evidence"].dropna())
+    return int(pd.concat(curves, axis=1).ffill().mean(axis=1).idxmax())
+
+
+def half_cosine_factors(num_steps: int) -> np.ndarray:
+    """Return the factors of all steps of a fit under the default schedule."""
+    return np.array([half_cosine(t / num_steps) for t in range(num_steps)])
 
 
 def suite_row(name: str, effort: Effort, quick: bool) -> Row:
@@ -135,7 +153,11 @@ def suite_row(name: str, effort: Effort, quick: bool) -> Row:
     ebm, saddle = train(data, effort, seed=0)
     seconds = time.perf_counter() - start
     log_z = log_partition(
-        ebm, seed=1, num_particles=effort.log_z_particles, num_runs=effort.log_z_runs
+        ebm,
+        seed=1,
+        num_particles=effort.log_z_particles,
+        num_runs=effort.log_z_runs,
+        relative_ess=0.99,
     )
     test = torch.as_tensor(data.test, dtype=torch.float32)
     ours = log_evidence(ebm, test, seed=1, log_z=log_z).lower.double().numpy()
@@ -279,20 +301,23 @@ def peer_row(name: str, peer: str, tuned: bool, effort: Effort) -> Row:
     )
 
 
-def tasks(effort: Effort, quick: bool, kinds: Sequence[str]) -> list[Callable[[], Row]]:
+def tasks(
+    effort: Effort, quick: bool, kinds: Sequence[str], sets: Sequence[str] = NAMES
+) -> list[Callable[[], Row]]:
     """Return the work of all rows but those of the rates."""
     work: list[Callable[[], Row]] = []
     if "suite" in kinds:
         # The longest first, so that no process is left alone with it.
-        order = sorted(NAMES, key=lambda name: name != "digits")
+        order = sorted(sets, key=lambda name: name != "digits")
         work += [partial(suite_row, name, effort, quick) for name in order]
     if "online" in kinds:
         names = ("two moons",) if quick else ("two moons", "pinwheel", "8 Gaussians")
-        work += [partial(online_row, name, effort) for name in names]
+        work += [partial(online_row, name, effort) for name in names if name in sets]
     if "peers" in kinds:
         work += [
             partial(peer_row, name, peer, tuned, effort)
             for name in (PEER_SETS[:1] if quick else PEER_SETS)
+            if name in sets
             for peer in available()
             for tuned in (False, True)
         ]
@@ -305,18 +330,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = ("suite", "online", "peers", "rates")
     parser.add_argument("--quick", action="store_true", help="each row once, for a few steps")
     parser.add_argument("--rows", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--data", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seeds", type=int, help="seeds of each learning rate")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     effort = QUICK if args.quick else FULL
     seeds = range(effort.seeds if args.seeds is None else args.seeds)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(task) for task in tasks(effort, args.quick, args.rows)]
+        futures = [pool.submit(task) for task in tasks(effort, args.quick, args.rows, args.data)]
         for future in futures:
             future.add_done_callback(_announce)
         runs = {
             (name, rate, seed): pool.submit(rate_run, name, rate, seed, effort)
             for name in (RATE_SETS if "rates" in args.rows else ())
+            if name in args.data
             for rate in RATES
             for seed in seeds
         }

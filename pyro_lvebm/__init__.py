@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent-variable energy-based models in Pyro, trained by Langevin particles."""
 
-from pyro_lvebm.compare import ElboTable, compare_elbo
+from pyro_lvebm.compare import compare_elbo
 from pyro_lvebm.distributions import JointEnergy
+from pyro_lvebm.elbo_rows import ImportanceWeighted, LaplaceApproximation, PriorProposal
+from pyro_lvebm.elbo_table import ElboTable
 from pyro_lvebm.energies import MLPEnergy
+from pyro_lvebm.evidence_of import log_evidence_of
 from pyro_lvebm.export import to_arviz
 from pyro_lvebm.guides import (
+    AutoAmortisedMultivariateNormal,
     AutoAmortisedNormal,
     AutoParticles,
+    AutoPerDatumIAFNormal,
+    AutoPerDatumLowRankMultivariateNormal,
     AutoPerDatumMultivariateNormal,
 )
+from pyro_lvebm.importance_weighted import ImportanceWeightedELBO
 from pyro_lvebm.langevin import MALA, ULA
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
@@ -28,15 +35,22 @@ __all__ = [
     "LVEBM",
     "MALA",
     "ULA",
+    "AutoAmortisedMultivariateNormal",
     "AutoAmortisedNormal",
     "AutoParticles",
+    "AutoPerDatumIAFNormal",
+    "AutoPerDatumLowRankMultivariateNormal",
     "AutoPerDatumMultivariateNormal",
     "ElboTable",
+    "ImportanceWeighted",
+    "ImportanceWeightedELBO",
     "JointEnergy",
+    "LaplaceApproximation",
     "LogEvidence",
     "LogPartition",
     "MLPEnergy",
     "PersistentPool",
+    "PriorProposal",
     "QuadraticEnergy",
     "Saddle",
     "TemperedPool",
@@ -46,6 +60,7 @@ __all__ = [
     "half_cosine",
     "history_figure",
     "log_evidence",
+    "log_evidence_of",
     "log_partition",
     "lvebm",
     "spectral_norm",

@@ -11,27 +11,30 @@ beforehand Ĉ is unbiased, so log Ĉ is low in expectation; a pilot run finds th
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state
+from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state, inverse_root
 from pyro_lvebm.reweighting import ess, systematic_resample
 
 _KERNEL = MALA()
 
 
 class Schedule(NamedTuple):
-    """Inverse temperatures and MALA step sizes of an annealing run."""
+    """Inverse temperatures, and the MALA moves at each, of an annealing run."""
 
     betas: Tensor  # (T + 1,), monotone, from 0 to 1 or from 1 to 0
     step_sizes: Tensor  # (T + 1, problems, 1)
+    scales: Tensor | None = None  # (T + 1, problems, d, d), of MALA; None is the identity
 
     def reversed(self) -> Schedule:
         """Return the same temperatures in the opposite order."""
-        return Schedule(self.betas.flip(0), self.step_sizes.flip(0))
+        scales = None if self.scales is None else self.scales.flip(0)
+        return Schedule(self.betas.flip(0), self.step_sizes.flip(0), scales)
 
 
 class Annealed(NamedTuple):
@@ -40,6 +43,7 @@ class Annealed(NamedTuple):
     log_ratio: Tensor  # (runs, problems), log of an unbiased estimate of C_end / C_start, nats
     log_weights: Tensor  # (runs, problems, particles), nats; equal where the run resampled
     state: LangevinState  # particles (runs, problems, particles, d) at the end
+    f_path: Tensor | None = None  # (T + 1, runs, problems, particles), f after the moves at each β
 
 
 def standard_normal(
@@ -57,6 +61,7 @@ def pilot(
     num_moves: int = 2,
     max_temperatures: int = 400,
     betas: Tensor | None = None,
+    precondition: bool = False,
     generator: torch.Generator | None = None,
 ) -> Schedule:
     """Find temperatures and step sizes by one adaptive run.
@@ -71,6 +76,8 @@ def pilot(
         num_moves: MALA steps at each temperature.
         max_temperatures: Give up beyond this many.
         betas: Temperatures to use (T + 1,) from 0 to 1; only step sizes are then adapted.
+        precondition: Let the moves at each temperature follow the mean curvature of the energy
+            there (`inverse_root`); this needs more particles than dimensions.
         generator: Source of randomness; None means torch's global generator.
 
     Raises:
@@ -83,7 +90,7 @@ def pilot(
     """
     state = _checked_init(f, v)
     beta, step = 0.0, torch.full((v.shape[1], 1), 0.3, dtype=v.dtype, device=v.device)
-    used, steps = [0.0], [step]
+    used, steps, scales = [0.0], [step], [torch.eye(v.shape[-1]).to(v).expand(v.shape[1], -1, -1)]
     given = None if betas is None else betas.tolist()
     while beta < 1.0:
         if len(used) > max_temperatures:
@@ -94,14 +101,27 @@ def pilot(
         beta_next = given[len(used)] if given else _next_beta(state.f, beta, relative_ess)
         state = _resample(state, -(beta_next - beta) * state.f, generator)
         beta = beta_next
+        scale = _scale_of(state, beta) if precondition else None
         for _ in range(num_moves):
             state, accepted = _KERNEL.step(
-                f, state, step, inverse_temperature=beta, generator=generator
+                f, state, step, inverse_temperature=beta, scale=scale, generator=generator
             )
             step = _KERNEL.adapt(step, accepted.mean((0, -1))[:, None], rate=0.5)
         used.append(beta)
         steps.append(step)
-    return Schedule(torch.tensor(used, dtype=v.dtype, device=v.device), torch.stack(steps))
+        scales += [] if scale is None else [scale]
+    temperatures = torch.tensor(used, dtype=v.dtype, device=v.device)
+    found = torch.stack(scales) if precondition else None
+    return Schedule(temperatures, torch.stack(steps), found)
+
+
+def _scale_of(state: LangevinState, beta: float) -> Tensor:
+    """Scales (problems, d, d) from the gradients of one run."""
+    grad = state.u[0] + beta * state.grad[0]
+    # Behind a wall of infinite energy there is no gradient, and no particle stays there.
+    grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+    n = grad.shape[-2]
+    return inverse_root(grad.mT @ grad / n, n)
 
 
 def anneal(
@@ -111,6 +131,7 @@ def anneal(
     *,
     num_moves: int = 2,
     resample: bool = True,
+    keep_path: bool = False,
     generator: torch.Generator | None = None,
 ) -> Annealed:
     """Carry particles along a fixed schedule by reweighting, resampling and MALA moves.
@@ -122,6 +143,7 @@ def anneal(
         num_moves: MALA steps at each temperature.
         resample: True is sequential Monte Carlo; False is annealed importance sampling, whose
             particles stay independent and carry their own weights.
+        keep_path: Return f at every temperature, too.
         generator: Source of randomness; None means torch's global generator.
 
     Returns:
@@ -138,18 +160,26 @@ def anneal(
     state = _checked_init(f, v)
     log_ratio = v.new_zeros(v.shape[:2])
     log_w = v.new_zeros(v.shape[:3])
-    betas = schedule.betas.tolist()
-    for beta, beta_next, step in zip(betas[:-1], betas[1:], schedule.step_sizes[1:], strict=True):
+    betas, path = schedule.betas.tolist(), [state.f]
+    for k, (beta, beta_next) in enumerate(itertools.pairwise(betas), start=1):
         log_w = log_w - (beta_next - beta) * state.f
+        scale = None if schedule.scales is None else schedule.scales[k]
         if resample:
             log_ratio = log_ratio + log_mean_exp(log_w)
             state = _resample(state, log_w, generator)
             log_w = torch.zeros_like(log_w)
         for _ in range(num_moves):
             state, _ = _KERNEL.step(
-                f, state, step, inverse_temperature=beta_next, generator=generator
+                f,
+                state,
+                schedule.step_sizes[k],
+                inverse_temperature=beta_next,
+                scale=scale,
+                generator=generator,
             )
-    return Annealed(log_ratio if resample else log_mean_exp(log_w), log_w, state)
+        path += [state.f] if keep_path else []
+    f_path = torch.stack(path) if keep_path else None
+    return Annealed(log_ratio if resample else log_mean_exp(log_w), log_w, state, f_path)
 
 
 def pick_draws(state: LangevinState, generator: torch.Generator | None) -> Tensor:

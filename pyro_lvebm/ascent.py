@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.tracing import PositivePairs, all_nodes
-from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
+from pyro_lvebm.trust_region import MAX_HALVINGS, restore, scale_update, shrink_to_trust_region
 from pyro_lvebm.validation import DataError
 
 
@@ -36,7 +36,7 @@ def ascend(
     ebms: list[LVEBM],
     *,
     factor: float,
-    max_kl: float,
+    max_kl: float | None,
     last_good: dict[Tensor, Tensor],
     step: int,
 ) -> Ascent:
@@ -47,7 +47,7 @@ def ascend(
         optim: The optimiser.
         ebms: The LVEBMs of the model.
         factor: Multiplies the update.
-        max_kl: Radius of the trust region, in nats.
+        max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
         last_good: For each parameter, the last value whose loss was finite.
         step: Number of this step, for messages.
 
@@ -78,6 +78,17 @@ def ascend(
     finally:
         zero_grads(params)
     return Ascent(loss, positive, before, halvings, kl)
+
+
+def default_radius(dim: int) -> float:
+    """Return the radius of the trust region in nats for an LVEBM in `dim` dimensions, x and z.
+
+        δ = 0.02 max(1, √(d / 8))
+
+    In few dimensions a larger radius lets log Z online fall behind; in many a smaller one slows
+    learning (docs/training.md).
+    """
+    return 0.02 * max(1.0, math.sqrt(dim / 8.0))
 
 
 def check_finite(
@@ -116,7 +127,7 @@ def bounded_step(
     *,
     factor: float,
     ebms: list[LVEBM],
-    max_kl: float,
+    max_kl: float | None,
     step: int,
 ) -> tuple[dict[Tensor, Tensor], int, float]:
     """Let the optimiser change parameters, then shrink the change.
@@ -130,7 +141,7 @@ def bounded_step(
         params: Parameters with their gradients, changed in place.
         factor: Multiplies the update, such as a schedule between 0 and 1.
         ebms: The LVEBMs whose energies are among the parameters.
-        max_kl: Radius of the trust region, in nats.
+        max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
         step: Number of this step, for the message.
 
     Returns:
@@ -147,12 +158,17 @@ def bounded_step(
     energy = [i for i, p in enumerate(params) if id(p) in own]
     halvings, kl = 0, 0.0
     if energy:
-        halvings, kl = shrink_to_trust_region(
-            [params[i] for i in energy],
-            [before[i] for i in energy],
-            lambda: torch.stack([e.kl_of_update() for e in ebms]).max(),
-            max_kl,
+        radii = torch.tensor([max_kl or default_radius(e.dim) for e in ebms], dtype=torch.float64)
+        moved = torch.zeros_like(radii)
+
+        def relative_kl() -> Tensor:
+            moved.copy_(torch.stack([ebm.kl_of_update() for ebm in ebms]))
+            return (moved / radii).max()
+
+        halvings, _ = shrink_to_trust_region(
+            [params[i] for i in energy], [before[i] for i in energy], relative_kl, 1.0
         )
+        kl = float(moved.max()) if halvings <= MAX_HALVINGS else 0.0
     if not all(bool(torch.isfinite(p).all()) for p in params):
         restore(params, before)
         raise ValueError(

@@ -46,6 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FRACTION",
         help="fraction of rows held out for evaluation (default: %(default)s)",
     )
+    fit.add_argument(
+        "--validation",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the other rows that decides when to stop; 0 takes all steps "
+        "(default: %(default)s)",
+    )
     demo = commands.add_parser(
         "demo",
         help="fit an LVEBM to the handwritten digits of scikit-learn",
@@ -74,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
             type=int,
             default=JobSettings.num_steps,
             metavar="N",
-            help="training steps (default: %(default)s)",
+            help="training steps, or fewer where validation rows stop them (default: %(default)s)",
         )
         command.add_argument(
             "--guide-steps",
@@ -101,13 +109,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = JobSettings(
             z_dim=args.z_dim, num_steps=args.steps, guide_steps=args.guide_steps, seed=args.seed
         )
+        digits = validation = None
         if args.command == "demo":
             digits = load_digits_data(args.seed)
             train, test = digits.train, digits.test
         else:
-            digits = None
             train, test = split(read_observations(args.data), args.held_out, args.seed)
-        result = run_job(train, test, args.out, settings, digits=digits, progress=not args.quiet)
+            if args.validation:
+                train, validation = split(train, args.validation, args.seed + 1)
+        result = run_job(
+            train,
+            test,
+            args.out,
+            settings,
+            validation=validation,
+            digits=digits,
+            progress=not args.quiet,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

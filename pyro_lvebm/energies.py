@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -95,7 +94,7 @@ class MLPEnergy(WhitenedEnergy):
     along x̃, small ones along u_x; a network learns first along the larger inputs. The data hold x
     in place but not z, and tanh keeps z from drifting away from its base. The last layer starts at
     zero, so an untrained LVEBM is its base and log Z = 0. The columns of B are drawn once from
-    N(0, 1.2² min(1, 2/d_x)) and never trained; they let a smooth network follow thin structures,
+    N(0, 1.5² min(1, 2/d_x)²) and never trained; they let a smooth network follow thin structures,
     and f stays Lipschitz.
 
     Args:
@@ -140,7 +139,7 @@ class MLPEnergy(WhitenedEnergy):
         if fourier_features < 0:
             raise ValueError(f"fourier_features must be 0 or more; got {fourier_features}")
         with isolated_rng(seed):
-            bandwidth = 1.2 * math.sqrt(min(1.0, 2.0 / x_dim))
+            bandwidth = 1.5 * min(1.0, 2.0 / x_dim)
             self.register_buffer("frequencies", bandwidth * torch.randn(x_dim, fourier_features))
             self.register_buffer("linear", self._linear_part())
             widths = [self.linear.shape[1] + 2 * fourier_features, *hidden]

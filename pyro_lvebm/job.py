@@ -22,8 +22,9 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_lvebm.baselines import evaluate_baselines
-from pyro_lvebm.compare import ElboTable, compare_elbo
+from pyro_lvebm.compare import compare_elbo
 from pyro_lvebm.data import DigitsData, logit_to_levels
+from pyro_lvebm.elbo_table import ElboTable
 from pyro_lvebm.energies import MLPEnergy
 from pyro_lvebm.export import to_arviz
 from pyro_lvebm.guides import (
@@ -41,6 +42,9 @@ from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.sites import lvebm
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tracing import Model
+
+_PATIENCE = 5
+"""Evaluations of the validation rows without a better one before a fit stops."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def run_job(
     out: Path,
     settings: JobSettings,
     *,
+    validation: np.ndarray | None = None,
     digits: DigitsData | None = None,
     progress: bool = True,
 ) -> JobResult:
@@ -94,6 +99,8 @@ def run_job(
         test: Held-out observations (M, D).
         out: Folder to write to; made if it does not exist.
         settings: What to fit.
+        validation: Observations (V, D) that decide when the fit stops and which step was best;
+            without them it takes all steps.
         digits: The data set, if the rows are its images; chooses the figure.
         progress: Show progress bars.
 
@@ -110,6 +117,10 @@ def run_job(
     _check_single_precision(train)
     seed = settings.seed
     x, x_test = (torch.as_tensor(a, dtype=torch.float32) for a in (train, test))
+    stopping: dict[str, Any] = {}
+    if validation is not None:
+        held_out = torch.as_tensor(validation, dtype=torch.float32)
+        stopping = {"held_out": (held_out,), "patience": _PATIENCE}
     energy = MLPEnergy(x.shape[1], settings.z_dim, seed=seed)
     ebm = LVEBM.from_data(energy, x, z_dim=settings.z_dim, pool=TemperedPool(seed=seed))
     out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +134,7 @@ def run_job(
     clock = time.perf_counter()
     guide = AutoParticles(model, settings.num_particles)
     saddle = Saddle(model, guide, Adam({"lr": settings.learning_rate}), seed=seed)
-    saddle.fit(x, num_steps=settings.num_steps, progress=progress)
+    saddle.fit(x, num_steps=settings.num_steps, progress=progress, **stopping)
     seconds["fit"], clock = time.perf_counter() - clock, time.perf_counter()
 
     guides = _fit_guides(model, ebm, x, settings, progress)
@@ -141,7 +152,10 @@ def run_job(
 
     result = JobResult(saddle, table, evidence, baselines, seconds)
     table.to_dataframe().to_csv(out / "elbo_table.csv")
-    text = json.dumps(_summary(result, settings, train.shape, test.shape), indent=2)
+    rows = {"train": train.shape, "held_out": test.shape}
+    if validation is not None:
+        rows["validation"] = validation.shape
+    text = json.dumps(_summary(result, settings, rows), indent=2)
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
 
@@ -205,15 +219,13 @@ def _figure(
 
 
 def _summary(
-    result: JobResult,
-    settings: JobSettings,
-    train_shape: tuple[int, ...],
-    test_shape: tuple[int, ...],
+    result: JobResult, settings: JobSettings, rows: dict[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """The numbers of the run for programs; every one with its standard error."""
     evidence, log_z = result.evidence, result.evidence.log_partition
     return {
-        "data": {"train": list(train_shape), "held_out": list(test_shape)},
+        "data": {name: list(shape) for name, shape in rows.items()},
+        "steps": result.saddle.step_count,
         "settings": asdict(settings),
         "held_out_log_evidence": {
             "lower": float(evidence.lower.double().mean()),

@@ -226,16 +226,21 @@ class MALA:
         *,
         inverse_temperature: float | Tensor = 1.0,
         base_precision: float = 1.0,
+        scale: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[LangevinState, Tensor]:
         """Move every chain once; arguments as in `ULA.step`.
+
+        With a `scale` L (*b', d, d), whose leading axes broadcast to those of u before its last
+        two, the move is one in coordinates L⁻¹ u: v = u − η L Lᵀ ∇E(u) + √(2η) L ξ. It suits
+        energies whose curvature is near (L Lᵀ)⁻¹.
 
         Returns:
             The new state, and the acceptance probability (*b,).
         """
         beta, kappa = inverse_temperature, base_precision
-        new, grad, xi = _propose(f, state, step_size, beta, kappa, generator)
-        log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa)
+        new, grad, xi = _propose(f, state, step_size, beta, kappa, generator, scale)
+        log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa, scale)
         # −log(uniform) is exponential; a NaN log α compares false and so is rejected.
         accept = torch.empty_like(log_alpha).exponential_(generator=generator).neg_() < log_alpha
         moved = LangevinState(
@@ -296,12 +301,16 @@ def _propose(
     beta: float | Tensor,
     kappa: float,
     generator: torch.Generator | None,
+    scale: Tensor | None = None,
 ) -> tuple[LangevinState, Tensor, Tensor]:
     """Return the state at v = u − η ∇E(u) + √(2η) ξ, with ∇E(u) and ξ (*b, d)."""
     scales = _step_scales(step_size)
     grad = _total_grad(state, beta, kappa)
     xi = _noise_like(state.u, generator)
-    if isinstance(scales[0], Tensor):
+    if scale is not None:
+        move = torch.sub(xi * scales[1], grad @ scale * scales[0])
+        v = state.u + move @ scale.mT
+    elif isinstance(scales[0], Tensor):
         eta, noise_scale = scales
         v = torch.addcmul(state.u, grad, eta, value=-1.0).addcmul_(xi, noise_scale)
     else:
@@ -317,12 +326,39 @@ def _log_acceptance(
     step_size: float | Tensor,
     beta: float | Tensor,
     kappa: float,
+    scale: Tensor | None = None,
 ) -> Tensor:
     s = old_grad + _total_grad(new, beta, kappa)
+    if scale is not None:
+        s = s @ scale
     half = 0.5 * step_size
     root = half.sqrt() if isinstance(half, Tensor) else math.sqrt(half)
     log_ratio = _total_energy(old, beta, kappa) - _total_energy(new, beta, kappa)
     return log_ratio + root * (xi * s).sum(-1) - (0.5 * half) * (s * s).sum(-1)
+
+
+def inverse_root(metric: Tensor, num_samples: int) -> Tensor:
+    """Return L with L Lᵀ = M⁻¹ for mean outer products M (*b, d, d) of gradients.
+
+    With M = E[∇E ∇Eᵀ] it is the `scale` under which MALA moves furthest: under p, M is the mean
+    curvature of E, which also fits each of several narrow modes where a covariance spans them all.
+    Off the diagonal, M is shrunk by d / (n + d), the share that noise has in it.
+
+    Args:
+        metric: M, symmetric and positive definite up to noise.
+        num_samples: n, the number of gradients behind M.
+
+    Source:
+        Titsias (2023), Optimal preconditioning and Fisher adaptive Langevin sampling, arXiv
+        2305.14442, section 3.
+    """
+    d = metric.shape[-1]
+    wide = metric.double()
+    diagonal = torch.diag_embed(wide.diagonal(dim1=-2, dim2=-1))
+    factor = torch.linalg.cholesky(torch.lerp(wide, diagonal, d / (num_samples + d)))
+    eye = torch.eye(d).to(wide).expand_as(wide)
+    root: Tensor = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
+    return root.to(metric.dtype)
 
 
 def _adapt(step_size: Tensor, acceptance: Tensor, target: float, rate: float) -> Tensor:

@@ -7,12 +7,14 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from scipy import stats
 from torch import Tensor
 
 from pyro_lvebm.annealing import (
+    Schedule,
     anneal,
     log_mean_exp,
     log_mean_std_error,
@@ -22,32 +24,71 @@ from pyro_lvebm.annealing import (
 from pyro_lvebm.langevin import MALA, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import Pool
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.reweighting import bar_log_ratio, ess
+from pyro_lvebm.rng import derive_seed, generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import TrainingWarning
 
-CONFIDENCE = 0.975
+CONFIDENCE = 0.99
 """One-sided confidence level of each end of a bracket."""
 
 _REJUVENATION_MOVES = 20
 _REFRESHES_PER_RUN = 8
+_MAX_ELEMENTS = 2**22
+"""Numbers kept for all runs that are annealed side by side; bounds the memory."""
 
 
 @dataclass(frozen=True)
 class LogPartition:
     """An estimate of log Z with a bracket, in nats."""
 
-    estimate: float
+    estimate: float  # Bennett's acceptance ratio of both directions
     std_error: float
     lower: float
     upper: float
+    forward: float  # log of the mean Ẑ of runs from the base
+    reverse: float  # −log of the mean 1/Ẑ of runs from model draws
+    reverse_limit: float  # with its Monte Carlo error added
+    ess: float  # of the forward runs' final particles, weighted by the Ẑ of their run
     num_temperatures: int
+    num_runs: int
+    max_width: float  # the bracket that was asked for
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether both directions agree, and the bracket is as narrow as was asked."""
+        return self._failure is None
+
+    @property
+    def verdict(self) -> str:
+        """What the two directions say about each other, in one sentence."""
+        agreement = f"forward and reverse agree within {self.upper - self.lower:.3f} nats"
+        return self._failure or agreement
+
+    @property
+    def _failure(self) -> str | None:
+        difference = self.reverse - self.forward
+        if self.reverse_limit < self.lower or not self.lower <= self.estimate <= self.upper:
+            return (
+                f"forward and reverse differ by {difference:.2f} nats: the pool misses a mode "
+                "that annealing from the base finds, so its draws and its gradients are wrong; "
+                "give the TemperedPool more levels or chains, or refresh it more often"
+            )
+        if self.upper - self.lower > self.max_width:
+            return (
+                f"forward and reverse differ by {difference:.2f} nats and the bracket is "
+                f"{self.upper - self.lower:.2f} wide where {self.max_width:.2f} was asked: "
+                "annealing is too fast for this energy, or the base misses a mode that the pool "
+                "has found; raise relative_ess, num_moves or num_particles"
+            )
+        return None
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"log Z = {self.estimate:.4f} ± {self.std_error:.4f} "
             f"in [{self.lower:.4f}, {self.upper:.4f}]"
         )
+        return text if self.is_reliable else f"{text}; NOT RELIABLE: {self.verdict}"
 
 
 def log_partition(
@@ -57,24 +98,29 @@ def log_partition(
     num_particles: int = 1024,
     num_runs: int = 16,
     num_moves: int = 4,
-    relative_ess: float = 0.95,
+    relative_ess: float = 0.97,
     num_refreshes: int = 50,
+    target_se: float | None = None,
+    max_runs: int = 512,
+    max_width: float = 0.5,
 ) -> LogPartition:
     """Bracket log Z by annealing from the base (from below) and from model draws (from above).
 
-    A pilot run finds temperatures and step sizes. With these fixed, `num_runs` independent
+    A pilot run finds temperatures, step sizes and covariances. With these fixed, R independent
     sequential Monte Carlo runs from exact base draws give unbiased Ẑ_r, and as many runs from
     model draws back to the base give unbiased estimates of 1/Z if the draws are exact. Then
 
-        estimate = log mean_r Ẑ_r
-        lower    = log mean_r Ẑ_r − t s                as E[log mean Ẑ] ≤ log Z
-        upper    = −log mean_r (1/Ẑ_r^reverse) + t s'  as its mean is ≥ log Z for exact draws
+        lower    = log mean_r Ẑ_r − t s                  as E[log mean Ẑ] ≤ log Z
+        upper    = −log mean_r (1/Ẑ_r^reverse) + t s'    as its mean is ≥ log Z for exact draws,
+                   and no less than log mean_r Ẑ_r + t s
+        estimate = mean_r Σ_k c_rk
 
-    with s and s' the standard errors of these logarithms of means, and t the 97.5 % quantile of
+    with s and s' the standard errors of these logarithms of means, t the 99 % quantile of
     Student's distribution for R − 1 degrees of freedom, so that each end allows for its own Monte
-    Carlo error. Where noise puts the upper end below the
-    estimate, the estimate takes its place. The upper end is a bound only as far as the
-    draws follow the model: they come from a copy of the pool, refreshed `num_refreshes` times and
+    Carlo error, and c_rk Bennett's acceptance ratio between temperatures k and k + 1 for the
+    particles of both directions. The estimate is consistent, but not unbiased; its standard error
+    comes from the spread over r, and takes the draws to follow the model. The upper end is a bound
+    only as far as they do: they come from a copy of the pool, refreshed `num_refreshes` times and
     then on between the runs. A pool and base that both miss a mode give a narrow bracket around a
     wrong value.
 
@@ -86,6 +132,9 @@ def log_partition(
         num_moves: MALA steps at each temperature.
         relative_ess: Wanted ESS / n between temperatures in the pilot run, in (0, 1).
         num_refreshes: Refreshes of the copied pool before model draws are taken.
+        target_se: Add `num_runs` further runs until `std_error` is at most this, in nats.
+        max_runs: Add no runs beyond this number in all.
+        max_width: Width of the bracket, in nats, beyond which the verdict says that it failed.
 
     Returns:
         The bracket, in nats.
@@ -96,7 +145,8 @@ def log_partition(
 
     Source:
         Neal (2001), Annealed importance sampling; Del Moral, Doucet and Jasra (2006); Burda,
-        Grosse and Salakhutdinov (2015), arXiv 1412.8566 (the reverse direction); docs/maths.md.
+        Grosse and Salakhutdinov (2015), arXiv 1412.8566 (the reverse direction); Bennett (1976);
+        docs/estimators.md.
 
     Example:
         >>> import torch
@@ -110,35 +160,89 @@ def log_partition(
         True
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
+    for name, value in (("target_se", target_se), ("max_width", max_width)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive; got {value}")
     like = ebm.base_x.loc
     generator = generator_for(seed, 10, device=like.device)
-    f = ebm.residual_and_grad
     pool = copy.deepcopy(ebm.pool)
+    pool.seed = derive_seed(seed, 12, pool.seed)
     with ebm.frozen():
         start = standard_normal((1, 1, 2 * num_particles, ebm.dim), like, generator)
         schedule = pilot(
-            f, start, relative_ess=relative_ess, num_moves=num_moves, generator=generator
+            ebm.residual_and_grad,
+            start,
+            relative_ess=relative_ess,
+            num_moves=num_moves,
+            precondition=True,
+            generator=generator,
         )
-        shape = (num_runs, 1, num_particles, ebm.dim)
-        start = standard_normal(shape, like, generator)
-        forward = anneal(f, start, schedule, num_moves=num_moves, generator=generator)
         for _ in range(num_refreshes):
             pool.refresh(ebm)
-        draws = _model_draws(ebm, pool, num_runs, num_particles, generator)
-        reverse = anneal(f, draws, schedule.reversed(), num_moves=num_moves, generator=generator)
-    low, high = forward.log_ratio[:, 0].double(), reverse.log_ratio[:, 0].double()
-    t = float(stats.t.ppf(CONFIDENCE, num_runs - 1))
-    estimate, std_error = float(log_mean_exp(low, 0)), float(log_mean_std_error(low, 0))
-    upper = -float(log_mean_exp(high, 0)) + t * float(log_mean_std_error(high, 0))
+        # Positions, or f at every temperature in both directions and both precisions.
+        per_particle = max(ebm.dim, 6 * len(schedule.betas))
+        side_by_side = max(1, _MAX_ELEMENTS // (num_particles * per_particle))
+        runs: list[_Runs] = []
+        while True:
+            for first in range(0, num_runs, side_by_side):
+                count = min(side_by_side, num_runs - first)
+                size = (count, num_particles)
+                runs.append(_both_directions(ebm, pool, schedule, size, num_moves, generator))
+            forward, reverse, bar = (torch.cat(parts) for parts in zip(*runs, strict=True))
+            error = float(bar.std()) / math.sqrt(len(bar))
+            if target_se is None or error <= target_se or len(bar) + num_runs > max_runs:
+                break
+    low, high = float(log_mean_exp(forward, 0)), -float(log_mean_exp(reverse, 0))
+    t = float(stats.t.ppf(CONFIDENCE, len(bar) - 1))
+    low_error, high_error = (float(log_mean_std_error(part, 0)) for part in (forward, reverse))
     result = LogPartition(
-        estimate=estimate,
-        std_error=std_error,
-        lower=estimate - t * std_error,
-        upper=max(estimate, upper),
+        estimate=float(bar.mean()),
+        std_error=error,
+        lower=low - t * low_error,
+        upper=max(low + t * low_error, high + t * high_error),
+        forward=low,
+        reverse=high,
+        reverse_limit=high + t * high_error,
+        ess=num_particles * float(ess(forward)),
         num_temperatures=len(schedule.betas) - 1,
+        num_runs=len(bar),
+        max_width=max_width,
     )
     _compare_online(ebm, result)
     return result
+
+
+class _Runs(NamedTuple):
+    """Estimates of log Z, log 1/Z and log Z by independent runs, in nats."""
+
+    forward: Tensor  # (runs,)
+    reverse: Tensor  # (runs,)
+    bar: Tensor  # (runs,)
+
+
+def _both_directions(
+    ebm: LVEBM,
+    pool: Pool,
+    schedule: Schedule,
+    size: tuple[int, int],
+    num_moves: int,
+    generator: torch.Generator,
+) -> _Runs:
+    """Anneal `size` = (runs, particles) up from the base and down from draws of the pool."""
+    f, (num_runs, num_particles) = ebm.residual_and_grad, size
+    start = standard_normal((num_runs, 1, num_particles, ebm.dim), ebm.base_x.loc, generator)
+    draws = _model_draws(ebm, pool, schedule, size, generator)
+    up, down = (
+        anneal(f, v, path, num_moves=num_moves, keep_path=True, generator=generator)
+        for v, path in ((start, schedule), (draws, schedule.reversed()))
+    )
+    forward, reverse = up.log_ratio[:, 0].double(), down.log_ratio[:, 0].double()
+    assert up.f_path is not None and down.f_path is not None
+    f_path = torch.cat([up.f_path, down.f_path.flip(0)], -1)[:, :, 0].double()  # (T + 1, runs, 2n)
+    work = schedule.betas.double().diff()[:, None, None]
+    guess = log_mean_exp(-work * f_path[:-1])
+    bar = bar_log_ratio(work * f_path[:-1], work * f_path[1:], guess).sum(0)
+    return _Runs(forward, reverse, bar)
 
 
 def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
@@ -159,7 +263,7 @@ def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
 
 
 def _model_draws(
-    ebm: LVEBM, pool: Pool, num_runs: int, num_particles: int, generator: torch.Generator
+    ebm: LVEBM, pool: Pool, schedule: Schedule, size: tuple[int, int], generator: torch.Generator
 ) -> Tensor:
     """Draw from the model, (num_runs, 1, num_particles, d), and leave the pool moved.
 
@@ -167,6 +271,7 @@ def _model_draws(
     within a run, and show what is left of it as spread between the runs.
     """
     f, kernel, runs = ebm.residual_and_grad, MALA(), []
+    num_runs, num_particles = size
     for _ in range(num_runs):
         parts = []
         for _ in range(_REFRESHES_PER_RUN):
@@ -177,8 +282,9 @@ def _model_draws(
             parts.append(u[chosen])
         runs.append(torch.cat(parts)[:num_particles])
     state = init_state(f, torch.stack(runs)[:, None])
+    scale = None if schedule.scales is None else schedule.scales[-1]
     for _ in range(_REJUVENATION_MOVES):
-        state, _ = kernel.step(f, state, pool.step_size[-1], generator=generator)
+        state, _ = kernel.step(f, state, schedule.step_sizes[-1], scale=scale, generator=generator)
     return state.u
 
 

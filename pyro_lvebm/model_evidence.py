@@ -22,8 +22,8 @@ from pyro_lvebm.rng import generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tracing import Model, at_minibatch, cover, plate_nesting, vectorise
 
-Estimate = Callable[[LatentBlock, torch.Generator], tuple[Tensor, Tensor]]
-"""Maps the latents of a minibatch to a value and a standard error for every datum (*batch)."""
+Estimate = Callable[[LatentBlock, torch.Generator], Tensor]
+"""Maps the latents of a minibatch to independent log weights (draws, *batch) of every datum."""
 
 
 class Terms(NamedTuple):
@@ -70,8 +70,8 @@ class Sweep:
         stream: int,
         particles: AutoParticles | None = None,
         guide: Model | None = None,
-    ) -> Terms:
-        """Collect an estimate for every datum, minibatch by minibatch.
+    ) -> Tensor:
+        """Collect log weights (draws, N) of all data, minibatch by minibatch.
 
         Args:
             estimate: What to estimate.
@@ -86,7 +86,6 @@ class Sweep:
         guide = particles if guide is None else guide
         nesting = plate_nesting(self.prototype)
         values: list[Tensor] = []
-        errors: list[Tensor] = []
         for number, batch in enumerate(cover(self.prototype)):
             fixed = at_minibatch(guide, batch.nodes)
             vectorised = vectorise(fixed, particles.num_particles, nesting)
@@ -102,10 +101,8 @@ class Sweep:
                     "plate"
                 )
             generator = generator_for(self.seed, 21, stream, number, device=blocks[0].v.device)
-            value, error = estimate(blocks[0], generator)
-            values.append(batch.drop_repeats(value, 0).flatten())
-            errors.append(batch.drop_repeats(error, 0).flatten())
-        return Terms(torch.cat(values), torch.cat(errors))
+            values.append(batch.drop_repeats(estimate(blocks[0], generator), 0).flatten(1))
+        return torch.cat(values, 1)
 
 
 def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int = 8) -> Terms:
@@ -119,7 +116,7 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
         num_runs: Independent runs for each datum.
     """
 
-    def estimate(block: LatentBlock, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
         batch, dim = block.v.shape[1:-1], block.v.shape[-1]
         log_c = anneal_latents(
             as_problems(block.f, batch),
@@ -130,10 +127,10 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
             relative_ess=0.9,
             generator=generator,
         )
-        value = log_mean_exp(log_c, 0).reshape(batch) + block.offset
-        return value, log_mean_std_error(log_c, 0).reshape(batch)
+        return log_c.reshape(num_runs, *batch) + block.offset
 
-    return sweep.over_data(estimate, 0)
+    log_c = sweep.over_data(estimate, 0)
+    return Terms(log_mean_exp(log_c, 0), log_mean_std_error(log_c, 0))
 
 
 def missed_log_z(ebm: LVEBM, seed: int) -> float:

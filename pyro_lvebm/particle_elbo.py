@@ -15,14 +15,28 @@ NUM_TEMPERATURES = 32
 _PILOT_SAMPLES = 16
 
 
+def posterior_draws(block: LatentBlock, step_size: Tensor, generator: torch.Generator) -> Tensor:
+    """Run the particles of each datum on as MALA chains at frozen θ; return draws (n, *B, D)."""
+    chain = run_chains(
+        block,
+        step_size,
+        MALA(),
+        num_samples=500,
+        num_warmup=200,
+        thinning=1,
+        generator=generator,
+    )
+    return chain.v.flatten(0, 1)
+
+
 def annealed_elbo(
-    block: LatentBlock, step_size: Tensor, *, num_samples: int, generator: torch.Generator
+    block: LatentBlock, draws: Tensor, *, num_samples: int, generator: torch.Generator
 ) -> Tensor:
     """Log weights whose mean is a lower bound of log ∫ p dz in expectation, one bound a datum.
 
-    The particles of each datum run on as MALA chains at frozen θ. A Gaussian q_0 = N(m, LLᵀ) is
-    fitted to their draws. New draws v_0 = m + L y_0 are then carried from q_0 to p_θ(z | x)
-    along q_0^{1−β} p^β by MALA, with weights
+    A Gaussian q_0 = N(m, LLᵀ) is fitted to draws from the posterior of each datum. New draws
+    v_0 = m + L y_0 are then carried from q_0 to p_θ(z | x) along q_0^{1−β} p^β by MALA, with
+    weights
 
         log w = Σ_k (β_{k+1} − β_k) (log p(x, v_k) − log q_0(v_k)),    E[log w] ≤ log E[w] = log C.
 
@@ -33,7 +47,7 @@ def annealed_elbo(
 
     Args:
         block: The block, at the particles of a minibatch.
-        step_size: First MALA step size of the chains, a scalar.
+        draws: Draws from the posterior of each datum (n, *B, D), such as `posterior_draws`.
         num_samples: Draws for each datum.
         generator: Source of randomness.
 
@@ -44,17 +58,8 @@ def annealed_elbo(
         Neal (2001), Annealed importance sampling; Wu et al. (2017), On the quantitative analysis
         of decoder-based generative models, section 3 (as a variational bound).
     """
-    chain = run_chains(
-        block,
-        step_size,
-        MALA(),
-        num_samples=500,
-        num_warmup=200,
-        thinning=1,
-        generator=generator,
-    )
-    mean, tril = _fit_gaussian(chain.v.flatten(0, 1))
-    f = _relative_to(block.f, mean, tril)
+    mean, tril = fit_gaussian(draws)
+    f = relative_to(block.f, mean, tril)
     batch, d = block.v.shape[1:-1], block.v.shape[-1]
     problems = as_problems(f, batch)
     betas = torch.linspace(0.0, 1.0, NUM_TEMPERATURES + 1)
@@ -66,7 +71,7 @@ def annealed_elbo(
     return log_w[0].T.reshape(num_samples, *batch)
 
 
-def _fit_gaussian(draws: Tensor) -> tuple[Tensor, Tensor]:
+def fit_gaussian(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (*b, d) and Cholesky factor (*b, d, d) of the covariance of draws (n, *b, d)."""
     mean = draws.mean(0)
     centred = draws - mean
@@ -76,7 +81,7 @@ def _fit_gaussian(draws: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.cholesky(covariance + ridge)
 
 
-def _relative_to(f: ValueAndGrad, mean: Tensor, tril: Tensor) -> ValueAndGrad:
+def relative_to(f: ValueAndGrad, mean: Tensor, tril: Tensor) -> ValueAndGrad:
     """The residual energy g(y) on v = m + L y: g = f(v) + ½|v|² − ½|y|² − log |det L|."""
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 

@@ -106,6 +106,10 @@ class Pool(nn.Module):
     ) -> None:
         raise NotImplementedError
 
+    def draw_scale(self) -> Tensor | None:
+        """Return the scale (d, d) of MALA moves on p_θ, or None for the identity."""
+        return None
+
     def negatives(self) -> tuple[Tensor, Tensor]:
         """Return all chains (n, d) and their normalised log weights (n,) for p_θ."""
         return self.u.flatten(0, 1), self.log_weights
@@ -146,16 +150,28 @@ class Pool(nn.Module):
         state = init_state(ebm.residual_and_grad, self.u.flatten(0, 1)[index])
         for _ in range(num_moves):
             state, _ = _DRAW_KERNEL.step(
-                ebm.residual_and_grad, state, self.step_size[-1], generator=generator
+                ebm.residual_and_grad,
+                state,
+                self.step_size[-1],
+                scale=self.draw_scale(),
+                generator=generator,
             )
         return state.u
 
 
-def check_finite(f: Tensor) -> None:
-    """Refuse energies f that are NaN or infinite at some negative, with a `ValueError`."""
-    bad = int((~torch.isfinite(f)).sum())
-    if bad:
-        raise ValueError(
-            f"the energy is NaN or infinite at {bad} of {f.numel()} negatives; it must be finite "
-            "everywhere. Check the energy and its parameters, or lower the learning rate"
-        )
+def check_finite(f: Tensor, grad: Tensor | None = None) -> None:
+    """Refuse energies f, or gradients, that are NaN or infinite at some negative.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    for what, bad in (
+        ("energy", ~torch.isfinite(f)),
+        ("gradient of the energy", ~torch.isfinite(f if grad is None else grad.sum(-1))),
+    ):
+        if bad.any():
+            raise ValueError(
+                f"the {what} is NaN or infinite at {int(bad.sum())} of {f.numel()} negatives; it "
+                "must be finite everywhere. Check the energy and its parameters, or lower the "
+                "learning rate"
+            )

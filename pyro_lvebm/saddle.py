@@ -61,7 +61,8 @@ class Saddle(SVI):
             any. With particles its value is an energy, not an ELBO: a delta has no entropy.
         kernel: Langevin kernel of the positive phase; `MALA()` by default.
         num_moves: Langevin steps of the positive phase in each step.
-        max_kl: Radius of the trust region, in nats.
+        max_kl: Radius of the trust region, in nats; by default 0.02 max(1, √(d / 8)) for an LVEBM
+            in d dimensions.
         penalties: Penalties on the energies, such as `energy_l2(1.0)`, added to the loss.
         average_decay: Decay of the average of the parameters, in [0, 1).
         seed: Fixes every random number.
@@ -97,14 +98,14 @@ class Saddle(SVI):
         *,
         kernel: Kernel | None = None,
         num_moves: int = 8,
-        max_kl: float = 0.02,
+        max_kl: float | None = None,
         penalties: Sequence[Penalty] = (),
         average_decay: float = 0.99,
         seed: int = 0,
     ) -> None:
         if num_moves < 1:
             raise ValueError(f"num_moves must be at least 1; got {num_moves}")
-        if not max_kl > 0:
+        if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl must be positive; got {max_kl}")
         self.particles = find_particles(guide)
         self._own_loss = loss is None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state
+from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state, inverse_root
 from pyro_lvebm.pool import Pool, ResidualEnergy, check_finite
 from pyro_lvebm.reweighting import log_mixture, mbar_log_z, mbar_variance
 from pyro_lvebm.tracking import LogZTrack, correct, predict
@@ -14,16 +14,20 @@ from pyro_lvebm.tracking import LogZTrack, correct, predict
 _STRIDE = 2
 """Moves between the positions that MBAR sees within a refresh."""
 
+_FORGETTING = 0.05
+"""Weight of the newest chains in the running mean of ∇E ∇Eᵀ."""
+
 
 class TemperedPool(Pool):
     """Chains on a ladder of temperatures from the base to the model, exchanged and reweighted.
 
-    Level l has chains on E_β = ½ |u|² + β_l f(u), 0 = β_0 < … < β_L = 1. A refresh draws level 0
-    afresh from the base, moves all levels by MALA, lets neighbours exchange chains with
-    probability min(1, exp((β_{l+1} − β_l)(f_{l+1} − f_l))), estimates log Z of every level by
-    MBAR, and combines that with what is known of it from earlier refreshes (`tracking`). With
-    these log Z, all chains of all levels are reweighted to the model. The inner β_l move slowly
-    to where all neighbours exchange equally often.
+    Level l has chains on E_β = ½ |u|² + β_l f(u), 0 = β_0 < … < β_L = 1. A refresh takes several
+    moves. In each, level 0 is drawn afresh from the base, all other levels move by MALA in the
+    metric of their mean curvature E[∇E ∇Eᵀ] (`inverse_root`), and neighbours exchange chains with
+    probability min(1, exp((β_{l+1} − β_l)(f_{l+1} − f_l))). The refresh then estimates log Z of
+    every level by MBAR, and combines that with what is known of it from earlier refreshes
+    (`tracking`). With these log Z, all chains of all levels are reweighted to the model. The inner
+    β_l move slowly to where all neighbours exchange equally often.
 
     Args:
         num_levels: Number of temperatures, at least 2.
@@ -38,12 +42,14 @@ class TemperedPool(Pool):
 
     Source:
         Geyer (1991), Markov chain Monte Carlo maximum likelihood (exchange); Shirts and Chodera
-        (2008), equations 11 and 13 (log Z and weights).
+        (2008), equations 11 and 13 (log Z and weights); Titsias (2023), arXiv 2305.14442 (metric).
     """
 
+    kernel: MALA
     betas: Tensor  # (num_levels,)
     log_z: Tensor  # (num_levels,), nats
     log_z_variance: Tensor  # (num_levels,), nats²
+    fisher: Tensor  # (num_levels - 1, d, d), mean of ∇E ∇Eᵀ at the levels above the base
     swap_rate: Tensor  # (num_levels - 1,)
 
     def __init__(
@@ -71,7 +77,13 @@ class TemperedPool(Pool):
         self.register_buffer("betas", torch.linspace(0.0, 1.0, num_levels) ** 1.5)
         self.register_buffer("log_z", torch.zeros(num_levels))
         self.register_buffer("log_z_variance", torch.full((num_levels,), torch.inf))
+        self.register_buffer("fisher", torch.empty(num_levels - 1, 0, 0))
         self.register_buffer("swap_rate", torch.full((num_levels - 1,), torch.nan))
+
+    def initialise(self, dim: int) -> None:
+        """Draw all chains from the base N(0, I) in `dim` dimensions, where log Z = 0 exactly."""
+        super().initialise(dim)
+        self.fisher = torch.eye(dim).to(self.u).repeat(self.num_levels - 1, 1, 1)
 
     def _advance(
         self, ebm: ResidualEnergy, state: LangevinState, generator: torch.Generator
@@ -80,24 +92,27 @@ class TemperedPool(Pool):
         track = LogZTrack(self.log_z, self.log_z_variance)
         track = predict(track, self.f, state.f, self.betas, betas)
         swap_rate = torch.zeros_like(self.swap_rate)
-        fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
-        state = _replace_level(state, 0, init_state(ebm.residual_and_grad, fresh))
-        acceptance = torch.zeros_like(self.step_size)
+        acceptance = torch.zeros_like(self.step_size[1:])
+        scale = inverse_root(self.fisher, self._num_gradients())
         snapshots = []
         for move in range(self.num_moves):
-            state, accepted = self.kernel.step(
+            moved, accepted = self.kernel.step(
                 ebm.residual_and_grad,
-                state,
-                self.step_size,
-                inverse_temperature=betas[:, None],
+                LangevinState(*(part[1:] for part in state)),
+                self.step_size[1:],
+                inverse_temperature=betas[1:, None],
+                scale=scale,
                 generator=generator,
             )
+            fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
+            base = init_state(ebm.residual_and_grad, fresh)
+            state = LangevinState(*map(torch.cat, zip(base, moved, strict=True)))
             acceptance += accepted.mean(-1, keepdim=True) / self.num_moves
             state, swapped = exchange(state, betas, generator)
             swap_rate += swapped / self.num_moves
             if (self.num_moves - 1 - move) % _STRIDE == 0:
                 snapshots.append(state.f)
-        check_finite(state.f)
+        check_finite(state.f, state.grad)
         f = torch.cat(snapshots, 1)
         estimate = mbar_log_z(f, betas, track.log_z)
         # Snapshots of one refresh resemble each other: together they count as one.
@@ -106,9 +121,21 @@ class TemperedPool(Pool):
         self.log_z, self.log_z_variance = track
         mixture = log_mixture(state.f, betas, track.log_z)
         self.log_weights = torch.log_softmax(-state.f.flatten() - mixture, 0)
+        grad = state.u[1:] + betas[1:, None, None] * state.grad[1:]
+        self.fisher = torch.lerp(self.fisher, grad.mT @ grad / self.num_chains, _FORGETTING)
         self.u, self.f, self.log_partition = state.u, state.f, self.log_z[-1].clone()
-        self.acceptance, self.swap_rate, self.betas = acceptance.squeeze(-1), swap_rate, betas
-        self.step_size = self.kernel.adapt(self.step_size, acceptance)
+        self.swap_rate, self.betas = swap_rate, betas
+        # Level 0 makes no proposal: every draw of the base counts as accepted.
+        self.acceptance = torch.cat([torch.ones_like(acceptance[:1]), acceptance]).squeeze(-1)
+        steps = self.kernel.adapt(self.step_size[1:], acceptance)
+        self.step_size = torch.cat([self.step_size[:1], steps])
+
+    def draw_scale(self) -> Tensor | None:
+        """Return the scale (d, d) of MALA moves on p_θ."""
+        return inverse_root(self.fisher[-1], self._num_gradients())
+
+    def _num_gradients(self) -> int:
+        return round(self.num_chains / _FORGETTING)
 
     @property
     def log_partition_std_error(self) -> Tensor:
@@ -136,11 +163,6 @@ def adapt_ladder(betas: Tensor, swap_rate: Tensor, rate: float = 0.05) -> Tensor
     gaps = betas.diff() * torch.exp(rate * (s - s.mean()))
     inner = (gaps.cumsum(0) / gaps.sum())[:-1]
     return torch.cat([betas[:1], inner, betas[-1:]])
-
-
-def _replace_level(state: LangevinState, level: int, new: LangevinState) -> LangevinState:
-    parts = [torch.cat([a[:level], b, a[level + 1 :]]) for a, b in zip(state, new, strict=True)]
-    return LangevinState(*parts)
 
 
 def exchange(

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+MAX_HALVINGS = 20
+"""An update that is still too large after as many is undone."""
+
 
 @torch.no_grad()
 def scale_update(params: Sequence[Tensor], before: Sequence[Tensor], factor: float) -> None:
@@ -29,7 +32,7 @@ def shrink_to_trust_region(
     before: Sequence[Tensor],
     divergence: Callable[[], Tensor],
     max_divergence: float,
-    max_halvings: int = 20,
+    max_halvings: int = MAX_HALVINGS,
 ) -> tuple[int, float]:
     """Halve an update until the model has moved by at most `max_divergence`.
 

@@ -81,6 +81,8 @@ def make_neural(
     """An LVEBM whose network has a random last layer, so that it is far from its base."""
     energy = MLPEnergy(x_dim, z_dim, hidden=(16,), fourier_features=4, seed=seed).to(dtype)
     with torch.no_grad():
+        # Rough enough for a network of random weights; its frequencies are those of 1.2 in 2-D.
+        energy.frequencies.mul_(0.8)
         energy.out.weight.copy_(2.5 * normal((1, 16), seed + 5))
         energy.out.bias.fill_(0.4)
     return LVEBM(
@@ -136,6 +138,7 @@ class Unadjusted(MALA):
     def step(
         self, f: ValueAndGrad, state: LangevinState, step_size: float | Tensor, **options: Any
     ) -> tuple[LangevinState, Tensor]:
+        options.pop("scale", None)
         state, _ = ULA().step(f, state, step_size, **options)
         return state, torch.full_like(state.f, 0.6)
 
@@ -144,7 +147,7 @@ def make_model(ebm: LVEBM, batch_size: int | None = None) -> Model:
     """A model of rows x; all of them in one batch if `batch_size` is None."""
 
     def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=batch_size) as i:
+        with pyro.plate("data", len(x), subsample_size=batch_size and min(batch_size, len(x))) as i:
             lvebm("scene", ebm, obs=x[i])
 
     return model

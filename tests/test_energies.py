@@ -80,9 +80,9 @@ def bandwidth_p_value(x_dim: int, std: float, seed: int) -> float:
     return variance_p_value(frequencies.T, torch.full((x_dim,), std**2))
 
 
-@pytest.mark.parametrize(("x_dim", "std"), [(1, 1.2), (2, 1.2), (8, 0.6), (18, 0.4)])
+@pytest.mark.parametrize(("x_dim", "std"), [(1, 1.5), (2, 1.5), (8, 0.375), (18, 1.5 / 9)])
 def test_frequencies_have_their_bandwidth(x_dim: int, std: float) -> None:
-    """N(0, 1.2² min(1, 2/d_x)). False alarms: 1e-3 a case; 1.2 times the bandwidth is found."""
+    """N(0, 1.5² min(1, 2/d_x)²). False alarms: 1e-3 a case; 1.2 times the bandwidth is found."""
     assert bandwidth_p_value(x_dim, std, 3) > ALPHA
     assert bandwidth_p_value(x_dim, 1.2 * std, 3) < CERTAIN
 

@@ -42,8 +42,10 @@ from torch.distributions import kl_divergence
 
 from pyro_lvebm import (
     LVEBM,
+    AutoAmortisedMultivariateNormal,
     AutoAmortisedNormal,
     AutoParticles,
+    AutoPerDatumLowRankMultivariateNormal,
     AutoPerDatumMultivariateNormal,
     MLPEnergy,
     Saddle,
@@ -478,6 +480,7 @@ def test_the_seed_fixes_the_encoder() -> None:
     x = data_of(ebm, 4)
     weights = []
     for seed in (0, 0, 1):
+        pyro.clear_param_store()  # guides of one class share their names in it
         guide = AutoAmortisedNormal(plate_model(ebm), hidden=(5,), seed=seed)
         with torch.random.fork_rng():
             guide(x)
@@ -596,7 +599,9 @@ def test_impossible_guides_are_refused() -> None:
 # --- ELBOs of the guides --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guide_class", ["amortised", "per datum", "mean field"])
+@pytest.mark.parametrize(
+    "guide_class", ["amortised", "amortised full", "per datum", "low rank", "mean field"]
+)
 def test_the_losses_of_all_elbos_have_the_same_mean(guide_class: str) -> None:
     """Analytic and sampled KL agree; Student's test over 300 draws. False alarms: 2e-3 a case."""
     ebm = warm(quadratic_ebm(), 2)
@@ -604,7 +609,9 @@ def test_the_losses_of_all_elbos_have_the_same_mean(guide_class: str) -> None:
     model = plate_model(ebm)
     guide = {
         "amortised": partial(AutoAmortisedNormal, hidden=(4,)),
+        "amortised full": partial(AutoAmortisedMultivariateNormal, hidden=(4,)),
         "per datum": partial(AutoPerDatumMultivariateNormal, init_scale=0.4),
+        "low rank": partial(AutoPerDatumLowRankMultivariateNormal, init_scale=0.4),
         "mean field": partial(AutoNormal, init_scale=0.6, init_loc_fn=init_to_sample),
     }[guide_class](model)
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from referee import (
     ks_p_value,
     mean_p_value,
     normal,
+    plane_grid,
     seeded,
     variance_p_value,
 )
@@ -28,6 +29,7 @@ from pyro_lvebm.langevin import (
     LangevinState,
     ValueAndGrad,
     init_state,
+    inverse_root,
     value_and_grad,
 )
 
@@ -421,6 +423,279 @@ def test_accepted_share_equals_the_reported_probability() -> None:
         differences.append((moved.double() - probability).mean())
         state = new
     assert mean_p_value(torch.stack(differences), 0.0) > ALPHA
+
+
+# --- moves with a scale ---------------------------------------------------------------------
+
+
+def wrong_scale_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The acceptance test does not know the scale of the proposal."""
+    monkeypatch.setattr(
+        langevin, "_log_acceptance", lambda *args: _real_log_acceptance(*args[:7], None)
+    )
+
+
+def transposed_scale_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        langevin, "_log_acceptance", lambda *args: _real_log_acceptance(*args[:7], args[7].mT)
+    )
+
+
+SCALE_FAULTS = pytest.mark.parametrize(
+    "fault", [wrong_scale_in_the_test, transposed_scale_in_the_test, accept_always]
+)
+
+# Any invertible matrix will do; these are neither triangular nor symmetric nor fit their energy.
+LOOSE = torch.tensor([[1.2, -0.9, 0.3], [0.5, 0.6, -0.2], [0.1, 0.8, 0.7]], dtype=torch.float64)
+TIGHT = torch.tensor([[0.5, 0.4, 0.0], [-0.3, 0.9, 0.6], [0.7, 0.0, 0.4]], dtype=torch.float64)
+
+
+def scaled_p_value(scale: Tensor, dtype: torch.dtype) -> float:
+    """Chi-square p-value of levels N(0, (I + βA)⁻¹) with A correlated, in their eigenvectors.
+
+    Chains start from exact draws and stay exact if each step leaves its target invariant.
+    """
+    root = normal((3, 3), 51)
+    a = root @ root.T
+    betas = torch.tensor([0.3, 1.0], dtype=torch.float64)
+    eigenvalues, axes = torch.linalg.eigh(a)
+    variance = 1.0 / (1.0 + betas[:, None] * eigenvalues)
+    exact = (normal((2, 4000, 3), 52) * variance[:, None].sqrt()) @ axes.T
+    f, generator = quadratic(a.to(dtype)), seeded(53)
+    state = init_state(f, exact.to(dtype))
+    eta = torch.tensor([[0.15], [0.1]], dtype=dtype)
+    for _ in range(80):
+        state, _ = MALA().step(
+            f,
+            state,
+            eta,
+            inverse_temperature=betas[:, None].to(dtype),
+            scale=scale.to(dtype),
+            generator=generator,
+        )
+    assert state.u.dtype == dtype
+    assert (state.u != exact).any(-1).all()  # every chain has moved
+    rotated = (state.u.double() @ axes).transpose(0, 1).reshape(4000, 6)
+    return variance_p_value(rotated, variance.reshape(-1))
+
+
+SCALES = pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(LOOSE, torch.float32), (torch.stack([TIGHT, LOOSE]), torch.float64)],
+    ids=["one", "one of each level"],
+)
+
+
+@SCALES
+def test_scaled_mala_keeps_a_correlated_gaussian(scale: Tensor, dtype: torch.dtype) -> None:
+    """Two temperatures with one scale or their own. False alarms: 1e-3 a case."""
+    assert scaled_p_value(scale, dtype) > ALPHA
+
+
+@SCALES
+@SCALE_FAULTS
+def test_scaled_gaussian_check_fails_for_a_broken_test(
+    monkeypatch: pytest.MonkeyPatch, scale: Tensor, dtype: torch.dtype, fault
+) -> None:
+    fault(monkeypatch)
+    assert scaled_p_value(scale, dtype) < CERTAIN
+
+
+def bent(u: Tensor) -> Tensor:
+    """A bent and asymmetric density in the plane."""
+    return 0.5 * u[..., 0] ** 2 + 2.0 * (u[..., 1] - 0.5 * u[..., 0] ** 2) ** 2 + 0.3 * u[..., 1]
+
+
+def bent_p_value(kappa: float, beta: float, dtype: torch.dtype) -> float:
+    """Chi-square p-value of counts in cells of the plane against quadrature.
+
+    Chains start from exact draws, by quadrature too.
+    """
+    scale = torch.tensor([[0.9, 0.2], [0.5, 0.7]], dtype=dtype)
+    points, area = plane_grid(9.0, 1201)
+    mass = torch.softmax(-0.5 * kappa * points.square().sum(-1) - beta * bent(points), 0)
+    exact = points[torch.multinomial(mass, 20000, replacement=True, generator=seeded(55))]
+    jitter = torch.rand(exact.shape, generator=seeded(56), dtype=torch.float64) - 0.5
+    f, generator = value_and_grad(bent), seeded(54)
+    state = init_state(f, (exact + math.sqrt(area) * jitter).to(dtype))
+    for _ in range(40):
+        state, _ = MALA().step(
+            f,
+            state,
+            0.2,
+            inverse_temperature=beta,
+            base_precision=kappa,
+            scale=scale,
+            generator=generator,
+        )
+    edges = torch.tensor([-0.8025, -0.0075, 0.8025], dtype=torch.float64)  # between grid points
+
+    def cell(u: Tensor) -> Tensor:
+        index = torch.bucketize(u.double().contiguous(), edges)
+        return 4 * index[:, 0] + index[:, 1]
+
+    expected = torch.zeros(16, dtype=torch.float64).index_add_(0, cell(points), mass).numpy()
+    counts = torch.bincount(cell(state.u), minlength=16).numpy()
+    likely = expected > 1e-3  # the other cells count as one
+    observed = np.append(counts[likely], counts[~likely].sum())
+    wanted = 20000 * np.append(expected[likely], expected[~likely].sum())
+    observed, wanted = observed[wanted > 0.0], wanted[wanted > 0.0]
+    return float(stats.chi2.sf(((observed - wanted) ** 2 / wanted).sum(), len(wanted) - 1))
+
+
+BENT = pytest.mark.parametrize(
+    ("kappa", "beta", "dtype"), [(0.0, 1.0, torch.float32), (1.0, 0.7, torch.float64)]
+)
+
+
+@BENT
+def test_scaled_mala_keeps_a_bent_density(kappa: float, beta: float, dtype: torch.dtype) -> None:
+    """Counts in 16 cells against quadrature. False alarms: 1e-3 a case."""
+    assert bent_p_value(kappa, beta, dtype) > ALPHA
+
+
+@BENT
+@SCALE_FAULTS
+def test_bent_check_fails_for_a_broken_test(
+    monkeypatch: pytest.MonkeyPatch, kappa: float, beta: float, dtype: torch.dtype, fault
+) -> None:
+    fault(monkeypatch)
+    assert bent_p_value(kappa, beta, dtype) < CERTAIN
+
+
+def scaled_difference(scale: Tensor, shape: tuple[int, ...]) -> float:
+    """Largest difference from plain steps in coordinates w = L⁻¹ u, with the same noise."""
+    inverse = torch.linalg.inv(scale)
+    beta, eta = 0.6, torch.full((*shape[:-1],), 0.15, dtype=torch.float64)
+
+    def in_w(w: Tensor) -> Tensor:
+        u = w @ scale.mT
+        return 0.5 * u.square().sum(-1) + beta * rough(u)
+
+    f, g = value_and_grad(rough), value_and_grad(in_w)
+    state = init_state(f, normal(shape, 56))
+    plain = init_state(g, state.u @ inverse.mT)
+    scaled_draws, plain_draws = seeded(57), seeded(57)
+    largest, moved = 0.0, 0
+    for _ in range(6):
+        before = state.u
+        state, p = MALA().step(
+            f, state, eta, inverse_temperature=beta, scale=scale, generator=scaled_draws
+        )
+        plain, q = MALA().step(g, plain, eta, base_precision=0.0, generator=plain_draws)
+        moved += int((state.u != before).any(-1).sum())
+        difference = torch.cat([(state.u - plain.u @ scale.mT).flatten(), (p - q).flatten()])
+        largest = max(largest, difference.abs().max().item())
+    value, grad = f(state.u)
+    assert torch.equal(state.f, value) and torch.equal(state.grad, grad)
+    assert 0 < moved < 6 * math.prod(shape[:-1])  # some are accepted, and some are not
+    return largest
+
+
+BATCHES = pytest.mark.parametrize(
+    ("scale", "shape"),
+    [
+        (LOOSE, (60, 3)),
+        (torch.stack([LOOSE, TIGHT, 0.4 * LOOSE]), (3, 20, 3)),
+        (torch.stack([LOOSE, TIGHT]), (4, 2, 20, 3)),
+        (torch.full((1, 1), 0.7, dtype=torch.float64), (60, 1)),
+    ],
+)
+
+
+@BATCHES
+def test_a_scaled_step_is_a_plain_one_in_other_coordinates(
+    scale: Tensor, shape: tuple[int, ...]
+) -> None:
+    """Draw for draw, and with the same acceptance probabilities."""
+    assert scaled_difference(scale, shape) < 1e-9
+
+
+def smaller_scale_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    def log_acceptance(*args) -> Tensor:
+        *others, scale = args
+        return _real_log_acceptance(*others, None if scale is None else 0.8 * scale)
+
+    monkeypatch.setattr(langevin, "_log_acceptance", log_acceptance)
+
+
+@BATCHES
+@pytest.mark.parametrize("fault", [wrong_scale_in_the_test, smaller_scale_in_the_test])
+def test_coordinate_check_fails_for_a_broken_test(
+    monkeypatch: pytest.MonkeyPatch, scale: Tensor, shape: tuple[int, ...], fault
+) -> None:
+    fault(monkeypatch)
+    assert scaled_difference(scale, shape) > 1e-3
+
+
+@pytest.mark.parametrize("step_size", [0.1, torch.full((6,), 0.1, dtype=torch.float64)])
+def test_the_identity_is_no_scale(step_size: float | Tensor) -> None:
+    f = value_and_grad(rough)
+    state = init_state(f, normal((6, 3), 58))
+    eye = torch.eye(3, dtype=torch.float64)
+    plain, p = MALA().step(f, state, step_size, generator=seeded(59))
+    scaled, q = MALA().step(f, state, step_size, scale=eye, generator=seeded(59))
+    for a, b in zip((*plain, p), (*scaled, q), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# --- the scale of a metric ------------------------------------------------------------------
+
+
+def metrics(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Positive definite matrices (*shape, d, d) from its last entry d."""
+    root = normal((*shape, shape[-1]), seed)
+    return (root @ root.mT + 0.1 * torch.eye(shape[-1], dtype=torch.float64)).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 4), (2, 3, 8)])
+def test_root_is_that_of_the_inverse_where_samples_abound(shape: tuple[int, ...]) -> None:
+    metric = metrics(shape, 60)
+    root = inverse_root(metric, 10**15)
+    assert root.shape == metric.shape
+    torch.testing.assert_close(root @ root.mT, torch.linalg.inv(metric), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 500])
+def test_root_shrinks_the_share_of_noise_off_the_diagonal(num_samples: int) -> None:
+    """M_ij n / (n + d) for i ≠ j, M_ii as it is."""
+    metric = metrics((3, 4), 61)
+    eye = torch.eye(4, dtype=torch.float64)
+    factor = eye + (1.0 - eye) * num_samples / (num_samples + 4)
+    root = inverse_root(metric, num_samples)
+    inverse = torch.linalg.inv(factor * metric)
+    torch.testing.assert_close(root @ root.mT, inverse, rtol=1e-9, atol=1e-9)
+    assert (root @ root.mT - torch.linalg.inv(metric)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dim", [3, 12])
+@pytest.mark.parametrize("num_samples", [2560, 10**9])
+def test_root_of_a_metric_of_condition_one_million_in_single_precision(
+    dim: int, num_samples: int
+) -> None:
+    """Rounding of an entry moves the smallest eigenvalue by up to 6e-8 · 1e6 · √d = 0.2."""
+    axes = torch.linalg.qr(normal((dim, dim), 62)).Q
+    eigenvalues = torch.logspace(0.0, 6.0, dim, dtype=torch.float64)
+    metric = (axes * eigenvalues) @ axes.T
+    root = inverse_root(metric.float(), num_samples)
+    assert root.dtype == torch.float32 and torch.isfinite(root).all()
+    exact = inverse_root(metric, num_samples)
+    white = torch.linalg.solve(exact, root.double())
+    assert (torch.linalg.svdvals(white) - 1.0).abs().max() < 0.15
+
+
+def test_root_of_fewer_samples_than_dimensions_is_finite() -> None:
+    grad = normal((3, 8), 63, torch.float32)
+    root = inverse_root(grad.mT @ grad / 3, 3)
+    assert torch.isfinite(root).all() and torch.linalg.det(root) > 0.0
+
+
+@BOTH_DTYPES
+def test_root_keeps_its_dtype_and_leaves_the_metric(dtype: torch.dtype) -> None:
+    metric = metrics((2, 3), 64, dtype)
+    kept = metric.clone()
+    assert inverse_root(metric, 10).dtype == dtype
+    assert torch.equal(metric, kept)
 
 
 # --- adaptation -----------------------------------------------------------------------------

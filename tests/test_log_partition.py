@@ -13,14 +13,13 @@ import pytest
 import torch
 from linear_gaussian import (
     PlainQuadratic,
-    Unadjusted,
     assert_unchanged,
     make_neural,
     make_quadratic,
     quadrature_log_partition,
 )
 from referee import ALPHA, CERTAIN, gaussian_log_partition, mean_p_value, normal
-from scipy import stats
+from scipy import optimize, stats
 from small_models import warm
 from torch import Tensor
 
@@ -30,8 +29,10 @@ from pyro_lvebm import (
     LogPartition,
     MLPEnergy,
     PersistentPool,
+    QuadraticEnergy,
     TemperedPool,
     annealing,
+    langevin,
     log_partition,
 )
 from pyro_lvebm.pool import Pool
@@ -74,9 +75,15 @@ def exact() -> float:
 
 
 def miss_p_value(results: list[LogPartition], expected: float) -> float:
-    """Each end misses in at most 2.5 % of brackets, so at most 5 % of brackets miss."""
+    """Each end misses in at most 1 % of brackets, so at most 2 % of brackets miss."""
     misses = sum(not r.lower <= expected <= r.upper for r in results)
-    return float(stats.binom.sf(misses - 1, len(results), 0.05))
+    return float(stats.binom.sf(misses - 1, len(results), 0.02))
+
+
+def reverse_p_value(results: list[LogPartition], expected: float) -> float:
+    """The limit of the reverse runs by themselves is too low in at most 1 % of cases."""
+    misses = sum(r.reverse_limit < expected for r in results)
+    return float(stats.binom.sf(misses - 1, len(results), 0.01))
 
 
 def spread_p_value(results: list[LogPartition]) -> float:
@@ -101,16 +108,19 @@ def many() -> list[LogPartition]:
 
 
 def test_bracket_holds_the_exact_value(many: list[LogPartition]) -> None:
-    """20 pools and seeds; a bracket may miss in 5 % of cases. False alarm ALPHA (6 misses)."""
+    """20 pools and seeds; a bracket may miss in 2 % of cases. False alarm ALPHA (4 misses)."""
     assert abs(exact()) > 0.5
     assert miss_p_value(many, exact()) > ALPHA
+    assert reverse_p_value(many, exact()) > ALPHA
 
 
 def test_bracket_is_narrow_and_ordered(many: list[LogPartition]) -> None:
     for result in many:
         assert result.lower < result.estimate <= result.upper
-        assert result.upper - result.lower < 0.6
+        assert result.upper - result.lower < 0.7
         assert 4 <= result.num_temperatures <= 20
+        assert result.num_runs == RUNS and 0.0 < result.ess <= RUNS * CHEAP["num_particles"]
+        assert result.is_reliable or result.upper - result.lower > result.max_width == 0.5
 
 
 def test_bracket_check_fails_where_the_ends_are_those_of_another_model(
@@ -123,55 +133,95 @@ def test_bracket_check_fails_where_the_ends_are_those_of_another_model(
 def test_bracket_check_fails_for_reverse_runs_from_the_base(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The upper end needs model draws; without them it is no more than the estimate."""
+    """The limit of the reverse runs needs model draws; the upper end does not fall below the lower.
+
+    Without draws of the model all that is left of the bracket is its forward half.
+    """
 
     def base_draws(
-        ebm: LVEBM, pool: Pool, runs: int, particles: int, generator: torch.Generator
+        ebm: LVEBM, pool: Pool, _: object, size: tuple[int, int], generator: torch.Generator
     ) -> Tensor:
+        runs, particles = size
         return annealing.standard_normal((runs, 1, particles, ebm.dim), pool.u, generator)
 
     monkeypatch.setattr(MODULE, "_model_draws", base_draws)
-    assert miss_p_value(brackets(40), exact()) < CERTAIN
+    results = brackets(20)
+    assert reverse_p_value(results, exact()) < CERTAIN
+    assert miss_p_value(results, exact()) > ALPHA
 
 
 def test_bracket_check_fails_for_a_kernel_with_another_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without its Metropolis test a kernel has another stationary law, which moves both ends."""
-    monkeypatch.setattr(annealing, "_KERNEL", Unadjusted())
-    assert miss_p_value(brackets(10), exact()) < CERTAIN
+
+    class AlwaysAccepts(MALA):
+        def step(self, f, state, step_size, *, inverse_temperature, scale, generator):
+            new, _, _ = langevin._propose(
+                f, state, step_size, inverse_temperature, 1.0, generator, scale
+            )
+            return new, torch.full_like(new.f, 0.6)
+
+    monkeypatch.setattr(annealing, "_KERNEL", AlwaysAccepts())
+    estimates = np.array([r.estimate for r in brackets(20)])
+    assert mean_p_value(estimates, exact()) < CERTAIN
 
 
 def test_ratio_is_unbiased(many: list[LogPartition]) -> None:
-    """E[Ẑ / Z] = 1 over 20 seeds; false alarm ALPHA."""
-    ratios = np.exp([r.estimate - exact() for r in many])
+    """E[Ẑ / Z] = 1 for forward runs over 20 seeds; false alarm ALPHA."""
+    ratios = np.exp([r.forward - exact() for r in many])
     assert mean_p_value(ratios, 1.0) > ALPHA
     # The mean of log Ẑ, which is biased low, is another thing; here it is the check's failure.
     assert mean_p_value(ratios * math.exp(-0.15), 1.0) < CERTAIN
+
+
+def bennett(work_0: np.ndarray, work_1: np.ndarray) -> float:
+    """The root of Bennett's equation by bisection."""
+
+    def excess(c: float) -> float:
+        left, right = 1.0 / (1.0 + np.exp(work_0 + c)), 1.0 / (1.0 + np.exp(-work_1 - c))
+        return float(left.sum() - right.sum())
+
+    return float(optimize.brentq(excess, -60.0, 60.0, xtol=1e-10))
 
 
 def test_ends_and_estimate_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With five particles the mean of log Ẑ and the log of mean Ẑ are far apart."""
     anneal, recorded = MODULE.anneal, []
 
-    def record(*args: Any, **options: Any) -> annealing.Annealed:
-        recorded.append(anneal(*args, **options))
-        return recorded[-1]
+    def record(f: Any, v: Tensor, schedule: annealing.Schedule, **options: Any) -> Any:
+        recorded.append((schedule, anneal(f, v, schedule, **options)))
+        return recorded[-1][1]
 
     monkeypatch.setattr(MODULE, "anneal", record)
     settings = CHEAP | {"num_particles": 5, "relative_ess": 0.6}
     result = log_partition(make_quadratic(pool=tempered(0)), seed=1, **settings)
-    low, high = (r.log_ratio[:, 0].numpy() for r in recorded)
+    (schedule, up), (backward, down) = recorded
+    assert backward.betas.tolist() == schedule.betas.tolist()[::-1]
+    low, high = (r.log_ratio[:, 0].numpy() for r in (up, down))
     assert low.shape == high.shape == (RUNS,)
-    margin = stats.t(RUNS - 1).ppf(0.975) / math.sqrt(RUNS)
+    margin = stats.t(RUNS - 1).ppf(0.99) / math.sqrt(RUNS)
     ratio, inverse = np.exp(low), np.exp(high)
-    assert result.estimate == pytest.approx(np.log(ratio.mean()))
-    assert result.estimate > low.mean() + 0.02
-    assert result.std_error == pytest.approx(ratio.std(ddof=1) / ratio.mean() / math.sqrt(RUNS))
-    spread = margin * ratio.std(ddof=1) / ratio.mean()
-    assert result.lower == pytest.approx(np.log(ratio.mean()) - spread)
-    upper = -np.log(inverse.mean()) + margin * inverse.std(ddof=1) / inverse.mean()
-    assert result.upper == pytest.approx(max(upper, result.estimate))
+    assert result.forward == pytest.approx(np.log(ratio.mean()))
+    assert result.forward > low.mean() + 0.02
+    assert result.reverse == pytest.approx(-np.log(inverse.mean()))
+    assert result.reverse < -high.mean() - 0.02
+    assert result.lower == pytest.approx(
+        np.log(ratio.mean()) - margin * ratio.std(ddof=1) / ratio.mean()
+    )
+    limit = -np.log(inverse.mean()) + margin * inverse.std(ddof=1) / inverse.mean()
+    assert result.reverse_limit == pytest.approx(limit)
+    assert result.upper == pytest.approx(max(limit, 2.0 * result.forward - result.lower))
+    assert result.ess == pytest.approx(5 * ratio.sum() ** 2 / (ratio**2).sum())
+    # Bennett's ratio of every run and pair of temperatures, from the energies of both directions.
+    f = torch.cat([up.f_path, down.f_path.flip(0)], -1)[:, :, 0].numpy()
+    assert f.shape == (result.num_temperatures + 1, RUNS, 10)
+    steps = schedule.betas.diff().numpy()
+    log_z = [
+        sum(bennett(h * f[k, r], h * f[k + 1, r]) for k, h in enumerate(steps)) for r in range(RUNS)
+    ]
+    assert result.estimate == pytest.approx(np.mean(log_z), abs=1e-4)
+    assert result.std_error == pytest.approx(np.std(log_z, ddof=1) / math.sqrt(RUNS), abs=1e-4)
 
 
 def test_standard_error_is_the_spread_over_seeds(many: list[LogPartition]) -> None:
@@ -217,7 +267,7 @@ NEURAL = {
 def test_neural_energies_agree_with_quadrature() -> None:
     """Five energies, one bracket each; false alarm 5 · ALPHA for the estimates, 1e-3 for misses.
 
-    Three of five brackets missing has probability 1.2e-3 if each end misses in 2.5 % of cases.
+    Three of five brackets missing has probability 8e-5 if each end misses in 1 % of cases.
     """
     inside = 0
     for name, make in NEURAL.items():
@@ -259,8 +309,341 @@ def test_an_untrained_energy_has_log_z_zero_exactly() -> None:
     x = normal((50, 3), 0, torch.float32)
     ebm = LVEBM.from_data(MLPEnergy(3, 2, hidden=(8,)), x, z_dim=2, pool=tempered(0))
     result = log_partition(ebm, seed=1, num_particles=16, num_runs=2, num_refreshes=1)
-    assert result == LogPartition(0.0, 0.0, 0.0, 0.0, 1)
+    assert result == LogPartition(
+        estimate=0.0,
+        std_error=0.0,
+        lower=0.0,
+        upper=0.0,
+        forward=0.0,
+        reverse=0.0,
+        reverse_limit=0.0,
+        ess=32.0,
+        num_temperatures=1,
+        num_runs=2,
+        max_width=0.5,
+    )
     assert str(result) == "log Z = 0.0000 ± 0.0000 in [0.0000, 0.0000]"
+    assert result.is_reliable and result.verdict == "forward and reverse agree within 0.000 nats"
+
+
+# --- quadratic energies of other sizes ------------------------------------------------------
+
+
+def standard(dim: int) -> dist.Distribution:
+    return dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+
+
+def make_narrow(x_dim: int, z_dim: int, condition: float, pool: Pool) -> LVEBM:
+    """A quadratic energy in single precision, its precision from 1 / 2 to `condition` / 2."""
+    dim = x_dim + z_dim
+    axes = torch.linalg.qr(normal((dim, dim), dim)).Q
+    precision = (axes * torch.logspace(0, math.log10(condition), dim).double() / 2.0) @ axes.T
+    energy = QuadraticEnergy(x_dim, z_dim)
+    ebm = LVEBM(energy, standard(x_dim), standard(z_dim), pool)
+    energy.set_precision(precision.float(), 0.5 * normal((dim,), dim + 1, torch.float32))
+    return ebm
+
+
+def narrow_brackets(
+    x_dim: int, z_dim: int, condition: float, count: int, **options: float
+) -> tuple[list[LogPartition], float]:
+    results = []
+    for seed in range(count):
+        pool = TemperedPool(3, 64, num_moves=2, step_size=0.4, seed=seed)
+        ebm = make_narrow(x_dim, z_dim, condition, pool)
+        results.append(log_partition(ebm, seed=seed, **(CHEAP | options)))
+    f = ebm.f
+    return results, gaussian_log_partition(f.precision.detach(), f.linear.detach())
+
+
+@pytest.mark.parametrize(
+    ("x_dim", "z_dim", "condition"), [(1, 1, 4.0), (1, 1, 1e4), (6, 2, 4.0), (6, 2, 1e3)]
+)
+def test_brackets_of_quadratic_energies(x_dim: int, z_dim: int, condition: float) -> None:
+    """Six seeds and pools a case; false alarm ALPHA (3 misses)."""
+    results, expected = narrow_brackets(x_dim, z_dim, condition, 6)
+    assert miss_p_value(results, expected) > ALPHA
+    for shift in (-1.0, 1.0):
+        assert miss_p_value(results, expected + shift) < CERTAIN
+
+
+def test_estimate_and_its_error_are_calibrated() -> None:
+    """Thirty seeds of an ill-conditioned energy: no bias, and the stated error.
+
+    False alarms: 2e-3. Errors of a quarter or four times the size are found, and a bias of 0.1.
+    """
+    results, expected = narrow_brackets(
+        3, 1, 30.0, 30, num_particles=64, num_refreshes=5, num_moves=2
+    )
+    estimates = np.array([r.estimate for r in results])
+    assert mean_p_value(estimates, expected) > ALPHA
+    assert spread_p_value(results) > ALPHA
+    for shift in (-0.1, 0.1):
+        assert mean_p_value(estimates, expected + shift) < CERTAIN
+    for factor in (0.25, 4.0):
+        wrong = [replace(r, std_error=factor * r.std_error) for r in results]
+        assert spread_p_value(wrong) < CERTAIN
+    # With the same runs, the forward estimate errs more.
+    forward = np.array([r.forward for r in results])
+    assert np.mean((forward - expected) ** 2) > 1.5 * np.mean((estimates - expected) ** 2)
+
+
+# --- how many runs --------------------------------------------------------------------------
+
+
+def test_runs_are_added_until_the_error_is_reached() -> None:
+    def run(**options: Any) -> LogPartition:
+        return log_partition(make_quadratic(pool=tempered(0)), seed=1, **CHEAP, **options)
+
+    first = run()
+    assert first.num_runs == RUNS
+    assert run(target_se=1.01 * first.std_error) == first
+    target = 0.6 * first.std_error
+    more = run(target_se=target)
+    assert more.std_error <= target and more.num_runs > RUNS and more.num_runs % RUNS == 0
+    # One batch less was not enough.
+    before = run(target_se=target, max_runs=more.num_runs - 1)
+    assert before.num_runs == more.num_runs - RUNS and before.std_error > target
+    assert estimate_p_value(more, more.num_runs, exact()) > ALPHA  # false alarm ALPHA
+    assert more.num_temperatures == first.num_temperatures
+
+
+@pytest.mark.parametrize(("max_runs", "expected"), [(3, 6), (6, 6), (11, 6), (12, 12), (19, 18)])
+def test_runs_stop_at_their_limit(max_runs: int, expected: int) -> None:
+    result = log_partition(
+        make_quadratic(pool=tempered(0)), target_se=1e-9, max_runs=max_runs, **CHEAP
+    )
+    assert result.num_runs == expected and result.std_error > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "limit", "sizes"),
+    [(7, 3, [3, 3, 1]), (4, 0, [1, 1, 1, 1]), (4, 2, [2, 2])],
+)
+def test_runs_side_by_side_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, num_runs: int, limit: int, sizes: list[int]
+) -> None:
+    """No run is lost or done twice; false alarm ALPHA for the estimate."""
+    anneal, seen = MODULE.anneal, []
+
+    def record(f: Any, v: Tensor, *args: Any, **options: Any) -> annealing.Annealed:
+        seen.append(v.shape[0])
+        return anneal(f, v, *args, **options)
+
+    monkeypatch.setattr(MODULE, "anneal", record)
+    settings = CHEAP | {"num_runs": num_runs}
+    first = log_partition(make_quadratic(pool=tempered(0)), seed=3, **settings)
+    seen.clear()
+    temperatures = first.num_temperatures + 1  # more than there are dimensions
+    monkeypatch.setattr(MODULE, "_MAX_ELEMENTS", limit * 96 * 6 * temperatures + 5)
+    result = log_partition(make_quadratic(pool=tempered(0)), seed=3, **settings)
+    assert seen == [size for size in sizes for _ in range(2)]  # forward and reverse
+    assert result.num_runs == num_runs
+    assert estimate_p_value(result, num_runs, exact()) > ALPHA
+
+
+def test_brackets_of_runs_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seeds with two runs side by side; false alarms 3e-3."""
+    monkeypatch.setattr(MODULE, "_MAX_ELEMENTS", 2 * 96 * 6)
+    results = brackets(10)
+    assert miss_p_value(results, exact()) > ALPHA
+    assert mean_p_value(np.array([r.estimate for r in results]), exact()) > ALPHA
+    assert spread_p_value(results) > ALPHA
+
+
+# --- the verdict ----------------------------------------------------------------------------
+
+GOOD = LogPartition(
+    estimate=1.0,
+    std_error=0.02,
+    lower=0.9,
+    upper=1.2,
+    forward=0.97,
+    reverse=1.08,
+    reverse_limit=1.2,
+    ess=900.0,
+    num_temperatures=12,
+    num_runs=16,
+    max_width=0.5,
+)
+
+
+def test_a_good_bracket_is_reliable() -> None:
+    assert GOOD.is_reliable
+    assert GOOD.verdict == "forward and reverse agree within 0.300 nats"
+    assert str(GOOD) == "log Z = 1.0000 ± 0.0200 in [0.9000, 1.2000]"
+    assert replace(GOOD, max_width=0.31).is_reliable
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reverse": 0.8, "reverse_limit": 0.89}, "differ by -0.17 nats: the pool misses a mode"),
+        (
+            {"upper": 1.5, "reverse": 1.4, "reverse_limit": 1.5},
+            "is 0.60 wide where 0.50 was asked: annealing is too",
+        ),
+        ({"max_width": 0.29}, "differ by 0.11 nats and the bracket is 0.30 wide where 0.29"),
+    ],
+)
+def test_a_bad_bracket_says_what_is_wrong(change: dict, message: str) -> None:
+    result = replace(GOOD, **change)
+    assert not result.is_reliable
+    assert message in result.verdict
+    assert f"]; NOT RELIABLE: {result.verdict}" in str(result)
+
+
+# --- several modes --------------------------------------------------------------------------
+
+
+class Modes(torch.nn.Module):
+    """f of which exp(−½|u|² − f) is a mixture of round Gaussians, with log Z known exactly."""
+
+    log_z = -0.7
+
+    def __init__(self, means: Tensor, weights: list[float], scale: float) -> None:
+        super().__init__()
+        self.means = torch.nn.Parameter(means)
+        self.log_weights = torch.nn.Parameter(torch.tensor(weights).log())
+        self.scale = scale
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        u = torch.cat([x, z], -1)
+        square = (u[..., None, :] - self.means).square().sum(-1) / self.scale**2
+        mixture = torch.logsumexp(self.log_weights - 0.5 * square, -1)
+        log_volume = u.shape[-1] * math.log(self.scale)
+        return log_volume - mixture - 0.5 * u.square().sum(-1) - self.log_z
+
+
+class Given(TemperedPool):
+    """A pool whose chains are fresh draws of chosen modes at every refresh."""
+
+    def __init__(self, chosen: list[int]) -> None:
+        super().__init__(2, 128)
+        self.chosen = chosen
+
+    def refresh(self, ebm: LVEBM) -> None:
+        generator = torch.Generator().manual_seed(50 + int(self.refreshes))
+        means = ebm.f.means.detach()[self.chosen]
+        weights = ebm.f.log_weights.detach()[self.chosen].exp()
+        index = torch.multinomial(
+            weights, self.u.shape[0] * self.u.shape[1], True, generator=generator
+        )
+        noise = torch.randn(self.u.shape, generator=generator)
+        self.u = means[index].reshape(self.u.shape) + ebm.f.scale * noise
+        self.f = ebm.residual(self.u).detach()
+        self.log_weights = torch.full_like(self.log_weights, -math.log(self.log_weights.numel()))
+        self.refreshes = self.refreshes + 1
+
+
+def two_modes(share: float, pool: Pool, distance: float = 1.0) -> LVEBM:
+    """Modes at −1 and `distance` on the first axis, of weights `share` and 1 − `share`."""
+    means = torch.tensor([[-1.0, 0.0], [distance, 0.0]])
+    return LVEBM(Modes(means, [share, 1.0 - share], 0.3), standard(1), standard(1), pool)
+
+
+def four_modes(weights: list[float], distance: float, scale: float, pool: Pool) -> LVEBM:
+    """Modes in orthogonal directions that are mixed over 8 dimensions of x and 2 of z."""
+    axes = torch.linalg.qr(normal((10, 10), 90)).Q.float()
+    return LVEBM(Modes(distance * axes[:4], weights, scale), standard(8), standard(2), pool)
+
+
+def holds(result: LogPartition) -> bool:
+    return result.lower <= Modes.log_z <= result.upper
+
+
+MODEST = {"num_particles": 256, "num_runs": 8, "num_refreshes": 1}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.35])
+def test_a_pool_that_misses_the_heavier_mode_is_found_out(share: float) -> None:
+    """The pool sits in a mode that has less weight than annealing from the base gives it.
+
+    Its reverse runs are then short of log Z by the log of that ratio, 0.36 nats at least.
+    """
+    for seed in range(3):
+        result = log_partition(two_modes(share, Given([0])), seed=seed, **MODEST)
+        assert not result.is_reliable
+        assert "the pool misses a mode" in result.verdict and "NOT RELIABLE" in str(result)
+        # An interval that trusts the spread over runs would be narrow and wrong.
+        assert abs(result.estimate - Modes.log_z) > 3.0 * result.std_error
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.97])
+def test_a_pool_that_misses_the_lighter_mode_has_a_bracket_around_the_truth(share: float) -> None:
+    """Reverse runs are high: the share of the pool's mode falls on the way to the base.
+
+    Forward runs find both modes. The lower end misses with probability 1 % in each of 3 brackets;
+    one miss is allowed, and two are a false alarm of 3e-4.
+    """
+    results = [
+        log_partition(two_modes(share, Given([0])), seed=seed, **MODEST) for seed in range(3)
+    ]
+    assert sum(holds(r) for r in results) >= 2
+    if share > 0.5:
+        assert all(r.reverse > Modes.log_z + 0.1 for r in results)
+        narrow = [replace(r, lower=r.reverse - 3.0 * r.std_error) for r in results]
+        assert not any(holds(r) for r in narrow)  # reverse runs alone would exclude the truth
+
+
+def test_a_bracket_wider_than_asked_is_not_reliable() -> None:
+    wide, tight = (
+        log_partition(two_modes(0.9, Given([0])), seed=0, max_width=width, **MODEST)
+        for width in (0.6, 0.2)
+    )
+    assert replace(wide, max_width=0.2) == tight
+    assert wide.is_reliable and not tight.is_reliable
+    assert "annealing is too fast" in tight.verdict
+
+
+def test_a_mode_that_the_base_misses_makes_the_bracket_wide() -> None:
+    """A mode 7 standard deviations of the base away, which exact draws of the model know.
+
+    Forward runs find only the other, a tenth of Z. The bracket has to hold both values.
+    """
+    for seed in range(3):
+        ebm = two_modes(0.1, Given([0, 1]), distance=7.0)
+        result = log_partition(ebm, seed=seed, **MODEST)
+        assert not result.is_reliable and "the base misses a mode" in result.verdict
+        assert holds(result) and result.forward < Modes.log_z - 1.0
+
+
+def test_exact_draws_of_both_modes_are_reliable() -> None:
+    """What fails above is the pool, not the energy; each bracket misses with probability 2 %."""
+    results = [
+        log_partition(two_modes(share, Given([0, 1])), seed=seed, **MODEST)
+        for share in (0.2, 0.9)
+        for seed in range(3)
+    ]
+    assert all(r.is_reliable for r in results)
+    assert sum(holds(r) for r in results) >= 5  # two misses: false alarm 6e-3
+    errors = [abs(r.estimate - Modes.log_z) / r.std_error for r in results]
+    assert max(errors) < 8.0  # Student's law with 7 degrees of freedom: 6 · 9e-5
+
+
+@pytest.mark.parametrize("chosen", [[0], [3], [1, 2, 3], [0, 1, 2]])
+def test_missing_some_of_four_modes_is_never_a_narrow_wrong_bracket(chosen: list[int]) -> None:
+    weights = [0.55, 0.25, 0.15, 0.05]
+    ebm = four_modes(weights, 2.5, 0.4, Given(chosen))
+    result = log_partition(ebm, seed=1, **MODEST)
+    assert holds(result) or not result.is_reliable
+    share = sum(weights[k] for k in chosen)
+    if math.log(4.0 * share / len(chosen)) < -0.3:  # annealing gives each mode about a quarter
+        assert not result.is_reliable
+
+
+@pytest.mark.parametrize(
+    ("weights", "distance", "scale"),
+    [([0.4, 0.3, 0.2, 0.1], 2.0, 0.4), ([0.6, 0.25, 0.1, 0.05], 2.5, 0.35)],
+)
+def test_four_modes_in_ten_dimensions(weights: list[float], distance: float, scale: float) -> None:
+    """A pool that moves by itself: a narrow bracket around log Z, or a verdict that it failed.
+
+    A bracket misses with probability 2 %.
+    """
+    ebm = four_modes(weights, distance, scale, TemperedPool(6, 64, num_moves=4, seed=1))
+    result = log_partition(ebm, seed=2, num_particles=512, num_runs=8, num_refreshes=40)
+    assert not result.is_reliable or (holds(result) and result.upper - result.lower < 0.3)
 
 
 # --- reproducible, and nothing moves --------------------------------------------------------
@@ -297,6 +680,12 @@ def test_the_model_and_its_pool_stay_as_they_are() -> None:
         ("relative_ess", 1.0),
         ("relative_ess", -0.5),
         ("relative_ess", math.nan),
+        ("target_se", 0.0),
+        ("target_se", -0.1),
+        ("target_se", math.nan),
+        ("max_width", 0.0),
+        ("max_width", -0.5),
+        ("max_width", math.nan),
     ],
 )
 def test_settings_out_of_range(name: str, value: float) -> None:

@@ -225,17 +225,17 @@ def test_estimates_are_collected_over_minibatches_in_order(ebm: LVEBM, x: Tensor
     """Any estimate, with a generator for each minibatch, and each datum once."""
     model, draws = make_model(ebm, 8), []
 
-    def estimate(block: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def estimate(block: Any, generator: torch.Generator) -> Tensor:
         draws.append(torch.rand(1, generator=generator).item())
         (index,) = block.indices.values()
-        return index.double(), 0.5 * index.double()
+        return torch.stack([index.double(), 0.5 * index.double()])
 
     with torch.random.fork_rng(), ebm.frozen(), torch.no_grad(), poutine.block():
         sweep = Sweep.of(model, 5, (x[:21],), {})
-        terms = sweep.over_data(estimate, 0)
+        found = sweep.over_data(estimate, 0)
         first = list(draws)
         sweep.over_data(estimate, 1)
         sweep.over_data(estimate, 0)
-    assert terms.value.tolist() == list(range(21))
-    assert terms.std_error.tolist() == [0.5 * k for k in range(21)]
+    assert found[0].tolist() == list(range(21))
+    assert found[1].tolist() == [0.5 * k for k in range(21)]
     assert len(set(draws[:6])) == 6 and draws[6:] == first

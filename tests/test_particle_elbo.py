@@ -23,7 +23,7 @@ from torch.distributions.transforms import identity_transform
 from pyro_lvebm import annealing, particle_elbo
 from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state, value_and_grad
 from pyro_lvebm.local_energy import LatentBlock, LatentColumns
-from pyro_lvebm.particle_elbo import _fit_gaussian, _relative_to, annealed_elbo
+from pyro_lvebm.particle_elbo import annealed_elbo, fit_gaussian, posterior_draws, relative_to
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -66,7 +66,9 @@ def log_weights(
     v = exact_particles(4) if v is None else v
     block = make_block(v, gaussian_energy() if f is None else f)
     step = torch.tensor(0.3, dtype=v.dtype)
-    return annealed_elbo(block, step, num_samples=draws, generator=seeded(seed))
+    generator = seeded(seed)
+    chains = posterior_draws(block, step, generator)
+    return annealed_elbo(block, chains, num_samples=draws, generator=generator)
 
 
 def unbiased_p_value(log_w: Tensor, log_c: Tensor) -> float:
@@ -110,7 +112,7 @@ def test_checks_fail_for_a_wrong_change_of_variables(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(f: ValueAndGrad, mean: Tensor, tril: Tensor) -> ValueAndGrad:
-        right = _relative_to(f, mean, tril)
+        right = relative_to(f, mean, tril)
         log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
         def evaluate(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +123,7 @@ def test_checks_fail_for_a_wrong_change_of_variables(
 
         return evaluate
 
-    monkeypatch.setattr(particle_elbo, "_relative_to", broken)
+    monkeypatch.setattr(particle_elbo, "relative_to", broken)
     assert unbiased_p_value(log_weights(), LOG_C) < CERTAIN
 
 
@@ -147,7 +149,7 @@ def test_bound_is_loose_for_a_poor_start_and_tightens_with_temperatures(
 ) -> None:
     """The sibling of the near-zero gap: a Gaussian of another datum is not repaired for free."""
     poor = exact_particles(400).roll(1, 1)
-    monkeypatch.setattr(particle_elbo, "_fit_gaussian", lambda draws: _fit_gaussian(poor))
+    monkeypatch.setattr(particle_elbo, "fit_gaussian", lambda draws: fit_gaussian(poor))
     gaps = []
     for count in (1, 4, 32):
         monkeypatch.setattr(particle_elbo, "NUM_TEMPERATURES", count)
@@ -162,10 +164,10 @@ def test_bound_is_loose_for_a_poor_start_and_tightens_with_temperatures(
 def test_one_temperature_is_the_gaussian_fit_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the gap is KL(N(m, LLᵀ) ‖ posterior) in closed form; false alarm ALPHA a datum."""
     fit = 0.3 * normal((500, N, 2), 7) + 0.4
-    monkeypatch.setattr(particle_elbo, "_fit_gaussian", lambda draws: _fit_gaussian(fit))
+    monkeypatch.setattr(particle_elbo, "fit_gaussian", lambda draws: fit_gaussian(fit))
     monkeypatch.setattr(particle_elbo, "NUM_TEMPERATURES", 1)
     log_w = log_weights(draws=2000)
-    mean, tril = _fit_gaussian(fit)
+    mean, tril = fit_gaussian(fit)
     q = torch.distributions.MultivariateNormal(mean, scale_tril=tril)
     p_mean = -torch.linalg.solve(PRECISIONS, LINEARS)
     p = torch.distributions.MultivariateNormal(p_mean, precision_matrix=PRECISIONS)
@@ -229,7 +231,7 @@ def test_checks_fail_for_a_kernel_with_another_target(monkeypatch: pytest.Monkey
 
 def _gaussian_gap(log_c: Tensor, v: Tensor) -> Tensor:
     """Gap of a Gaussian with the mean and variance of the two wells, without annealing."""
-    mean, tril = _fit_gaussian(v)
+    mean, tril = fit_gaussian(v)
     z = mean + (tril @ normal((4000, v.shape[1], 1), 5)[..., None]).squeeze(-1)
     q = torch.distributions.MultivariateNormal(mean, scale_tril=tril)
     log_p = -double_well(z) - 0.5 * z[..., 0] ** 2 - 0.5 * math.log(2 * math.pi)
@@ -241,7 +243,7 @@ def _gaussian_gap(log_c: Tensor, v: Tensor) -> Tensor:
 
 def test_fitted_gaussian_has_the_moments_of_the_draws() -> None:
     draws = normal((50, 4, 3), 0) @ normal((3, 3), 1) + normal((4, 3), 2)
-    mean, tril = _fit_gaussian(draws)
+    mean, tril = fit_gaussian(draws)
     for i in range(4):
         covariance = np.cov(draws[:, i].numpy().T, bias=True)
         np.testing.assert_allclose(mean[i], draws[:, i].numpy().mean(0), rtol=1e-12)
@@ -250,7 +252,7 @@ def test_fitted_gaussian_has_the_moments_of_the_draws() -> None:
 
 
 def test_chains_that_never_moved_have_a_small_covariance() -> None:
-    mean, tril = _fit_gaussian(torch.ones(10, 2, 3))
+    mean, tril = fit_gaussian(torch.ones(10, 2, 3))
     torch.testing.assert_close(mean, torch.ones(2, 3))
     torch.testing.assert_close(tril, 1e-3 * torch.eye(3).expand(2, 3, 3))
 
@@ -259,7 +261,7 @@ def test_change_of_variables_keeps_the_density() -> None:
     """exp(−½|y|² − g(y)) / |det L| is exp(−½|v|² − f(v)), and the gradient is that of autograd."""
     mean, tril = normal((N, 2), 3), 0.4 * normal((N, 2, 2), 4).tril(-1) + 0.8 * torch.eye(2)
     f = gaussian_energy()
-    g = _relative_to(f, mean, tril)
+    g = relative_to(f, mean, tril)
     y = normal((6, N, 2), 5)
     v = mean + torch.einsum("nij,kni->knj", tril.mT, y)
     value, grad = g(y)
@@ -282,7 +284,9 @@ def test_change_of_variables_keeps_the_density() -> None:
 def test_batches_of_two_axes_keep_their_order() -> None:
     """False alarm ALPHA; the data of a batch (5, 6) in another order fail."""
     block = make_block(exact_particles(4, (5, 6)), gaussian_energy((5, 6)))
-    log_w = annealed_elbo(block, torch.tensor(0.3).double(), num_samples=64, generator=seeded(2))
+    generator = seeded(2)
+    draws = posterior_draws(block, torch.tensor(0.3).double(), generator)
+    log_w = annealed_elbo(block, draws, num_samples=64, generator=generator)
     assert log_w.shape == (64, 5, 6)
     assert unbiased_p_value(log_w, LOG_C.reshape(5, 6)) > ALPHA
     error = (log_w.mean(0) - LOG_C.reshape(5, 6)).abs().max()

@@ -12,6 +12,7 @@ from referee import normal
 from torch import Tensor
 
 from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool
+from pyro_lvebm.ascent import default_radius
 from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -129,3 +130,8 @@ def test_a_model_moves_by_no_more_than_the_radius(radius: float) -> None:
     torch.testing.assert_close(
         energy.linear.detach(), torch.tensor([1.0, -2.0, 1.0]) / 2.0**halvings
     )
+
+
+@pytest.mark.parametrize(("dim", "radius"), [(1, 0.02), (8, 0.02), (32, 0.04), (68, 0.0583)])
+def test_the_default_radius_grows_with_the_dimension(dim: int, radius: float) -> None:
+    assert default_radius(dim) == pytest.approx(radius, rel=1e-3)

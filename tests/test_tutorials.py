@@ -28,7 +28,9 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["quickstart", "when_training_goes_wrong"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "comparing_guides", "lorenz63", "when_training_goes_wrong"]
+)
 def test_a_tutorial_has_a_page(name: str) -> None:
     assert name in [path.stem for path in TUTORIALS]
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")

@@ -126,13 +126,15 @@ plt.show()
 # - `upper` comes from runs that start at draws of the model. Their estimates are **high** in
 #   expectation as far as the draws follow the model. They come from the pool, so a mode that the
 #   pool has missed can put `upper` below the truth.
-# - Each end is moved outwards by its own one-sided 97.5 % Monte Carlo margin.
-# - `estimate` is the point estimate from the base. It is low in expectation, by about half its
-#   squared `std_error`.
+# - Each end is moved outwards by its own one-sided 99 % Monte Carlo margin.
+# - `estimate` uses the particles of both directions (Bennett's acceptance ratio). It is the best
+#   single number, and no bound: its error has either sign.
+# - `verdict` says whether the two directions agree. If they do not, quote none of these numbers.
 
 # %%
 log_z = log_partition(ebm, seed=0)
 print(log_z)
+print(log_z.verdict)
 print(f"online estimate of the pool, error of either sign: {float(ebm.log_partition):.4f}")
 
 # %% [markdown]

@@ -85,7 +85,7 @@ def printed_warnings():
         print(textwrap.fill(f"{w.category.__name__}: {w.message}", 100))
 
 
-def train(model, *data, optim, num_steps, max_kl=0.02, **options):
+def train(model, *data, optim, num_steps, max_kl=None, **options):
     saddle = Saddle(model, AutoParticles(model), optim, num_moves=2, max_kl=max_kl)
     with printed_warnings():
         saddle.fit(*data, num_steps=4 if SMOKE else num_steps, progress=False, **options)
@@ -199,7 +199,7 @@ print(last_rows(saddle, "ess", "kl"))
 # low at the default `max_kl`, take more chains or levels.
 
 # %%
-saddle = train_fast(max_kl=0.02)
+saddle = train_fast(max_kl=None)
 print(last_rows(saddle, "ess", "kl"))
 
 

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guides: latent particles, and restricted guides that subsample correctly."""
 
-from pyro_lvebm.guides.amortised import AutoAmortisedNormal
+from pyro_lvebm.guides.amortised import AutoAmortisedMultivariateNormal, AutoAmortisedNormal
 from pyro_lvebm.guides.checks import check_guide, find_particles, own_parameters
 from pyro_lvebm.guides.particles import AutoParticles
-from pyro_lvebm.guides.per_datum import AutoPerDatumMultivariateNormal
+from pyro_lvebm.guides.per_datum_gaussian import (
+    AutoPerDatumLowRankMultivariateNormal,
+    AutoPerDatumMultivariateNormal,
+)
+from pyro_lvebm.guides.per_datum_iaf import AutoPerDatumIAFNormal
 
 __all__ = [
+    "AutoAmortisedMultivariateNormal",
     "AutoAmortisedNormal",
     "AutoParticles",
+    "AutoPerDatumIAFNormal",
+    "AutoPerDatumLowRankMultivariateNormal",
     "AutoPerDatumMultivariateNormal",
     "check_guide",
     "find_particles",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A full-covariance Gaussian guide for every datum, which subsamples correctly."""
+"""What all guides with parameters for every datum have in common, whatever their family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,19 +16,20 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.kl import register_kl
 
 from pyro_lvebm.guides.full_size import draw_full_size
 
 
-class AutoPerDatumMultivariateNormal(AutoGuide):
-    """A Gaussian with a full covariance over the event of each latent site, one for every datum.
+class PerDatumGuide(AutoGuide):
+    """Skeleton of a guide whose sites are independent, with parameters for every datum.
 
-        q(z | i) = N(loc_i, L_i L_iᵀ)
+        q(z | i) = law(parameters_i),    over the flattened, unconstrained event of each site
 
-    Where Pyro's `AutoMultivariateNormal` allocates one covariance over all latents of the
-    minibatch at hand, this guide has parameters loc (*full_batch, d) and L (*full_batch, d, d)
-    with plates at their full size. Sites are independent of each other. A site on a constrained
-    support is Gaussian in unconstrained coordinates.
+    Parameters have plates at their full size: (*full_batch, ...). Pyro takes the rows of the
+    minibatch. A subclass names its groups of parameters, and says how those of a site start
+    (`_allocate`) and what they mean (`_law`). All have locations `locs` (*full_batch, d), which
+    start at draws of the prior.
 
     Args:
         model: A Pyro model whose latent sites are continuous.
@@ -36,24 +37,12 @@ class AutoPerDatumMultivariateNormal(AutoGuide):
         create_plates: As in every Pyro autoguide.
 
     Raises:
-        ValueError: If init_scale is not positive.
-
-    Example:
-        >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> from pyro_lvebm import AutoPerDatumMultivariateNormal
-        >>> def model(x):
-        ...     with pyro.plate("data", 100, subsample_size=10) as i:
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[i])
-        >>> guide = AutoPerDatumMultivariateNormal(model)
-        >>> guide(torch.zeros(100, 2))["z"].shape
-        torch.Size([10, 2])
-        >>> sorted(tuple(p.shape) for p in guide.parameters())
-        [(100, 2), (100, 2, 2)]
+        ValueError: If init_scale is not positive, or (at the first call) a latent site is
+            discrete.
     """
 
     prototype_trace: Any  # a `Trace`; None before the first call
+    groups: tuple[str, ...] = ("locs",)
 
     def __init__(
         self,
@@ -67,18 +56,28 @@ class AutoPerDatumMultivariateNormal(AutoGuide):
         self._init_scale = init_scale
         super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
 
+    def _allocate(self, key: str, loc: Tensor) -> None:
+        """Make the parameters of a site beside its locations (*full_batch, d)."""
+        raise NotImplementedError
+
+    def _law(self, key: str) -> dist.TorchDistribution:
+        """Return the law of a site, of batch shape (*batch,) and event shape (d,)."""
+        raise NotImplementedError
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self.locs, self.scale_trils = PyroModule(), PyroModule()
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            fn, draws = site["fn"], draw_full_size(site)
-            full = draws.shape[: draws.dim() - fn.event_dim]
-            loc = biject_to(fn.support).inv(draws).reshape(*full, -1).detach().clone()
-            eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-            tril = (self._init_scale * eye).expand(*full, -1, -1).clone()
-            key = name.replace(".", "__")
-            setattr(self.locs, key, PyroParam(loc, constraints.real, 1))
-            setattr(self.scale_trils, key, PyroParam(tril, constraints.softplus_lower_cholesky, 2))
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        self._keys = attribute_names(sites)
+        for group in self.groups:
+            setattr(self, group, PyroModule())
+        try:
+            for name, site in sites.items():
+                loc = _first_location(self, name, site)
+                setattr(self.locs, self._keys[name], PyroParam(loc, constraints.real, 1))
+                self._allocate(self._keys[name], loc)
+        except ValueError:
+            self.prototype_trace = None  # or the next call would use a half-built guide
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site."""
@@ -87,14 +86,40 @@ class AutoPerDatumMultivariateNormal(AutoGuide):
         plates = self._create_plates(*args, **kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            key = name.replace(".", "__")
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                loc, tril = getattr(self.locs, key), getattr(self.scale_trils, key)
-                fn = dist.MultivariateNormal(loc, scale_tril=tril)
-                result[name] = _sample_on_support(name, fn, site)
+                result[name] = _sample_on_support(name, self._law(self._keys[name]), site)
         return result
+
+
+def attribute_names(sites: Iterable[str]) -> dict[str, str]:
+    """Return a name of its own for every site, under which a `PyroModule` can hold a parameter.
+
+    This is the name of the site, where possible. Dots are not allowed, a name such as "train"
+    would be read as the method, and Pyro keeps the parameter "z" as "z_unconstrained".
+    """
+    keys: dict[str, str] = {}
+    module = PyroModule()
+    for name in sites:
+        key = name.replace(".", "__")
+        while hasattr(module, key) or key.endswith("_unconstrained") or key in keys.values():
+            key += "_"
+        keys[name] = key
+    return keys
+
+
+def _first_location(guide: AutoGuide, name: str, site: dict[str, Any]) -> Tensor:
+    fn = site["fn"]
+    if fn.support.is_discrete:
+        raise ValueError(
+            f"{type(guide).__name__} needs continuous latents; site '{name}' is discrete. "
+            "Hide it with poutine.block and enumerate it, or marginalise it out"
+        )
+    draws = draw_full_size(site)
+    full = draws.shape[: draws.dim() - fn.event_dim]
+    loc: Tensor = biject_to(fn.support).inv(draws).reshape(*full, -1).detach().clone()
+    return loc
 
 
 def _sample_on_support(name: str, fn: dist.TorchDistribution, site: dict[str, Any]) -> Tensor:
@@ -109,8 +134,8 @@ def _sample_on_support(name: str, fn: dist.TorchDistribution, site: dict[str, An
     value = transform(unconstrained)
     log_det = transform.inv.log_abs_det_jacobian(value, unconstrained)
     log_det = log_det.reshape(*flat.shape[:-1], -1).sum(-1)
-    delta = dist.Delta(value, log_density=log_det, event_dim=len(event))
-    result: Tensor = pyro.sample(name, delta)
+    image = TransformedPoint(value, log_density=log_det, event_dim=len(event))
+    result: Tensor = pyro.sample(name, image)
     return result
 
 
@@ -119,3 +144,14 @@ def _is_identity(transform: Any) -> bool:
         transform = transform.base_transform
     is_composed = isinstance(transform, torch.distributions.transforms.ComposeTransform)
     return is_composed and not transform.parts
+
+
+class TransformedPoint(dist.Delta):
+    """The image of an auxiliary draw; its log density is the log Jacobian of the inverse."""
+
+
+# Pyro's own rule for a Delta leaves its log density out, and `TraceMeanField_ELBO` the Jacobian.
+@register_kl(TransformedPoint, dist.Distribution)  # type: ignore[untyped-decorator]
+def _kl_of_point(q: Any, p: Any) -> Tensor:
+    result: Tensor = q.log_density - p.log_prob(q.v)
+    return result
