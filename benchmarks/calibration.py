@@ -31,12 +31,12 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyro.distributions as dist
 import torch
 from scipy import stats
 from torch import Tensor
 
+from benchmarks.tables import table
 from pyro_lvebm import (
     LVEBM,
     LogPartition,
@@ -52,6 +52,7 @@ from pyro_lvebm.rng import generator_for
 CONFIDENCE = 0.95
 """Of every interval, and the share of brackets that must hold the truth."""
 
+COLUMNS = ("kind", "problem", "what", "value", "low", "high", "seconds", "short", "note")
 CONDITION = 30.0
 COVERAGE_BAND = (0.90, 0.99)
 BIAS_Z = 3.5
@@ -449,7 +450,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += hard_rows([run.result() for run in hard], args.quick)
         rows.append(evidence.result())
     print(heading(effort, args.quick))
-    print(table(rows))
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    print(table(sorted(rows, key=lambda row: kinds.index(row.kind)), COLUMNS))
     return int(any(row.short for row in rows))
 
 
@@ -470,18 +472,6 @@ def heading(effort: Effort, quick: bool) -> str:
         f"Quadratic energies have condition number {CONDITION:g} where no other is given.\n"
         f"Coverage and brackets are judged by {judged}. Seconds are those of all repeats."
     )
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows, ordered by kind, as one table of text."""
-    kinds = list(dict.fromkeys(row.kind for row in rows))
-    rows = sorted(rows, key=lambda row: kinds.index(row.kind))
-    columns = ["kind", "problem", "what", "value", "low", "high", "seconds", "short", "note"]
-    frame = pd.DataFrame([[getattr(row, name) for name in columns] for row in rows])
-    frame.columns = pd.Index(columns)
-    frame["short"] = ["SHORT" if row.short else "" for row in rows]
-    frame["seconds"] = frame["seconds"].round(0)
-    return frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.mixtures import best_mixture
 from benchmarks.peers import DOCUMENTED, TUNED, available, run_peer
 from benchmarks.suite import NAMES, DataSet, load
+from benchmarks.tables import table
 from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, Saddle, log_evidence, log_partition, lvebm
 from pyro_lvebm.data import split
 from pyro_lvebm.schedules import half_cosine
@@ -43,6 +44,7 @@ PEER_SETS = ("two moons", "8 Gaussians", "Lorenz-63")
 LEARNING_RATE, BATCH, NUM_PARTICLES = 3e-3, 256, 2
 SMALL = 1000
 """Rows below which one held-out part is too few to choose the number of steps."""
+COLUMNS = ("kind", "data", "what", "value", "std_error", "goal", "seconds", "short", "note")
 TOLERANCE = 0.02
 """Nats per datum by which rows in 2-D and 3-D may stay behind the best mixture."""
 
@@ -349,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         rows = [future.result() for future in futures]
         rows += rate_rows({key: future.result() for key, future in runs.items()}, args.quick)
-    print(table(rows))
+    print(table(rows, COLUMNS))
     return int(any(row.short for row in rows))
 
 
@@ -358,16 +360,6 @@ def _announce(future: Future[Row]) -> None:
     if not future.cancelled() and future.exception() is None:
         row = future.result()
         print(f"{row.kind}, {row.data}: {row.value:.4f} {row.note}", file=sys.stderr, flush=True)
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as one table of text."""
-    columns = ["kind", "data", "what", "value", "std_error", "goal", "seconds", "short", "note"]
-    frame = pd.DataFrame([[getattr(row, name) for name in columns] for row in rows])
-    frame.columns = pd.Index(columns)
-    frame["short"] = ["SHORT" if row.short else "" for row in rows]
-    frame["seconds"] = frame["seconds"].round(0)
-    return frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state, inverse_root
+from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state
+from pyro_lvebm.preconditioning import inverse_root
 from pyro_lvebm.reweighting import ess, systematic_resample
 
 _KERNEL = MALA()

@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.optim import PyroOptim
@@ -25,31 +25,29 @@ FORMAT = "pyro_lvebm saddle 2"
 SETTINGS = ("step_count", "num_moves", "max_kl", "average_decay", "seed")
 
 
-def write_checkpoint(
-    path: Path,
-    settings: dict[str, Any],
-    modules: dict[str, nn.Module],
-    loose_params: dict[str, Tensor],
-    ebms: list[LVEBM],
-    optim: PyroOptim,
-    average: ParameterAverage,
-    history: History,
-) -> None:
+class Parts(NamedTuple):
+    """The parts of a Saddle that have state."""
+
+    modules: dict[str, nn.Module]  # by role
+    loose_params: dict[str, Tensor]  # unconstrained parameters outside these modules, by name
+    ebms: list[LVEBM]  # for the seeds of their pools
+    optim: PyroOptim
+    average: ParameterAverage
+    history: History
+
+
+def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None:
     """Write the state of a Saddle to one file, whole or not at all.
 
     Args:
         path: The file; replaced if it exists.
         settings: Plain numbers of the Saddle.
-        modules: Modules to save, by role.
-        loose_params: Unconstrained parameters outside these modules, by name.
-        ebms: The LVEBMs, for the seeds of their pools.
-        optim: The optimiser.
-        average: The averaged parameters.
-        history: The rows of the history.
+        parts: All else.
 
     Raises:
         ValueError: If the optimiser holds state that is neither a tensor nor JSON.
     """
+    modules, loose_params, ebms, optim, average, history = parts
     tensors = _targets(modules, loose_params)
     # Keyed by our own names: those of Pyro's store are lost when someone clears it.
     keys = {id(value): key for key, value in tensors.items()}
@@ -98,20 +96,13 @@ class Checkpoint:
     history_columns: list[str]
     tensors: dict[str, Tensor]
 
-    def restore(
-        self,
-        modules: dict[str, nn.Module],
-        loose_params: dict[str, Tensor],
-        ebms: list[LVEBM],
-        optim: PyroOptim,
-        average: ParameterAverage,
-        history: History,
-    ) -> None:
-        """Copy the saved state into modules, parameters, optimiser, average and history.
+    def restore(self, parts: Parts) -> None:
+        """Copy the saved state into the parts of a Saddle.
 
         Raises:
             ValueError: If names or shapes differ; nothing is changed then.
         """
+        modules, loose_params, ebms, optim, average, history = parts
         targets = _targets(modules, loose_params)
         beside = ("optim/", "average/", "history")
         saved = {k: v for k, v in self.tensors.items() if not k.startswith(beside)}

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_lvebm.elbo_rows import ImportanceWeighted, Posterior, RowTerms, row_terms
 from pyro_lvebm.elbo_table import ElboTable
@@ -22,7 +23,7 @@ from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence
 from pyro_lvebm.refit import refits
 from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.saddle import Saddle
-from pyro_lvebm.tracing import Model, energy_modules, frozen, sample_nodes
+from pyro_lvebm.tracing import Model, device_of, energy_modules, frozen, sample_nodes
 
 _WITH_GUIDE = (Saddle, ImportanceWeighted)
 
@@ -99,7 +100,7 @@ def compare_elbo(
         raise ValueError(f"theta must be 'fixed' or 'refit'; got {theta!r}")
     if num_steps is not None or held_out is not None:
         raise ValueError("num_steps and held_out are for theta='refit'; nothing is trained here")
-    device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+    device = device_of(args, kwargs)
     with isolated_rng(seed, 20, device=device), poutine.block(), torch.no_grad():
         sweep = Sweep.of(model, seed, args, kwargs)
         check_not_shared(posteriors)
@@ -143,11 +144,12 @@ def _compare_refits(
         raise ValueError("theta='refit' needs num_steps and held_out, as in held_out=(x_test,)")
     if not isinstance(held_out, tuple):
         raise ValueError(f"held_out must be a tuple of arguments; got {type(held_out).__name__}")
-    device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+    device = device_of(args, kwargs)
     rows, terms, log_zs, num_data = {}, {}, [], 0
     log_z_se: dict[str, float] = {}
-    with poutine.block(), isolated_rng(seed, 24, device=device):
-        fits = refits(model, posteriors, args, kwargs, num_steps)
+    fits = refits(model, posteriors, args, kwargs, num_steps)
+    # Closing puts the model back at once, also where an error would keep the generator alive.
+    with poutine.block(), isolated_rng(seed, 24, device=device), closing(fits):
         for name, saddle, seconds in fits:
             with isolated_rng(seed, 20, device=device), torch.no_grad():
                 sweep = Sweep.of(model, seed, args, kwargs)

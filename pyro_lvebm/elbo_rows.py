@@ -80,11 +80,6 @@ class RowTerms:
     pareto_k: Tensor  # (N,), of the importance weights behind them; NaN with too few draws
     num_parameters: int  # trained numbers, or coordinates of stored particles or draws
 
-    @property
-    def elbo(self) -> Tensor:
-        """The bound of every datum (N,), nats."""
-        return self.log_weights.mean(0)
-
     def mean(self) -> tuple[float, float]:
         """Mean bound over the data, and its Monte Carlo standard error."""
         return mean_over_data(self.log_weights)

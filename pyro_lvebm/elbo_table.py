@@ -112,8 +112,8 @@ class ElboTable:
             )
         lines += [
             *self._log_z_lines(),
-            "Every elbo is low and every kl_gap small in expectation: log Z is at its upper end, "
-            "and the evidence in the gap is annealed from below.",
+            "Every kl_gap is small in expectation, for its evidence is annealed from below; every "
+            "elbo is low, with log Z at its upper end, if the pool's draws follow the model.",
             "± and _se are Monte Carlo standard errors over the draws, for these data"
             + (", but held_out_se is that over held-out data." if self.theta == "refit" else "."),
         ]

@@ -11,15 +11,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_lvebm.annealing import log_mean_exp, log_mean_std_error
-from pyro_lvebm.local_energy import LatentBlock, as_problems
-from pyro_lvebm.log_evidence import LogEvidence, anneal_latents
+from pyro_lvebm.local_energy import LatentBlock
+from pyro_lvebm.log_evidence import LogEvidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
-from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence
+from pyro_lvebm.model_evidence import Sweep, Terms, anneal_block, model_log_evidence
 from pyro_lvebm.particle_elbo import fit_gaussian, posterior_draws, relative_to
 from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.saddle import Saddle
-from pyro_lvebm.tracing import Model, energy_modules, frozen
+from pyro_lvebm.tracing import Model, device_of, energy_modules, frozen
 from pyro_lvebm.validation import TrainingWarning
 
 
@@ -77,7 +76,7 @@ def log_evidence_of(
             raise ValueError(f"{name} must be at least 2; got {value}")
     if saddle is not None and saddle.particles is None:
         raise ValueError("the guide of this Saddle has no AutoParticles to start from")
-    device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+    device = device_of(args, kwargs)
     with isolated_rng(seed, 25, device=device), poutine.block(), torch.no_grad():
         sweep = Sweep.of(model, seed, args, kwargs)
         ebms = energy_modules(sweep.prototype)
@@ -101,20 +100,10 @@ def _from_particles(sweep: Sweep, saddle: Saddle, num_particles: int, num_runs: 
     def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
         step_size = particles.step_size(block.columns[0].name)
         mean, tril = fit_gaussian(posterior_draws(block, step_size, generator))
-        batch, d = block.v.shape[1:-1], block.v.shape[-1]
-        log_c = anneal_latents(
-            as_problems(relative_to(block.f, mean, tril), batch),
-            (batch.numel(), num_particles, d),
-            block.v,
-            num_runs=num_runs,
-            num_moves=2,
-            relative_ess=0.9,
-            generator=generator,
-        )
-        return log_c.reshape(num_runs, *batch) + block.offset
+        f = relative_to(block.f, mean, tril)
+        return anneal_block(block, f, num_particles, num_runs, generator) + block.offset
 
-    log_c = sweep.over_data(estimate, 5, particles, saddle.guide)
-    return Terms(log_mean_exp(log_c, 0), log_mean_std_error(log_c, 0))
+    return Terms.of_runs(sweep.over_data(estimate, 5, particles, saddle.guide))
 
 
 def _warn_of_unreliable(log_zs: list[LogPartition]) -> None:

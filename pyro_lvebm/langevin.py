@@ -337,30 +337,6 @@ def _log_acceptance(
     return log_ratio + root * (xi * s).sum(-1) - (0.5 * half) * (s * s).sum(-1)
 
 
-def inverse_root(metric: Tensor, num_samples: int) -> Tensor:
-    """Return L with L Lᵀ = M⁻¹ for mean outer products M (*b, d, d) of gradients.
-
-    With M = E[∇E ∇Eᵀ] it is the `scale` under which MALA moves furthest: under p, M is the mean
-    curvature of E, which also fits each of several narrow modes where a covariance spans them all.
-    Off the diagonal, M is shrunk by d / (n + d), the share that noise has in it.
-
-    Args:
-        metric: M, symmetric and positive definite up to noise.
-        num_samples: n, the number of gradients behind M.
-
-    Source:
-        Titsias (2023), Optimal preconditioning and Fisher adaptive Langevin sampling, arXiv
-        2305.14442, section 3.
-    """
-    d = metric.shape[-1]
-    wide = metric.double()
-    diagonal = torch.diag_embed(wide.diagonal(dim1=-2, dim2=-1))
-    factor = torch.linalg.cholesky(torch.lerp(wide, diagonal, d / (num_samples + d)))
-    eye = torch.eye(d).to(wide).expand_as(wide)
-    root: Tensor = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
-    return root.to(metric.dtype)
-
-
 def _adapt(step_size: Tensor, acceptance: Tensor, target: float, rate: float) -> Tensor:
     # No useful step leaves this range: it stops a run-away on flat energies, and reaches the narrow
     # posteriors of global latents.

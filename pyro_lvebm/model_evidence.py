@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_lvebm.annealing import log_mean_exp, log_mean_std_error
 from pyro_lvebm.guides import AutoParticles
+from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks
 from pyro_lvebm.log_evidence import anneal_latents
 from pyro_lvebm.model import LVEBM
@@ -31,6 +32,11 @@ class Terms(NamedTuple):
 
     value: Tensor  # (N,)
     std_error: Tensor  # (N,)
+
+    @classmethod
+    def of_runs(cls, log_c: Tensor) -> Terms:
+        """Combine independent runs (runs, N) whose exponentials are unbiased."""
+        return cls(log_mean_exp(log_c, 0), log_mean_std_error(log_c, 0))
 
     def mean(self) -> tuple[float, float]:
         """Mean over the data, and its Monte Carlo standard error."""
@@ -117,20 +123,39 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
     """
 
     def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
-        batch, dim = block.v.shape[1:-1], block.v.shape[-1]
-        log_c = anneal_latents(
-            as_problems(block.f, batch),
-            (batch.numel(), num_particles, dim),
-            block.v,
-            num_runs=num_runs,
-            num_moves=2,
-            relative_ess=0.9,
-            generator=generator,
-        )
-        return log_c.reshape(num_runs, *batch) + block.offset
+        log_c = anneal_block(block, block.f, num_particles, num_runs, generator)
+        return log_c + block.offset
 
-    log_c = sweep.over_data(estimate, 0)
-    return Terms(log_mean_exp(log_c, 0), log_mean_std_error(log_c, 0))
+    return Terms.of_runs(sweep.over_data(estimate, 0))
+
+
+def anneal_block(
+    block: LatentBlock,
+    f: ValueAndGrad,
+    num_particles: int,
+    num_runs: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Estimate log E_{N(0,I)}[exp(−f)] of every datum of a block, (num_runs, *batch), in nats.
+
+    Args:
+        block: The latents of a minibatch.
+        f: Its residual energy, in coordinates in which the annealing starts from N(0, I).
+        num_particles: Particles of each run, for each datum.
+        num_runs: Independent runs for each datum.
+        generator: Source of randomness.
+    """
+    batch, dim = block.v.shape[1:-1], block.v.shape[-1]
+    log_c = anneal_latents(
+        as_problems(f, batch),
+        (batch.numel(), num_particles, dim),
+        block.v,
+        num_runs=num_runs,
+        num_moves=2,
+        relative_ess=0.9,
+        generator=generator,
+    )
+    return log_c.reshape(num_runs, *batch)
 
 
 def missed_log_z(ebm: LVEBM, seed: int) -> float:

@@ -147,13 +147,16 @@ class Pool(nn.Module):
         index = torch.multinomial(
             self.log_weights.exp(), num_draws, replacement=True, generator=generator
         )
-        state = init_state(ebm.residual_and_grad, self.u.flatten(0, 1)[index])
+        state, scale = (
+            init_state(ebm.residual_and_grad, self.u.flatten(0, 1)[index]),
+            self.draw_scale(),
+        )
         for _ in range(num_moves):
             state, _ = _DRAW_KERNEL.step(
                 ebm.residual_and_grad,
                 state,
                 self.step_size[-1],
-                scale=self.draw_scale(),
+                scale=scale,
                 generator=generator,
             )
         return state.u

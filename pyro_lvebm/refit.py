@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import pyro
@@ -24,10 +24,10 @@ def refits(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_steps: int,
-) -> Iterator[tuple[str, Saddle, float]]:
+) -> Generator[tuple[str, Saddle, float]]:
     """Fit the model once for every builder, always from the parameters it has now.
 
-    In the end, and after an error, parameters and pools are as they were before.
+    At its end, and when it is closed, parameters and pools are as they were before.
 
     Args:
         model: The Pyro model.

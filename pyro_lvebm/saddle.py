@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.averaging import ParameterAverage
-from pyro_lvebm.checkpoint import SETTINGS, read_checkpoint, write_checkpoint
+from pyro_lvebm.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
 from pyro_lvebm.fitting import run_fit
 from pyro_lvebm.guides import find_particles
 from pyro_lvebm.history import History
@@ -34,6 +34,7 @@ from pyro_lvebm.schedules import Schedule, half_cosine
 from pyro_lvebm.tracing import (
     Node,
     at_minibatch,
+    device_of,
     energy_modules,
     frozen,
 )
@@ -252,7 +253,7 @@ class Saddle(SVI):
         Raises:
             ValueError: If the model's latents do not all lie in the same plates.
         """
-        device = self._device(args, kwargs)
+        device = device_of(args, kwargs)
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
             sweep = Sweep.of(self.model, self.seed, args, kwargs)
             ebms = energy_modules(sweep.prototype)
@@ -305,7 +306,7 @@ class Saddle(SVI):
                 "the guide has no AutoParticles to run on as chains; draw from another guide with "
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
-        with isolated_rng(self.seed, 2, self.step_count, device=self._device(args, kwargs)):
+        with isolated_rng(self.seed, 2, self.step_count, device=device_of(args, kwargs)):
             self.prepare(args, kwargs)
             return draw_posterior(
                 self.model,
@@ -332,16 +333,8 @@ class Saddle(SVI):
         """
         if self._anatomy is None:
             raise ValueError("nothing to save: take a step first")
-        write_checkpoint(
-            Path(path),
-            {name: getattr(self, name) for name in SETTINGS},
-            self._modules(),
-            self._anatomy.loose_params,
-            self.ebms,
-            self.optim,
-            self.average,
-            self.recorder,
-        )
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        write_checkpoint(Path(path), settings, self._parts(self._anatomy))
 
     @classmethod
     def load(
@@ -387,17 +380,19 @@ class Saddle(SVI):
             penalties=penalties,
             **{name: settings[name] for name in SETTINGS if name != "step_count"},
         )
-        anatomy = saddle.prepare(args, kwargs)
-        checkpoint.restore(
-            saddle._modules(),
-            anatomy.loose_params,
-            saddle.ebms,
-            optim,
-            saddle.average,
-            saddle.recorder,
-        )
+        checkpoint.restore(saddle._parts(saddle.prepare(args, kwargs)))
         saddle.step_count = settings["step_count"]
         return saddle
+
+    def _parts(self, anatomy: Anatomy) -> Parts:
+        return Parts(
+            self._modules(),
+            anatomy.loose_params,
+            self.ebms,
+            self.optim,
+            self.average,
+            self.recorder,
+        )
 
     def _modules(self) -> dict[str, nn.Module]:
         """The modules whose state is that of the Saddle."""
@@ -412,15 +407,10 @@ class Saddle(SVI):
         owned = [p for module in self._modules().values() for p in module.parameters()]
         return list({id(p): p for p in [*owned, *loose]}.values())
 
-    @staticmethod
-    def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        return tensors[0].device if tensors else torch.device("cpu")
-
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
         """Learn the parts of model and guide once."""
         if self._anatomy is None:
-            with isolated_rng(self.seed, 4, device=self._device(args, kwargs)):
+            with isolated_rng(self.seed, 4, device=device_of(args, kwargs)):
                 self._anatomy = inspect(self.model, self.guide, args, kwargs)
             if self._own_loss:
                 # Spares Pyro a guess, which would run model and guide once more and log a message.
@@ -430,7 +420,7 @@ class Saddle(SVI):
 
     def scaled_step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Take a `step` whose update is multiplied by a factor, such as that of a schedule."""
-        device = self._device(args, kwargs)
+        device = device_of(args, kwargs)
         anatomy = self.prepare(args, kwargs)
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             with unchanged_on_error(self.ebms) as undo:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state, inverse_root
+from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state
 from pyro_lvebm.pool import Pool, ResidualEnergy, check_finite
+from pyro_lvebm.preconditioning import inverse_root
 from pyro_lvebm.reweighting import log_mixture, mbar_log_z, mbar_variance
 from pyro_lvebm.tracking import LogZTrack, correct, predict
 

@@ -30,6 +30,7 @@ from pyro_lvebm.annealing import (
     standard_normal,
 )
 from pyro_lvebm.langevin import ValueAndGrad
+from pyro_lvebm.preconditioning import inverse_root
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -67,7 +68,7 @@ def scaled_schedule(count: int = 6, dtype: torch.dtype = torch.float64) -> Sched
     schedule = fixed_schedule(count, dtype)
     eye = torch.eye(3, dtype=torch.float64)
     curvature = eye + schedule.betas.double()[:, None, None, None] * (PRECISIONS - eye)
-    return schedule._replace(scales=langevin.inverse_root(curvature, 10**9).to(dtype))
+    return schedule._replace(scales=inverse_root(curvature, 10**9).to(dtype))
 
 
 def cut(schedule: Schedule, part: slice) -> Schedule:

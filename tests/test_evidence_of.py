@@ -49,7 +49,7 @@ def test_a_model_without_an_lvebm(sd: float) -> None:
 
 
 def test_particles_are_a_better_start_for_sharp_posteriors() -> None:
-    """Both starts are right; that from particles has the smaller error."""
+    """From particles the values are right, false alarm ALPHA, and their errors are smaller."""
     sd, y = 0.05, torch.randn(60, generator=torch.Generator().manual_seed(0))
     model = partial(two_latents, sd)
     guide = AutoParticles(model, 2)

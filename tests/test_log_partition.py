@@ -44,7 +44,7 @@ MODULE = sys.modules["pyro_lvebm.log_partition"]
 
 RUNS = 6
 CHEAP = {
-    "num_particles": 96,
+    "num_particles": 160,
     "num_runs": RUNS,
     "num_moves": 3,
     "relative_ess": 0.9,
@@ -117,7 +117,7 @@ def test_bracket_holds_the_exact_value(many: list[LogPartition]) -> None:
 def test_bracket_is_narrow_and_ordered(many: list[LogPartition]) -> None:
     for result in many:
         assert result.lower < result.estimate <= result.upper
-        assert result.upper - result.lower < 0.7
+        assert result.upper - result.lower < 0.6
         assert 4 <= result.num_temperatures <= 20
         assert result.num_runs == RUNS and 0.0 < result.ess <= RUNS * CHEAP["num_particles"]
         assert result.is_reliable or result.upper - result.lower > result.max_width == 0.5
@@ -435,7 +435,8 @@ def test_runs_side_by_side_are_bounded(
     first = log_partition(make_quadratic(pool=tempered(0)), seed=3, **settings)
     seen.clear()
     temperatures = first.num_temperatures + 1  # more than there are dimensions
-    monkeypatch.setattr(MODULE, "_MAX_ELEMENTS", limit * 96 * 6 * temperatures + 5)
+    elements = CHEAP["num_particles"] * 6 * temperatures
+    monkeypatch.setattr(MODULE, "_MAX_ELEMENTS", limit * elements + 5)
     result = log_partition(make_quadratic(pool=tempered(0)), seed=3, **settings)
     assert seen == [size for size in sizes for _ in range(2)]  # forward and reverse
     assert result.num_runs == num_runs
@@ -444,7 +445,7 @@ def test_runs_side_by_side_are_bounded(
 
 def test_brackets_of_runs_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seeds with two runs side by side; false alarms 3e-3."""
-    monkeypatch.setattr(MODULE, "_MAX_ELEMENTS", 2 * 96 * 6)
+    monkeypatch.setattr(MODULE, "_MAX_ELEMENTS", 2 * CHEAP["num_particles"] * 6)
     results = brackets(10)
     assert miss_p_value(results, exact()) > ALPHA
     assert mean_p_value(np.array([r.estimate for r in results]), exact()) > ALPHA

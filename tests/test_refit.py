@@ -95,6 +95,17 @@ def test_held_out_values_are_the_closed_form_of_each_fit() -> None:
     assert abs(float(fresh.mean()) - row["held_out"]) > 0.03
 
 
+def test_an_error_puts_the_model_back_at_once() -> None:
+    """Even while someone holds the error, and with it the frames it came through."""
+    ebm, model, x, held_out = parts()
+    before = state(ebm)
+    rows = {"mean field": builder(model, AutoNormal)}
+    with pytest.raises(ValueError, match="NaN") as held:
+        compare_elbo(model, rows, x, theta="refit", num_steps=3, held_out=(held_out * math.nan,))
+    same(before, state(ebm))
+    assert held.value.__traceback__ is not None
+
+
 def test_only_builders_of_new_saddles() -> None:
     ebm, model, x, held_out = parts()
     before = state(ebm)
