@@ -450,8 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += hard_rows([run.result() for run in hard], args.quick)
         rows.append(evidence.result())
     print(heading(effort, args.quick))
-    kinds = list(dict.fromkeys(row.kind for row in rows))
-    print(table(sorted(rows, key=lambda row: kinds.index(row.kind)), COLUMNS))
+    print(table(by_kind(rows), COLUMNS))
     return int(any(row.short for row in rows))
 
 
@@ -461,6 +460,12 @@ def _submit(
     starts = range(0, effort.repeats, effort.chunk)
     seeds = [range(k, min(k + effort.chunk, effort.repeats)) for k in starts]
     return pool.submit(truth, problem), [pool.submit(repeat, problem, s, effort) for s in seeds]
+
+
+def by_kind(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with those of one kind together, kinds in the order in which they appear."""
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    return sorted(rows, key=lambda row: kinds.index(row.kind))
 
 
 def heading(effort: Effort, quick: bool) -> str:

@@ -64,7 +64,7 @@ class Effort:
     refit: bool
 
 
-FULL = Effort(5000, 2500, 1000, 20, 8, 2048, 128, 5, True)
+FULL = Effort(5000, 2500, 1000, 20, 8, 2048, 256, 5, True)
 QUICK = Effort(150, 60, 60, 20, 8, 512, 8, 1, False)
 
 
@@ -134,8 +134,8 @@ def best_step(data: DataSet, effort: Effort, seed: int) -> int:
             fit,
             num_steps=effort.num_steps,
             held_out=(held_out,),
-            patience=effort.patience,
-            evaluate_every=50 if small else 100,
+            patience=effort.patience * (2 if small else 1),
+            evaluate_every=25 if small else 100,
             progress=False,
         )
         curves.append(saddle.history["log_evidence"].dropna())

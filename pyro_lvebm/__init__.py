@@ -23,7 +23,7 @@ from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.penalties import energy_l2, spectral_norm, weight_decay
 from pyro_lvebm.persistent_pool import PersistentPool
-from pyro_lvebm.plots import history_figure
+from pyro_lvebm.plots import history_figure, plot_elbo
 from pyro_lvebm.quadratic import QuadraticEnergy
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.schedules import half_cosine
@@ -63,6 +63,7 @@ __all__ = [
     "log_evidence_of",
     "log_partition",
     "lvebm",
+    "plot_elbo",
     "spectral_norm",
     "to_arviz",
     "weight_decay",

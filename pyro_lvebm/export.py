@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior draws for ArviZ: an `InferenceData` before ArviZ 1, a `DataTree` from 1 on."""
+"""Posterior draws and ELBO tables for ArviZ: `InferenceData` before ArviZ 1, then `DataTree`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_lvebm.elbo_table import ElboTable
 from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import (
@@ -36,6 +37,7 @@ def to_arviz(
     num_warmup: int = 200,
     thinning: int = 1,
     num_predictive: int | None = None,
+    table: ElboTable | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> Any:
@@ -43,8 +45,9 @@ def to_arviz(
 
     Groups: `posterior`; `sample_stats` with the energy −log p(x, z) and the acceptance rate of
     each datum's chains; `observed_data`; `posterior_predictive`, replicates of the observed
-    sites given the last `num_predictive` draws of z. There is no `log_likelihood`: the log
-    probability of an x site is not log p(x | z).
+    sites given the last `num_predictive` draws of z; and, where a table is given, `elbo_table`,
+    with the table's columns along the dimension `posterior` and the brackets of log Z. There is
+    no `log_likelihood`: the log probability of an x site is not log p(x | z).
 
     Args:
         saddle: A trained Saddle with `AutoParticles`; unchanged.
@@ -54,6 +57,7 @@ def to_arviz(
         thinning: Steps from one draw to the next.
         num_predictive: Draws of each particle that get a replicate, at most `num_samples`; as many
             as there are particles if None.
+        table: What `compare_elbo` returned for the model.
         seed: Fixes the replicates.
         kwargs: Keyword arguments of the model.
 
@@ -88,7 +92,8 @@ def to_arviz(
         "inference_library_version": version("pyro-lvebm"),
         "num_training_steps": saddle.step_count,
     }
-    return _build(groups, _dims(prototype), attrs)
+    idata = _build(groups, _dims(prototype), attrs)
+    return idata if table is None else _with_table(idata, table)
 
 
 def _observed_sites(
@@ -169,3 +174,32 @@ def _build(groups: Groups, dims: dict[str, list[str]], attrs: dict[str, Any]) ->
     if int(az.__version__.split(".")[0]) >= 1:
         return from_dict(groups, dims=dims, attrs={"/": attrs})
     return from_dict(**groups, dims=dims, attrs=attrs)
+
+
+def _with_table(idata: Any, table: ElboTable) -> Any:
+    """Add the group `elbo_table`, which ArviZ 0.2x knows only as a group of one's own."""
+    import xarray as xr
+
+    brackets = ("estimate", "std_error", "lower", "upper")
+    dataset = xr.Dataset(
+        {name: ("posterior", column.to_numpy()) for name, column in table.rows.items()}
+        | {
+            f"log_partition_{name}": (
+                "log_partition",
+                np.array([getattr(log_z, name) for log_z in table.log_partitions]),
+            )
+            for name in brackets
+        },
+        coords={"posterior": [str(name) for name in table.rows.index]},
+        attrs={
+            "theta": table.theta,
+            "num_data": table.num_data,
+            "log_evidence": table.log_evidence,
+            "log_evidence_se": table.log_evidence_se,
+        },
+    )
+    if isinstance(idata, xr.DataTree):
+        idata["elbo_table"] = xr.DataTree(dataset)
+    else:
+        idata.add_groups({"elbo_table": dataset}, warn_on_custom_groups=False)
+    return idata

@@ -145,7 +145,7 @@ def run_job(
     baselines = evaluate_baselines(train, test, seed)
     seconds["held-out evidence"], clock = time.perf_counter() - clock, time.perf_counter()
 
-    to_arviz(saddle, x, num_samples=50, seed=seed).to_netcdf(str(out / "posterior.nc"))
+    to_arviz(saddle, x, num_samples=50, table=table, seed=seed).to_netcdf(str(out / "posterior.nc"))
     saddle.save(out / "model.safetensors")
     save_figure(_figure(ebm, table, x, x_test, seed, digits), out / "figure.png")
     seconds["export"] = time.perf_counter() - clock
@@ -199,9 +199,8 @@ def _figure(
     generator = generator_for(seed, 50)
     num_draws = 100 if digits is not None else min(len(x), 1000)
     draws, _ = ebm.unwhiten(ebm.pool.draw(ebm, num_draws, num_moves=50, generator=generator))
-    rows = table.to_dataframe()
     if digits is None:
-        return table_figure(x[:1000].numpy(), draws.numpy(), rows)
+        return table_figure(x[:1000].numpy(), draws.numpy(), table)
 
     def images(y: Tensor) -> np.ndarray:
         levels = logit_to_levels(y.numpy().astype(np.float64), digits.num_levels)
@@ -214,8 +213,8 @@ def _figure(
     completed = impute(ebm, shown, observed.flatten(), num_samples=2, seed=seed)
     truth = images(shown)
     masked = np.where(observed.numpy(), truth, np.nan)
-    rows_below = np.concatenate([images(completed[0]), images(completed[1]), truth])
-    return image_figure(images(x[:100]), images(draws), masked, rows_below, rows)
+    below = np.concatenate([images(completed[0]), images(completed[1]), truth])
+    return image_figure(images(x[:100]), images(draws), masked, below, table)
 
 
 def _summary(

@@ -76,7 +76,10 @@ class LVEBM(nn.Module):
     def from_data(
         cls, energy: nn.Module, x: Tensor, *, z_dim: int, pool: Pool | None = None
     ) -> LVEBM:
-        """Start from the maximum-likelihood Gaussian of the data and a standard normal latent.
+        """Start from a Gaussian fitted to the data and a standard normal latent.
+
+        The Gaussian has the means and variances of the columns, and their correlations, shrunk
+        towards 0 by the share that cross-validation finds best; with many rows that is none.
 
         Args:
             energy: The residual energy f.

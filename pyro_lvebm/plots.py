@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from pyro_lvebm.elbo_table import ElboTable
+
 SMOOTHING = 20
 """Steps over which the lines of a history are averaged."""
 
@@ -72,25 +74,36 @@ def plot_pair(axes: Axes, data: np.ndarray, draws: np.ndarray, title: str) -> Ax
     return axes
 
 
-def plot_elbo(axes: Axes, rows: pd.DataFrame) -> Axes:
-    """Draw the KL gap of every posterior with two standard errors, best ELBO on top.
+def plot_elbo(table: ElboTable, axes: Axes | None = None) -> Axes:
+    """Draw a forest plot of a table: a dot for every posterior, with two standard errors.
+
+    With θ fixed it shows what each posterior loses, its KL gap; with θ refitted, the held-out
+    log p(x) of each fit. The best is on top.
 
     Args:
-        axes: Where to draw.
-        rows: An `ElboTable` as a data frame.
+        table: What `compare_elbo` returned.
+        axes: Where to draw; a new figure if None.
 
     Returns:
         The axes.
     """
+    if axes is None:
+        figure = Figure(figsize=(6, 1.2 + 0.5 * len(table.rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+    rows, fixed = table.rows, table.theta == "fixed"
+    column = "kl_gap" if fixed else "held_out"
     position = np.arange(len(rows))[::-1]
-    axes.errorbar(rows["kl_gap"], position, xerr=2 * rows["kl_gap_se"], fmt="o", capsize=3)
+    axes.errorbar(rows[column], position, xerr=2 * rows[f"{column}_se"], fmt="o", capsize=3)
     labels = [f"{name}\nELBO {value:.3f}" for name, value in rows["elbo"].items()]
     axes.set_yticks(position, labels, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.axvline(0.0, color="0.6", linewidth=1)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel("KL(q ‖ p(z|x)), nats per datum, ± 2 se")
-    axes.set_title("ELBO table, θ fixed", fontsize=10)
+    if fixed:
+        axes.axvline(0.0, color="0.6", linewidth=1)
+    quantity = "KL(q ‖ p(z|x))" if fixed else "held-out log p(x)"
+    axes.set_xlabel(f"{quantity}, nats per datum, ± 2 se")
+    axes.set_title(f"ELBO table, θ {'fixed' if fixed else 'refitted for each row'}", fontsize=10)
     return axes
 
 
@@ -99,7 +112,7 @@ def image_figure(
     draws: np.ndarray,
     masked: np.ndarray,
     reconstructed: np.ndarray,
-    rows: pd.DataFrame,
+    table: ElboTable,
 ) -> Figure:
     """Data, model draws, masked images with reconstructions, and the ELBO table in one figure.
 
@@ -109,7 +122,7 @@ def image_figure(
         masked: Held-out images with hidden pixels as NaN, (m, height, width).
         reconstructed: Draws of the same images with hidden pixels filled in, and below them the
             truth, (2 m, height, width).
-        rows: An `ElboTable` as a data frame.
+        table: The ELBO table.
     """
     figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -123,17 +136,17 @@ def image_figure(
         "held-out: masked, reconstructed, true",
         columns,
     )
-    plot_elbo(axes[1, 1], rows)
+    plot_elbo(table, axes[1, 1])
     return figure
 
 
-def table_figure(data: np.ndarray, draws: np.ndarray, rows: pd.DataFrame) -> Figure:
+def table_figure(data: np.ndarray, draws: np.ndarray, table: ElboTable) -> Figure:
     """Data beside model draws, and the ELBO table, for observations that are not images."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     plot_pair(left, data, draws, "data and model draws")
-    plot_elbo(right, rows)
+    plot_elbo(table, right)
     return figure
 
 

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from referee import ALPHA, CERTAIN, normal, variance_p_value
+from scipy import stats
 from torch import Tensor
 
-from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm import bases
+from pyro_lvebm.bases import SHARES, GaussianBase, cross_validated_shrinkage
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -238,9 +240,10 @@ def test_the_advice_for_a_scalar_helps() -> None:
 
 @pytest.mark.parametrize("event_shape", [(1,), (3,), (2, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fit_is_the_maximum_likelihood_gaussian(
-    event_shape: tuple[int, ...], dtype: torch.dtype
+def test_fit_without_shrinkage_is_the_maximum_likelihood_gaussian(
+    event_shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bases, "cross_validated_shrinkage", lambda x: 0.0)
     d = math.prod(event_shape)
     mix = torch.diag(torch.logspace(-2, 2, d, dtype=torch.float64)) @ (normal((d, d), 3) + 2.0)
     x = (50.0 + normal((60, d), 4) @ mix.T).reshape(60, *event_shape).to(dtype)
@@ -257,6 +260,65 @@ def test_fit_is_the_maximum_likelihood_gaussian(
     # The mean log density of the rows is the entropy term of a Gaussian at its own fit.
     expected = -0.5 * (d * math.log(2 * math.pi) + np.linalg.slogdet(cov)[1] + d)
     assert base.log_prob(x).double().mean().item() == pytest.approx(expected, abs=1e3 * tight)
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / x.std(0, correction=0)
+
+
+def correlated(n: int, d: int, seed: int) -> Tensor:
+    """Rows with correlations between 0.7 and 0.9."""
+    return normal((n, d), seed) + 2.0 * normal((n, 1), seed + 1)
+
+
+@pytest.mark.parametrize(("n", "folds"), [(3, 10), (9, 10), (25, 4)])
+def test_shrinkage_is_that_of_cross_validation_written_out(n: int, folds: int) -> None:
+    x = standardised(correlated(n, 3, 10))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
+    scores = []
+    for a in SHARES[1:]:  # without shrinkage the covariance of few rows is singular
+        score = 0.0
+        for left_out in np.array_split(order, min(folds, n)):
+            kept = np.delete(x.numpy(), left_out, 0)
+            cov = (1.0 - a) * np.cov(kept.T, bias=True) + a * np.eye(3)
+            normal_of = stats.multivariate_normal(kept.mean(0), cov)
+            score += normal_of.logpdf(x.numpy()[left_out]).sum()
+        scores.append(score)
+    assert cross_validated_shrinkage(x, folds) == SHARES[1 + int(np.argmax(scores))]
+
+
+def test_two_rows_are_not_shrunk() -> None:
+    assert cross_validated_shrinkage(torch.tensor([[-1.0], [1.0]], dtype=torch.float64)) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_correlated_rows_are_hardly_shrunk(seed: int) -> None:
+    assert cross_validated_shrinkage(standardised(correlated(5000, 6, seed))) <= 0.01
+
+
+@pytest.mark.parametrize("dim", [6, 20])
+def test_few_rows_are_shrunk_and_others_become_likelier(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the maximum-likelihood Gaussian, which is the sibling, on rows of the same source."""
+    rows = [correlated(dim + 15, dim, seed) for seed in range(60)]
+    others = correlated(2000, dim, 99)
+    shrunk = [GaussianBase.fit(x).log_prob(others).mean().item() for x in rows]
+    monkeypatch.setattr(bases, "cross_validated_shrinkage", lambda x: 0.0)
+    plain = [GaussianBase.fit(x).log_prob(others).mean().item() for x in rows]
+    gains = np.subtract(shrunk, plain)
+    assert stats.ttest_1samp(gains, 0.0, alternative="greater").pvalue < CERTAIN
+    assert gains.mean() > 0.1
+
+
+def test_shrinkage_leaves_means_and_variances() -> None:
+    x = correlated(20, 6, 3) * torch.logspace(-2, 2, 6) + 7.0
+    base = GaussianBase.fit(x)
+    cov = base.scale @ base.scale.T
+    torch.testing.assert_close(base.loc, x.mean(0))
+    torch.testing.assert_close(cov.diagonal(), x.var(0, correction=0))
+    ratio = (cov / torch.cov(x.T, correction=0)).fill_diagonal_(0.5)
+    assert ((ratio - ratio[0, 1]).fill_diagonal_(0.0).abs() < 1e-9).all() and ratio[0, 1] < 1.0
 
 
 @pytest.mark.parametrize(("n", "event_shape"), [(1, (1,)), (2, (2,)), (3, (3,)), (4, (2, 2))])

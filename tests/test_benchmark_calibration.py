@@ -16,6 +16,7 @@ from scipy import stats
 
 from benchmarks import calibration
 from benchmarks.calibration import (
+    COLUMNS,
     FULL,
     QUICK,
     Effort,
@@ -24,6 +25,7 @@ from benchmarks.calibration import (
     Row,
     bracket_limits,
     bracket_row,
+    by_kind,
     coverage_limits,
     coverage_row,
     covered,
@@ -37,9 +39,9 @@ from benchmarks.calibration import (
     quadrature,
     repeat,
     rows_of,
-    table,
     truth,
 )
+from benchmarks.tables import table
 from pyro_lvebm import LVEBM, LogPartition, TemperedPool, log_partition
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -330,7 +332,7 @@ def test_the_exit_status_is_1_if_a_row_falls_short(
 
 def test_the_table_is_ordered_by_kind() -> None:
     rows = [replace(row(0.5), kind=kind) for kind in ("b", "a", "b")]
-    lines = table(rows).splitlines()
+    lines = table(by_kind(rows), COLUMNS).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["b", "b", "a"]
     assert lines[1].count("SHORT") == 1
     assert "fixed limits" in heading(FULL, quick=False)

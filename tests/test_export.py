@@ -28,7 +28,19 @@ from pyro.optim import Adam
 from referee import ALPHA, CERTAIN, mean_p_value, normal, variance_p_value
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, ULA, AutoParticles, Saddle, TemperedPool, lvebm, to_arviz
+from pyro_lvebm import (
+    LVEBM,
+    ULA,
+    AutoParticles,
+    ElboTable,
+    LaplaceApproximation,
+    PriorProposal,
+    Saddle,
+    TemperedPool,
+    compare_elbo,
+    lvebm,
+    to_arviz,
+)
 from pyro_lvebm import export as module
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -293,6 +305,35 @@ def test_netcdf_round_trip(idata: Any, tmp_path: Path) -> None:
     assert attributes(again) == ATTRIBUTES
 
 
+@pytest.fixture(scope="module")
+def table(ebm: LVEBM, saddle: Saddle, x: Tensor) -> ElboTable:
+    return compare_elbo(
+        saddle.model, {"prior & base": PriorProposal(), "Laplace": LaplaceApproximation()}, x
+    )
+
+
+def check_table(dataset: Any, table: ElboTable) -> None:
+    assert list(dataset["posterior"].to_numpy()) == list(table.rows.index)
+    for name, column in table.rows.items():
+        assert dataset[name].dims == ("posterior",)
+        np.testing.assert_array_equal(dataset[name], column)
+    (log_z,) = table.log_partitions
+    for name in ("estimate", "std_error", "lower", "upper"):
+        np.testing.assert_array_equal(dataset[f"log_partition_{name}"], [getattr(log_z, name)])
+    assert dataset.attrs["theta"] == "fixed" and dataset.attrs["num_data"] == N
+    assert dataset.attrs["log_evidence"] == table.log_evidence
+
+
+def test_an_elbo_table_is_a_group_also_in_a_file(
+    saddle: Saddle, x: Tensor, table: ElboTable, tmp_path: Path
+) -> None:
+    idata: Any = to_arviz(saddle, x, num_samples=6, num_warmup=1, table=table)
+    check_table(group(idata, "elbo_table"), table)
+    path = str(tmp_path / "with_table.nc")
+    idata.to_netcdf(path, engine="h5netcdf")
+    check_table(group(az.from_netcdf(path, engine="h5netcdf"), "elbo_table"), table)
+
+
 class Recorder:
     """Stands for `from_dict` of another ArviZ."""
 
@@ -346,12 +387,15 @@ def test_arviz_before_1_gets_groups_as_arguments(
     assert record.options["attrs"] == ATTRIBUTES
 
 
-def test_data_tree_of_arviz_base(pair: Saddle, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_tree_of_arviz_base(
+    pair: Saddle, x: Tensor, table: ElboTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What ArviZ 1 does with these arguments; it installs beside 0.23 as `arviz_base`."""
     base = pytest.importorskip("arviz_base")
     use_arviz(monkeypatch, SimpleNamespace(__version__="1.0.0", from_dict=base.from_dict))
-    tree: Any = to_arviz(pair, x, num_samples=3, num_warmup=1)
-    assert set(tree.children) == GROUPS
+    tree: Any = to_arviz(pair, x, num_samples=3, num_warmup=1, table=table)
+    assert set(tree.children) == GROUPS | {"elbo_table"}
+    check_table(tree["elbo_table"], table)
     assert tree["posterior"]["scene_z"].dims == ("chain", "draw", "data", "scene_z_dim_0")
     assert tree.attrs["num_training_steps"] == 0
 

@@ -616,7 +616,7 @@ def test_without_held_out_data_it_stays(course: Course) -> None:
 
 @pytest.mark.parametrize("guide", ["particles", "AutoNormal"])
 def test_where_training_only_harms_the_base_is_restored(guide: str) -> None:
-    """The base is the maximum-likelihood Gaussian, the data are Gaussian, and the rows are few."""
+    """The base is a Gaussian fitted to the data, these are Gaussian, and the rows are few."""
     x, others = normal((16, 4), 1, torch.float32), normal((100, 4), 2, torch.float32)
     energy = MLPEnergy(4, 1, hidden=(32,), fourier_features=16, seed=0)
     ebm = LVEBM.from_data(energy, x, z_dim=1, pool=TemperedPool(4, 48, num_moves=2))

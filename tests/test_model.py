@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm import LVEBM, MLPEnergy, PersistentPool, QuadraticEnergy, TemperedPool
 from pyro_lvebm import distributions as package_distributions
-from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.bases import GaussianBase, cross_validated_shrinkage
 from pyro_lvebm.langevin import value_and_grad
 
 
@@ -74,15 +74,18 @@ def image_ebm(full: bool = False, z_shape: tuple[int, ...] = (4,)) -> LVEBM:
 
 @pytest.mark.usefixtures("global_rng_untouched")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_from_data_starts_at_the_maximum_likelihood_gaussian(dtype: torch.dtype) -> None:
+def test_from_data_starts_at_the_gaussian_fit(dtype: torch.dtype) -> None:
+    """Maximum likelihood, but for the share a of shrinkage in the correlations."""
     x = (normal((40, 3), 0) @ normal((3, 3), 1) + 5.0).to(dtype)
     ebm = LVEBM.from_data(MLPEnergy(3, 2, hidden=(7,)), x, z_dim=2)
-    mle = torch.distributions.MultivariateNormal(
-        x.double().mean(0), torch.cov(x.double().T, correction=0)
-    )
+    rows = x.double()
+    std = rows.std(0, correction=0)
+    a = cross_validated_shrinkage((rows - rows.mean(0)) / std)
+    cov = (1.0 - a) * torch.cov(rows.T, correction=0) + a * std.square().diag()
+    fit = torch.distributions.MultivariateNormal(rows.mean(0), cov)
     z = normal((40, 2), 2, dtype)
     standard = torch.distributions.Normal(0.0, 1.0).log_prob(z.double()).sum(-1)
-    expected = -mle.log_prob(x.double()) - standard
+    expected = -fit.log_prob(rows) - standard
     torch.testing.assert_close(ebm.energy(x, z).double(), expected, rtol=1e-4, atol=1e-4)
     assert ebm.log_partition.item() == 0.0 and ebm.log_norm().item() == pytest.approx(0, abs=1e-6)
     assert ebm.energy(x, z).dtype is dtype and ebm.pool.u.dtype is dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.image
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from matplotlib.lines import Line2D
 from pyro.optim import Adam
 from small_models import data_of, plate_model, quadratic_ebm
 
-from pyro_lvebm import AutoParticles, Saddle
+from pyro_lvebm import AutoParticles, ElboTable, Saddle
 from pyro_lvebm.plots import (
     SMOOTHING,
     history_figure,
@@ -35,6 +36,10 @@ ROWS = pd.DataFrame(
     },
     index=pd.Index(["particles", "full covariance", "mean field"], name="posterior"),
 )
+
+
+def elbo_table(rows: pd.DataFrame = ROWS, theta: str = "fixed") -> ElboTable:
+    return ElboTable(rows, theta, -3.26, 0.01, [], 10, {}, {})
 
 
 def images(count: int, height: int = 3, width: int = 4, start: int = 1) -> np.ndarray:
@@ -101,7 +106,7 @@ def make_image_figure() -> Figure:
     masked = images(5, start=1000)
     masked[:, 2:] = np.nan
     reconstructed = images(15, start=2000)
-    return image_figure(images(20), images(20, start=500), masked, reconstructed, ROWS)
+    return image_figure(images(20), images(20, start=500), masked, reconstructed, elbo_table())
 
 
 def test_image_figure_has_four_panels() -> None:
@@ -178,7 +183,7 @@ def gap_markers(axes: Axes) -> Line2D:
 
 
 def test_gaps_and_errors_are_those_of_the_table() -> None:
-    axes = plot_elbo(new_axes(), ROWS)
+    axes = plot_elbo(elbo_table(), new_axes())
     (points,) = [
         line for line in axes.lines if len(line.get_xdata()) == 3 and line.get_marker() == "o"
     ]
@@ -194,7 +199,7 @@ def test_gaps_and_errors_are_those_of_the_table() -> None:
 
 
 def test_labels_stand_beside_their_rows() -> None:
-    axes = plot_elbo(new_axes(), ROWS)
+    axes = plot_elbo(elbo_table(), new_axes())
     labels = dict(zip(axes.get_yticks(), axes.get_yticklabels(), strict=True))
     (points,) = [
         line for line in axes.lines if len(line.get_xdata()) == 3 and line.get_marker() == "o"
@@ -213,8 +218,27 @@ def test_labels_stand_beside_their_rows() -> None:
 
 
 def test_one_row_is_enough() -> None:
-    axes = plot_elbo(new_axes(), ROWS.iloc[:1])
+    axes = plot_elbo(elbo_table(ROWS.iloc[:1]), new_axes())
     assert [t.get_text() for t in axes.get_yticklabels()] == ["particles\nELBO -3.250"]
+
+
+def test_refits_show_held_out_values() -> None:
+    held_out = {"held_out": [-3.1, -3.3, -4.0], "held_out_se": [0.1, 0.2, 0.3]}
+    axes = plot_elbo(elbo_table(ROWS.assign(**held_out), "refit"), new_axes())
+    points = gap_markers(axes)
+    np.testing.assert_array_equal(points.get_xdata(), held_out["held_out"])
+    (bars,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    widths = [right[0] - left[0] for left, right in bars.get_segments()]
+    np.testing.assert_allclose(widths, [0.4, 0.8, 1.2])
+    assert axes.get_xlabel().startswith("held-out log p(x)") and "refitted" in axes.get_title()
+    assert not [line for line in axes.lines if list(line.get_xdata()) == [0.0, 0.0]]
+
+
+def test_a_figure_is_made_where_none_is_given(tmp_path: Path) -> None:
+    axes = plot_elbo(elbo_table())
+    save_figure(axes.figure, tmp_path / "forest.png")
+    ink = matplotlib.image.imread(tmp_path / "forest.png")[..., :3].min(-1) < 0.5
+    assert ink.mean() > 0.005 and not plt.get_fignums(), "drawn, and no figure left in pyplot"
 
 
 # --- the history ----------------------------------------------------------------------------
@@ -491,7 +515,7 @@ def test_an_empty_panel_fails_that_check(tmp_path: Path) -> None:
 def test_saved_figure_of_a_table_has_ink_in_both_panels(tmp_path: Path, columns: int) -> None:
     rng = np.random.default_rng(1)
     data, draws = rng.normal(size=(50, columns)), rng.normal(size=(40, columns))
-    figure = table_figure(data, draws, ROWS)
+    figure = table_figure(data, draws, elbo_table())
     left, right = figure.axes
     assert left.get_title() == "data and model draws"
     assert right.get_title() == "ELBO table, θ fixed"
@@ -507,6 +531,6 @@ def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
 
     before, backend = plt.get_fignums(), matplotlib.get_backend()
     save_figure(make_image_figure(), tmp_path / "a.png")
-    save_figure(table_figure(np.ones((3, 2)), np.zeros((3, 2)), ROWS), tmp_path / "b.png")
+    save_figure(table_figure(np.ones((3, 2)), np.zeros((3, 2)), elbo_table()), tmp_path / "b.png")
     save_figure(history_figure(make_history()), tmp_path / "c.png")
     assert plt.get_fignums() == before and matplotlib.get_backend() == backend

@@ -42,6 +42,7 @@ from pyro_lvebm import (
     TemperedPool,
     compare_elbo,
     lvebm,
+    plot_elbo,
 )
 
 SMOKE = os.environ.get("PYRO_LVEBM_SMOKE") == "1"  # few rows and steps: runs, but fits nothing
@@ -207,24 +208,14 @@ print(table.to_latex())
 # %% [markdown]
 # ## A forest plot
 #
-# Gaps with two standard errors. The prior is left out, as its gap would hide the others. A gap near
-# zero says that little is lost *on this model*; it does not say that the model is good.
+# `plot_elbo` draws gaps with two standard errors. The axis ends before the gap of the prior, which
+# would hide the others. A gap near zero says that little is lost *on this model*; it does not say
+# that the model is good.
 
 # %%
-frame = table.to_dataframe().drop(index="prior")
-figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
-axes.errorbar(
-    frame.kl_gap,
-    range(len(frame)),
-    xerr=2 * frame.kl_gap_se,
-    fmt="o",
-    color="black",
-    capsize=3,
-)
-axes.axvline(0.0, color="grey", linewidth=1)
-axes.set_yticks(range(len(frame)), frame.index)
-axes.invert_yaxis()
-axes.set(xlabel="KL gap ± 2 s.e., nats per datum (errs small)", title="what each posterior loses")
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+plot_elbo(table, axes)
+axes.set_xlim(right=1.2 * float(table.to_dataframe().kl_gap.drop("prior").max()))
 plt.show()
 
 # %% [markdown]
