@@ -325,7 +325,7 @@ def tiny_digits() -> DigitsData:
 def test_demo_is_fit_on_the_digits(
     tiny_digits: DigitsData, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures: list[tuple[np.ndarray, ...]] = []
+    figures: list[tuple[Any, ...]] = []
     seeds: list[int] = []
 
     def load(seed: int) -> DigitsData:
@@ -346,7 +346,7 @@ def test_demo_is_fit_on_the_digits(
     assert demo.summary["data"] == {"train": [72, 8], "held_out": [18, 8]}
     assert set(demo.table.index) == POSTERIORS
 
-    ((shown, draws, masked, below, rows),) = figures
+    ((shown, draws, masked, below, table),) = figures
     assert shown.shape == (72, 4, 2) and draws.shape == (100, 4, 2)
     assert masked.shape == (10, 4, 2) and below.shape == (30, 4, 2)
     # Grey levels, as they were before the noise.
@@ -360,7 +360,7 @@ def test_demo_is_fit_on_the_digits(
         np.testing.assert_allclose(completed[:, :2], truth[:, :2], atol=1e-4)
         assert (np.abs(completed[:, 2:] - truth[:, 2:]) > 1e-3).mean() > 0.9
     assert (np.abs(first[:, 2:] - second[:, 2:]) > 1e-3).mean() > 0.9
-    assert list(rows.index) == list(demo.table.index)
+    assert list(table.rows.index) == list(demo.table.index)
 
 
 # --- bad input ------------------------------------------------------------------------------
