@@ -212,7 +212,7 @@ def check_not_shared(posteriors: Mapping[str, Posterior]) -> None:
                 raise ValueError(
                     f"the guides '{other}' and '{name}' share parameters, because Pyro's parameter "
                     "store names guides by their class. Call pyro.clear_param_store() before "
-                    "training the second, or pyro.settings.set(module_local_params=True) first"
+                    "training the second"
                 )
 
 
