@@ -3,8 +3,9 @@
 
 Prints one table and exits with status 1 if a row falls short. For every restricted guide the
 particles' ELBO minus its own, from paired draws, must exceed five standard errors wherever the
-guide's KL gap exceeds 0.05 nats, and must not fall below −5 standard errors elsewhere. On the two
-oracles, whose posteriors are Gaussian, the gap of the best mean-field guide has a closed form,
+guide's KL gap exceeds 0.05 nats. Elsewhere the guide may be exact, and the particles, whose row is
+that of a path of finitely many temperatures, may lose 0.005 nats and five standard errors to it. On
+the two oracles, whose posteriors are Gaussian, the gap of the best mean-field guide has a closed form,
 
     KL = ½ (Σ_i log P_ii − log det P),    P the posterior precision,
 
@@ -51,6 +52,9 @@ REAL = ("wine", "breast cancer", "digits")
 ORACLES = ("oracle 3+2", "oracle 6+4")
 NOTICEABLE = 0.05
 """Nats of KL gap from which particles must be strictly above a guide."""
+
+PATH_LOSS = 0.005
+"""Nats that the particles' path may lose to an exact posterior."""
 
 MEAN_FIELD = "mean field"
 
@@ -126,34 +130,35 @@ def rows_of(name: str, num_steps: int, guide_steps: int) -> list[dict[str, Any]]
     for key in table.rows.index.drop("particles"):
         difference = table.differences(key).loc["particles"]
         gap, gap_se = table.rows.loc[key, "kl_gap"], table.rows.loc[key, "kl_gap_se"]
-        z = difference["difference"] / max(difference["std_error"], 1e-12)
+        lead, error = difference["difference"], difference["std_error"]
         off = abs(gap - exact) if key == MEAN_FIELD and np.isfinite(exact) else 0.0
         found.append(
             {
                 "data": name,
                 "guide": key,
-                "particles minus guide": difference["difference"],
-                "std_error": difference["std_error"],
+                "particles minus guide": lead,
+                "std_error": error,
                 "kl_gap": gap,
                 "kl_gap_se": gap_se,
                 "exact": exact if key == MEAN_FIELD else float("nan"),
                 "seconds": seconds,
-                "short": is_short(gap, z, off, gap_se),
+                "short": is_short(gap, lead, error, off, gap_se),
             }
         )
     return found
 
 
-def is_short(gap: float, z: float, off: float, gap_se: float) -> bool:
+def is_short(gap: float, lead: float, error: float, off: float, gap_se: float) -> bool:
     """Whether a row falls short of what the module says.
 
     Args:
         gap: KL gap of the guide, nats.
-        z: Paired difference in standard errors.
+        lead: ELBO of the particles minus that of the guide, nats.
+        error: Standard error of the lead.
         off: Distance of the gap from its closed form, nats; 0 where there is none.
         gap_se: Standard error of the gap.
     """
-    strict = z > 5.0 if gap > NOTICEABLE else z > -5.0
+    strict = lead > 5.0 * error if gap > NOTICEABLE else lead > -PATH_LOSS - 5.0 * error
     return not strict or off > 4.0 * gap_se + 0.01
 
 

@@ -9,49 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-SHARES = (0.0, *(10 ** (k / 4) for k in range(-20, 0)))
-"""Shares of shrinkage that are tried, in quarters of a decade."""
-
-
-def cross_validated_shrinkage(x: Tensor, num_folds: int = 10) -> float:
-    """Return the share a of `SHARES` whose Gaussian gives left-out rows the highest density.
-
-        a = argmax Σ_folds log N(x_left_out; m, (1 − a) C + a I),    m, C from the other rows
-
-    Args:
-        x: Rows (N, d) with mean 0 and variance 1 in every column, float64.
-        num_folds: Number of parts, of which each is left out once; at most N are used. Rows are
-            dealt to them at random, always in the same way.
-
-    Returns:
-        The share; 0 if N < 3, where nothing can be left out.
-
-    Source:
-        Friedman (1989), Regularized discriminant analysis, JASA 84, equation 16, for one class,
-        with unit variances in place of a sphere.
-
-    Example:
-        >>> x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).double()
-        >>> cross_validated_shrinkage((x - x.mean(0)) / x.std(0, correction=0)) > 0.1
-        True
-    """
-    n, d = x.shape
-    if n < 3:
-        return 0.0
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(x.device)
-    shares = torch.tensor(SHARES).to(x)[:, None]
-    score = torch.zeros(len(SHARES)).to(x)
-    for left_out in order.tensor_split(min(num_folds, n)):
-        kept = torch.ones(n, dtype=torch.bool, device=x.device)
-        kept[left_out] = False
-        mean = x[kept].mean(0)
-        centred = x[kept] - mean
-        # All shares have the same eigenvectors, so one decomposition serves them all.
-        eigenvalues, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
-        variances = torch.lerp(eigenvalues.clamp(min=1e-12), torch.ones(d).to(x), shares)
-        squares = ((x[left_out] - mean) @ axes).square().sum(0)
-        score -= 0.5 * (squares / variances + len(left_out) * variances.log()).sum(-1)
-    return SHARES[int(score.argmax())]
+from pyro_lvebm.gaussian_fit import cross_validated_shrinkage, fit_incomplete
 
 
 class GaussianBase(nn.Module):
@@ -143,7 +101,8 @@ class GaussianBase(nn.Module):
         Mean, standard deviations S and correlations R are those of maximum likelihood; the share a
         is chosen by `cross_validated_shrinkage`, is 0 or tiny where rows abound, and keeps the
         base from following the noise in the correlations of few rows. The same rows give the same
-        base.
+        base. Of rows with NaN for missing entries, mean and covariance are those of maximum
+        likelihood, by `fit_incomplete`, without shrinkage.
 
         Raises:
             ValueError: If there are fewer rows than dimensions + 1, or the covariance is singular.
@@ -155,20 +114,26 @@ class GaussianBase(nn.Module):
                 f"a full-covariance base for {d} dimensions needs more than {d} rows; got {n}. "
                 "Give more rows, or a base with standard deviations only"
             )
-        loc = flat.mean(0)
-        cov = (flat - loc).T @ (flat - loc) / n
-        std = cov.diagonal().sqrt()
-        constant = torch.nonzero(std <= 1e-12 * (1.0 + loc.abs())).flatten().tolist()
+        loc = flat.nanmean(0)
+        std = (flat - loc).square().nanmean(0).sqrt()
+        constant = torch.nonzero(~(std > 1e-12 * (1.0 + loc.abs()))).flatten().tolist()
         if constant:
-            raise ValueError(f"columns {constant} of x are constant; remove them")
+            raise ValueError(f"columns {constant} of x are constant or never seen; remove them")
+        complete = not flat.isnan().any()
+        if complete:
+            cov = (flat - loc).T @ (flat - loc) / n
+        else:
+            loc, cov = fit_incomplete(flat)
+            std = cov.diagonal().sqrt()
         correlation = cov / std[:, None] / std[None, :]
         if torch.linalg.eigvalsh(correlation)[0] < 1e-9:
             raise ValueError(
                 "the covariance of x is singular: some columns are linear combinations of others; "
                 "remove them, or give a base with standard deviations only"
             )
-        a = cross_validated_shrinkage((flat - loc) / std)
-        correlation = torch.lerp(correlation, torch.eye(d).to(correlation), a)
+        if complete:
+            a = cross_validated_shrinkage((flat - loc) / std)
+            correlation = torch.lerp(correlation, torch.eye(d).to(correlation), a)
         scale = std[:, None] * torch.linalg.cholesky(correlation)
         return cls(loc.reshape(x.shape[1:]).to(x.dtype), scale.to(x.dtype))
 

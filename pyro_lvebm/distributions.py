@@ -16,6 +16,7 @@ from torch.distributions.kl import register_kl
 
 from pyro_lvebm.annealing import Schedule, anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.langevin import ValueAndGrad
+from pyro_lvebm.missing import Completion
 
 if TYPE_CHECKING:
     from pyro_lvebm.model import LVEBM
@@ -132,6 +133,26 @@ def given_x(ebm: LVEBM, w_x: Tensor) -> ValueAndGrad:
     return evaluate
 
 
+def given_observed(ebm: LVEBM, completion: Completion, columns: Tensor) -> ValueAndGrad:
+    """Residual energy of v = (whitened z, missing entries of x) at the observed entries of x.
+
+    Args:
+        ebm: The LVEBM.
+        completion: The observed entries, of a batch shape that expands to that of v.
+        columns: Indices (c,) of entries that are missing in some row; the last c entries of v.
+    """
+    u_x, slope = completion.whitened(columns)
+    d, k = u_x.shape[-1], ebm.base_z.dim
+
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        x = u_x + (v[..., None, k:] @ slope)[..., 0, :]
+        value, grad = ebm.residual_and_grad(torch.cat([x, v[..., :k]], -1))
+        by_entries = (slope @ grad[..., :d, None])[..., 0]
+        return value, torch.cat([grad[..., d:], by_entries], -1)
+
+    return evaluate
+
+
 def _given_z(ebm: LVEBM, w_z: Tensor) -> ValueAndGrad:
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
@@ -217,23 +238,32 @@ class ObservedSite(TorchDistribution):
     """Distribution of the site `{name}`: `log_prob` is log base_x(x) − f(x, z) − log Z.
 
     This is *not* log p(x | z): it is what is left of the joint log density once the z site has
-    contributed log base_z(z). Draws are the x of the pool's pair where z is that of the pool,
-    and otherwise draws of p_θ(x | z) by annealed Langevin.
+    contributed log base_z(z). Where entries of x are missing, x is completed by the values of the
+    site `{name}_missing`, and what that site has contributed is left out too. Draws are the x of
+    the pool's pair where z is that of the pool, and otherwise draws of p_θ(x | z) by annealed
+    Langevin.
 
     Args:
         ebm: The LVEBM.
         z: Latents (*b, *z_shape).
         pairing: Shared with the `LatentSite` of the same primitive.
         batch_shape: Batch shape; that of z if None.
+        missing: What is observed of x, and values (*b, *x_shape) for what is not; None where all
+            is observed.
     """
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = False
 
     def __init__(
-        self, ebm: LVEBM, z: Tensor, pairing: Pairing, batch_shape: torch.Size | None = None
+        self,
+        ebm: LVEBM,
+        z: Tensor,
+        pairing: Pairing,
+        batch_shape: torch.Size | None = None,
+        missing: tuple[Completion, Tensor] | None = None,
     ) -> None:
-        self.ebm, self.z, self.pairing = ebm, z, pairing
+        self.ebm, self.z, self.pairing, self.missing = ebm, z, pairing, missing
         if batch_shape is None:
             batch_shape = z.shape[: z.dim() - len(ebm.z_shape)]
         super().__init__(torch.Size(batch_shape), ebm.x_shape, validate_args=False)
@@ -247,7 +277,7 @@ class ObservedSite(TorchDistribution):
         """Return the distribution with another batch shape."""
         batch_shape = torch.Size(batch_shape)
         z = self.z.expand(*batch_shape, *self.ebm.z_shape)
-        return ObservedSite(self.ebm, z, self.pairing, batch_shape)
+        return ObservedSite(self.ebm, z, self.pairing, batch_shape, self.missing)
 
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw x given z."""
@@ -263,7 +293,11 @@ class ObservedSite(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log base_x(x) − f(x, z) − log Z (*b,), in nats."""
-        log_prob: Tensor = self.ebm.base_x.log_prob(value) - self.ebm.f(*self._pairs(value))
+        x, z = self._pairs(value)
+        log_prob: Tensor = self.ebm.base_x.log_prob(x) - self.ebm.f(x, z)
+        if self.missing is not None:
+            completion, entries = self.missing
+            log_prob = log_prob - completion.log_prob_missing(entries)
         return log_prob - self.ebm.log_norm()
 
     def energy(self, value: Tensor) -> Tensor:
@@ -271,6 +305,9 @@ class ObservedSite(TorchDistribution):
         return self.ebm.energy(*self._pairs(value))
 
     def _pairs(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.missing is not None:
+            completion, entries = self.missing
+            value = completion.complete(entries, value)
         x = _expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
         return x, _expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
 

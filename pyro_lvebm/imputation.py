@@ -3,85 +3,71 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
-from pyro_lvebm.langevin import value_and_grad
-from pyro_lvebm.model import LVEBM
+from pyro_lvebm.distributions import given_observed
+from pyro_lvebm.missing import Completion
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import check_rows
 
-_NUM_PARTICLES = 64
+if TYPE_CHECKING:
+    from pyro_lvebm.model import LVEBM
+
+_NUM_PARTICLES = 256
+_MAX_PROBLEMS = 256
+"""Draws that are annealed side by side, which bounds the memory."""
 
 
 def impute(
-    ebm: LVEBM, x: Tensor, observed: Tensor, *, num_samples: int = 1, seed: int = 0
+    ebm: LVEBM, x: Tensor, observed: Tensor | None, *, num_samples: int, seed: int
 ) -> Tensor:
-    """Draw the missing entries of x, jointly with z, from p_θ(x_missing | x_observed).
-
-    The conditional of the Gaussian base is exact; from its draws, (x_missing, z) is annealed to
-    the model by sequential Monte Carlo, every draw by a run of its own.
-
-    Args:
-        ebm: The LVEBM; unchanged.
-        x: Observations (N, *x_shape); missing entries may hold any finite number.
-        observed: Which entries are observed, boolean, shape x_shape, the same for all rows.
-        num_samples: Draws for each row.
-        seed: Fixes every random number.
-
-    Returns:
-        Completed observations (num_samples, N, *x_shape).
-
-    Raises:
-        ValueError: If x is not finite or of another shape, `observed` is not a boolean mask of
-            shape x_shape, or nothing is missing.
-    """
-    check_rows(x, ebm.x_shape)
+    """Draw the missing entries of x; `LVEBM.impute` says how."""
+    check_rows(x, ebm.x_shape, missing=True)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
-    if observed.dtype != torch.bool or observed.shape != ebm.x_shape:
-        raise ValueError(
-            f"observed must be a boolean mask of shape {tuple(ebm.x_shape)}; got "
-            f"{observed.dtype} of shape {tuple(observed.shape)}"
-        )
-    missing = ~observed.flatten()
-    if not missing.any():
-        raise ValueError("nothing is missing: every entry of `observed` is True")
-    n, d, m = len(x), ebm.base_x.dim, int(missing.sum())
-    mean, tril = _conditional_base(ebm, x.reshape(n, d), missing)
-    flat = x.reshape(n, d).repeat(num_samples, 1)[:, None]
-    mean = mean.repeat(num_samples, 1)[:, None]
-
-    def complete(v: Tensor) -> Tensor:
-        whole = flat.expand(*v.shape[:-1], d).clone()
-        whole[..., missing] = mean + v[..., :m] @ tril.T
-        return whole.reshape(*v.shape[:-1], *ebm.x_shape)
-
-    def residual(v: Tensor) -> Tensor:
-        z = ebm.base_z.unwhiten(v[..., m:])
-        value: Tensor = ebm.f(complete(v), z)
-        return value
-
+    observed = _observed_entries(x, observed)
+    columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
+    if not len(columns):
+        raise ValueError("nothing is missing: every entry of x is observed")
     generator = generator_for(seed, 40, device=x.device)
-    f = value_and_grad(residual)
-    shape = (1, n * num_samples, _NUM_PARTICLES, m + ebm.base_z.dim)
-    with ebm.frozen():
+    draws = []
+    for index in torch.arange(num_samples * len(x), device=x.device).split(_MAX_PROBLEMS):
+        rows = index % len(x)
+        draws.append(_complete(ebm, x[rows], observed[rows], columns, generator))
+    return torch.cat(draws).reshape(num_samples, *x.shape)
+
+
+def _complete(
+    ebm: LVEBM, x: Tensor, observed: Tensor, columns: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Complete every row (n, *x_shape) once, by a run of its own."""
+    completion = Completion(ebm.base_x, x[:, None], observed[:, None])
+    k = ebm.base_z.dim
+    shape = (1, len(x), _NUM_PARTICLES, k + len(columns))
+    with ebm.frozen(), torch.no_grad():
+        f = given_observed(ebm, completion, columns)
         schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
         start = standard_normal(shape, x, generator)
         state = anneal(f, start, schedule, num_moves=4, generator=generator).state
-    draws = complete(pick_draws(state, generator)[0][:, None])
-    return draws.reshape(num_samples, n, *ebm.x_shape)
+    v = x.new_zeros(len(x), 1, completion.dim)
+    v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
+    return completion.complete(completion.unwhiten(v))[:, 0]
 
 
-def _conditional_base(ebm: LVEBM, flat: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (N, m) and Cholesky factor (m, m) of x_missing given x_observed under base_x."""
-    scale = ebm.base_x.scale.diag() if ebm.base_x.diagonal else ebm.base_x.scale
-    inverse = torch.cholesky_inverse(scale.double())
-    precision = inverse[missing][:, missing]
-    cross = inverse[missing][:, ~missing]
-    centred = (flat - ebm.base_x.loc).double()[:, ~missing]
-    shift = torch.linalg.solve(precision, cross @ centred.T).T
-    tril = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
-    mean = ebm.base_x.loc[missing].double() - shift
-    return mean.to(flat.dtype), tril.to(flat.dtype)
+def _observed_entries(x: Tensor, observed: Tensor | None) -> Tensor:
+    """Which entries are observed, (N, d)."""
+    if observed is None:
+        return ~x.isnan().flatten(1)
+    if observed.dtype != torch.bool or observed.shape not in (x.shape, x.shape[1:]):
+        raise ValueError(
+            f"observed must be a boolean mask of shape {tuple(x.shape[1:])}, the same for all "
+            f"rows, or {tuple(x.shape)}; got {observed.dtype} of shape {tuple(observed.shape)}"
+        )
+    observed = observed.expand(x.shape)
+    if x[observed].isnan().any():
+        raise ValueError("x is NaN at entries that `observed` says are observed")
+    return observed.flatten(1)

@@ -32,7 +32,6 @@ from pyro_lvebm.guides import (
     AutoParticles,
     AutoPerDatumMultivariateNormal,
 )
-from pyro_lvebm.imputation import impute
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import log_partition
 from pyro_lvebm.model import LVEBM
@@ -210,7 +209,7 @@ def _figure(
     observed = torch.ones(digits.image_shape, dtype=torch.bool)
     observed[height // 2 :] = False
     shown = x_test[:10]
-    completed = impute(ebm, shown, observed.flatten(), num_samples=2, seed=seed)
+    completed = ebm.impute(shown, observed.flatten(), num_samples=2, seed=seed)
     truth = images(shown)
     masked = np.where(observed.numpy(), truth, np.nan)
     below = np.concatenate([images(completed[0]), images(completed[1]), truth])

@@ -23,10 +23,11 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_lvebm.distributions import LatentSite, ObservedSite, given_x
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.distributions import LatentSite, ObservedSite, given_observed, given_x
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad, value_and_grad
-from pyro_lvebm.model import LVEBM
+from pyro_lvebm.missing import Completion, MissingSite
 from pyro_lvebm.tracing import Model, ModelAt, Node, all_nodes, sample_nodes, subsample_nodes
 
 
@@ -37,7 +38,7 @@ class LatentColumns:
     name: str
     transform: Transform
     event_shape: torch.Size  # unconstrained
-    ebm: LVEBM | None
+    gaussian: GaussianBase | Completion | None  # the law that whitens the values, if one does
 
     @property
     def dim(self) -> int:
@@ -46,20 +47,20 @@ class LatentColumns:
 
     def to_columns(self, value: Tensor) -> Tensor:
         """Return (*b, dim) for unconstrained values (*b, *event_shape)."""
-        if self.ebm is not None:
-            return self.ebm.base_z.whiten(value)
+        if self.gaussian is not None:
+            return self.gaussian.whiten(value)
         return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)
 
     def from_columns(self, columns: Tensor) -> Tensor:
         """Return unconstrained values (*b, *event_shape) for (*b, dim)."""
-        if self.ebm is not None:
-            return self.ebm.base_z.unwhiten(columns)
+        if self.gaussian is not None:
+            return self.gaussian.unwhiten(columns)
         return columns.reshape(*columns.shape[:-1], *self.event_shape)
 
     def log_abs_det(self, columns: Tensor) -> Tensor:
         """Return log |dz/dv| (*b,), in nats."""
-        if self.ebm is not None:
-            return self.ebm.base_z.log_det.expand(columns.shape[:-1])
+        if self.gaussian is not None:
+            return self.gaussian.log_det.expand(columns.shape[:-1])
         value = self.from_columns(columns)
         jacobian: Tensor = self.transform.log_abs_det_jacobian(value, self.transform(value))
         return jacobian.reshape(*columns.shape[:-1], -1).sum(-1)
@@ -147,11 +148,17 @@ def latent_blocks(
             name,
             transform,
             transform.inverse_shape(fn.event_shape),
-            fn.ebm if isinstance(fn, LatentSite) else None,
+            _whitening(fn),
         )
         frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
         groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
     return [_block(group, guide, at, trace) for group in groups.values()], trace
+
+
+def _whitening(fn: Any) -> GaussianBase | Completion | None:
+    if isinstance(fn, LatentSite):
+        return fn.ebm.base_z
+    return fn.completion if isinstance(fn, MissingSite) else None
 
 
 def _block(
@@ -219,39 +226,51 @@ def _energy_alone(
 
     A trace of the model at every Langevin step would double the time of a step.
     """
-    first = columns[0]
-    if len(columns) != 1 or first.ebm is None:
-        return None
     nodes = all_nodes(trace)
-    ebm, latent = first.ebm, nodes[first.name]
+    names = [c.name for c in columns]
+    first = nodes[names[0]]
+    if not isinstance(first["fn"], LatentSite):
+        return None
     x_name, x_node = next(
         (name, node)
         for name, node in nodes.items()
-        if isinstance(node.get("fn"), ObservedSite) and node["fn"].pairing is latent["fn"].pairing
+        if isinstance(node.get("fn"), ObservedSite) and node["fn"].pairing is first["fn"].pairing
     )
-    same_scale = bool(torch.as_tensor(x_node["scale"] == latent["scale"]).all())
+    fn = x_node["fn"]
+    completion = None if fn.missing is None else fn.missing[0]
+    expected = [fn.ebm.base_z] if completion is None else [fn.ebm.base_z, completion]
+    if [c.gaussian for c in columns] != expected:
+        return None
+    same_scale = bool(torch.as_tensor(x_node["scale"] == first["scale"]).all())
     plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
-    others = set(sample_nodes(trace)) - {first.name, x_name}
-    elsewhere = _independent_log_prob(first.name, others, at, axes) if plain else None
+    others = set(sample_nodes(trace)) - {*names, x_name}
+    elsewhere = _independent_log_prob(names, others, at, axes) if plain else None
     if elsewhere is None:
         return None
-    w_x = ebm.base_x.whiten(x_node["value"])
-    offset = ebm.base_x.log_prob(x_node["value"]) - ebm.log_partition
-    return given_x(ebm, w_x), offset + elsewhere / latent["scale"]
+    elsewhere = elsewhere / first["scale"] - fn.ebm.log_partition
+    if completion is None:
+        x = x_node["value"]
+        return given_x(fn.ebm, fn.ebm.base_x.whiten(x)), fn.ebm.base_x.log_prob(x) + elsewhere
+    entries = torch.arange(completion.dim, device=completion.mean.device)
+    return given_observed(fn.ebm, completion, entries), completion.log_base() + elsewhere
 
 
-def _independent_log_prob(z_name: str, others: set[str], at: ModelAt, axes: _Axes) -> Tensor | None:
-    """Log probability (*B) of further sites, or None if it depends on the latent, by autograd."""
-    z: Tensor = at.nodes[z_name]["value"].detach()
+def _independent_log_prob(
+    names: list[str], others: set[str], at: ModelAt, axes: _Axes
+) -> Tensor | None:
+    """Log probability (*B) of further sites, or None if it depends on the latents, by autograd."""
+    values: dict[str, Tensor] = {name: at.nodes[name]["value"].detach() for name in names}
+    z = values[names[0]]
     if not others:
         return z.new_zeros(())
     with torch.enable_grad():
-        z.requires_grad_(True)
-        trace = at.trace(len(z), **{z_name: z})
+        values = {name: value.requires_grad_(True) for name, value in values.items()}
+        trace = at.trace(len(z), **values)
         trace.compute_log_prob(lambda name, _: name in others)
         nodes = {name: node for name, node in sample_nodes(trace).items() if name in others}
-        if any(_depends_on(node["log_prob"], z) for node in nodes.values()):
-            return None
+        for node in nodes.values():
+            if any(_depends_on(node["log_prob"], value) for value in values.values()):
+                return None
     for node in nodes.values():
         node["log_prob"] = node["log_prob"].detach()
     batch = z.shape[1 + at.nesting - len(axes.batch_shape) : 1 + at.nesting]

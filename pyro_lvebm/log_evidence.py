@@ -16,9 +16,10 @@ from pyro_lvebm.annealing import (
     pilot,
     standard_normal,
 )
-from pyro_lvebm.distributions import given_x
+from pyro_lvebm.distributions import given_observed, given_x
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range, log_partition
+from pyro_lvebm.missing import Completion
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import check_rows
@@ -66,13 +67,16 @@ def log_evidence(
 
         C(x) = base_x(x) ∫ base_z(z) exp(−f(x, z)) dz
 
+    Entries of x that are NaN are missing: then x stands for the observed entries, and the others
+    are integrated out together with z.
+
     z is annealed from base_z to p_θ(z | x) by sequential Monte Carlo, all rows side by side, with
     temperatures and step sizes fixed by a pilot run. Ĉ is unbiased, so log Ĉ is low in
     expectation, by about half its squared standard error.
 
     Args:
         ebm: The LVEBM; unchanged.
-        x: Observations (N, *x_shape), finite.
+        x: Observations (N, *x_shape), finite or NaN where missing.
         seed: Fixes every random number.
         num_particles: Particles of each run, for each row.
         num_runs: Independent runs for each row, at least 2; they give the standard error.
@@ -84,7 +88,7 @@ def log_evidence(
         Estimates and their standard errors, in nats.
 
     Raises:
-        ValueError: If x is empty, not finite or of another shape, or a number is out of range.
+        ValueError: If x is empty, infinite or of another shape, or a number is out of range.
         RuntimeError: If the energy is too rough for the pilot run.
 
     Source:
@@ -100,27 +104,40 @@ def log_evidence(
         True
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
-    check_rows(x, ebm.x_shape)
+    check_rows(x, ebm.x_shape, missing=True)
     if log_z is None:
         log_z = log_partition(ebm, seed=seed)
     values, errors = [], []
     rows = max(1, _MAX_PARTICLES // (num_particles * num_runs))
     with ebm.frozen(), torch.no_grad():
         for chunk, part in enumerate(x.split(rows)):
+            f, dim, log_base = _latent_energy(ebm, part)
             log_c = anneal_latents(
-                given_x(ebm, ebm.base_x.whiten(part)[:, None]),
-                (len(part), num_particles, ebm.base_z.dim),
+                f,
+                (len(part), num_particles, dim),
                 part,
                 num_runs=num_runs,
                 num_moves=num_moves,
                 relative_ess=relative_ess,
                 generator=generator_for(seed, 11, chunk, device=x.device),
             )
-            values.append(log_mean_exp(log_c, 0) + ebm.base_x.log_prob(part))
+            values.append(log_mean_exp(log_c, 0) + log_base)
             errors.append(log_mean_std_error(log_c, 0))
     value = torch.cat(values) - log_z.estimate
     error = torch.hypot(torch.cat(errors), value.new_tensor(log_z.std_error))
     return LogEvidence(value, error, log_z)
+
+
+def _latent_energy(ebm: LVEBM, x: Tensor) -> tuple[ValueAndGrad, int, Tensor]:
+    """Residual energy of the latents of rows x, their number, and log base_x(x_o) (N,)."""
+    observed = ~x.isnan()
+    columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
+    if not len(columns):
+        f = given_x(ebm, ebm.base_x.whiten(x)[:, None])
+        return f, ebm.base_z.dim, ebm.base_x.log_prob(x)
+    completion = Completion(ebm.base_x, x[:, None], observed[:, None])
+    f = given_observed(ebm, completion, columns)
+    return f, ebm.base_z.dim + len(columns), completion.log_base()[:, 0]
 
 
 def anneal_latents(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import JointEnergy, Posterior
 from pyro_lvebm.energies import WhitenedEnergy
+from pyro_lvebm.imputation import impute
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.pool import Pool
 from pyro_lvebm.tempered_pool import TemperedPool
@@ -71,6 +72,7 @@ class LVEBM(nn.Module):
         self.pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
         self.pool.initialise(self.dim)
         self.pool_theta: list[Tensor] = []
+        self.expects_missing = False
 
     @classmethod
     def from_data(
@@ -83,21 +85,24 @@ class LVEBM(nn.Module):
 
         Args:
             energy: The residual energy f.
-            x: Data (N, *x_shape), floating point, more rows than dimensions.
+            x: Data (N, *x_shape), floating point, more rows than dimensions; NaN where an entry
+                is missing.
             z_dim: Number of latent dimensions.
             pool: The pool of negatives; `TemperedPool()` if None.
 
         Raises:
-            ValueError: If x is empty, not finite or not floating point, has too few rows or
+            ValueError: If x is empty, infinite or not floating point, has too few rows or
                 constant columns, z_dim < 1, or the energy does not fit.
         """
         if z_dim < 1:
             raise ValueError(f"z_dim must be at least 1; got {z_dim}")
-        check_data(x)
+        check_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
         base_x = GaussianBase.fit(x)
         energy.to(device=x.device, dtype=x.dtype)
-        return cls(energy, base_x, base_z, pool)
+        ebm = cls(energy, base_x, base_z, pool)
+        ebm.expects_missing = bool(x.isnan().any())
+        return ebm
 
     @property
     def dim(self) -> int:
@@ -203,6 +208,40 @@ class LVEBM(nn.Module):
         """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin."""
         check_data(x, self.x_shape)
         return Posterior(self, x)
+
+    def impute(
+        self, x: Tensor, observed: Tensor | None = None, *, num_samples: int = 1, seed: int = 0
+    ) -> Tensor:
+        """Draw the missing entries of x, jointly with z, from p_θ(x_m | x_o).
+
+        The conditional of the Gaussian base is exact; from its draws, (z, x_m) is annealed to the
+        model by sequential Monte Carlo, every draw by a run of its own.
+
+        Args:
+            x: Observations (N, *x_shape), NaN where missing.
+            observed: Which entries are observed, boolean, of the shape of x, or of x_shape for all
+                rows alike; what x holds elsewhere does not matter. By default all but NaN.
+            num_samples: Draws for each row.
+            seed: Fixes every random number.
+
+        Returns:
+            Completed observations (num_samples, N, *x_shape).
+
+        Raises:
+            ValueError: If x is infinite, of another shape, or NaN where it is said to be observed,
+                `observed` is no boolean mask of a shape that fits, or nothing is missing.
+
+        Example:
+            >>> import torch
+            >>> from pyro_lvebm import LVEBM, MLPEnergy
+            >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1)
+            >>> x[0, 1] = torch.nan
+            >>> draws = ebm.impute(x[:3], num_samples=5)
+            >>> draws.shape, bool(draws.isnan().any())
+            (torch.Size([5, 3, 2]), False)
+        """
+        return impute(self, x, observed, num_samples=num_samples, seed=seed)
 
 
 def _all_equal(a: list[nn.Parameter], b: list[Tensor]) -> bool:

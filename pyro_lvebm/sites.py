@@ -9,16 +9,29 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
+from pyro_lvebm.missing import Completion, MissingSite
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.validation import check_data
 
 
-def lvebm(name: str, ebm: LVEBM, obs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def lvebm(
+    name: str, ebm: LVEBM, obs: Tensor | None = None, *, observed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Open the sites of an LVEBM: `{name}_z`, latent, and `{name}`, observed where `obs` is given.
 
     Together their log probabilities are the joint log density, one of each for a datum:
 
         log base_z(z)  +  [log base_x(x) − f_θ(x, z) − log Z_θ]  =  log p_θ(x, z).
+
+    Where entries of x may be missing there is a third, latent site, `{name}_missing`, with the law
+    of the missing entries under base_x given the others, and what the x site has is
+
+        log base_x(x_o) − f_θ(x, z) − log Z_θ,    x = (x_o, x_m),
+
+    so that the three add up to log p_θ(x_o, x_m, z), and Pyro's algorithms treat x_m as any other
+    latent. The site opens where `observed` is given, `obs` holds NaN, or the `LVEBM` was fitted by
+    `from_data` to rows with NaN. It has all entries of x; its values mean nothing where x is
+    observed.
 
     log Z carries the pool's value and gradient, so any Pyro ELBO over these sites trains θ. The
     parameters of the energy are announced to Pyro's parameter store.
@@ -26,15 +39,19 @@ def lvebm(name: str, ebm: LVEBM, obs: Tensor | None = None) -> tuple[Tensor, Ten
     Args:
         name: Name of the x site.
         ebm: The LVEBM.
-        obs: Observed x (*b, *x_shape), finite and floating point, with the rows of the plates
-            around the call; None to draw x.
+        obs: Observed x (*b, *x_shape), floating point, finite or NaN where missing, with the rows
+            of the plates around the call; None to draw x.
+        observed: Which entries of obs are observed, boolean, of its shape; by default all that
+            are not NaN. In minibatches, give it where some have no NaN, unless the LVEBM comes
+            from `from_data` with such rows: every minibatch must open the same sites.
 
     Returns:
-        x (*b, *x_shape) and z (*b, *z_shape).
+        x (*b, *x_shape), completed where entries are missing, and z (*b, *z_shape).
 
     Raises:
-        ValueError: If obs is empty, not finite, not floating point, of another event shape, or
-            its rows are not those of the plates around the call.
+        ValueError: If obs is empty, infinite, not floating point, of another event shape, NaN at
+            an entry that is said to be observed, or its rows are not those of the plates around
+            the call; or if `observed` is not boolean or of another shape.
 
     Source:
         docs/maths.md, "Two sites".
@@ -53,14 +70,36 @@ def lvebm(name: str, ebm: LVEBM, obs: Tensor | None = None) -> tuple[Tensor, Ten
     """
     if not isinstance(ebm, LVEBM):
         raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
+    completion = None
     if obs is not None:
-        check_data(obs, ebm.x_shape)
+        check_data(obs, ebm.x_shape, missing=True)
         _check_plates(name, obs, ebm)
+        if observed is not None or ebm.expects_missing or obs.isnan().any():
+            completion = Completion(ebm.base_x, obs, _observed_entries(name, obs, observed))
+    elif observed is not None:
+        raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
     _announce(f"{name}_lvebm", ebm.f)
     pairing = Pairing()
     z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing))
-    x = pyro.sample(name, ObservedSite(ebm, z, pairing), obs=obs)
-    return x, z
+    if completion is None:
+        return pyro.sample(name, ObservedSite(ebm, z, pairing), obs=obs), z
+    entries = pyro.sample(f"{name}_missing", MissingSite(completion))
+    fn = ObservedSite(ebm, z, pairing, missing=(completion, entries))
+    x = pyro.sample(name, fn, obs=obs)
+    return completion.complete(entries, x), z
+
+
+def _observed_entries(name: str, obs: Tensor, observed: Tensor | None) -> Tensor:
+    if observed is None:
+        return ~obs.isnan()
+    if observed.dtype != torch.bool or observed.shape != obs.shape:
+        raise ValueError(
+            f"observed of '{name}' must be boolean and of the shape of obs, {tuple(obs.shape)}; "
+            f"got {observed.dtype} of shape {tuple(observed.shape)}"
+        )
+    if obs[observed].isnan().any():
+        raise ValueError(f"obs of '{name}' is NaN at entries that `observed` says are observed")
+    return observed
 
 
 def _check_plates(name: str, obs: Tensor, ebm: LVEBM) -> None:

@@ -15,12 +15,13 @@ class TrainingWarning(UserWarning):
     """Training goes on, but its numbers are not to be trusted; the text says what to do."""
 
 
-def check_data(x: Tensor, event_shape: torch.Size | None = None) -> None:
+def check_data(x: Tensor, event_shape: torch.Size | None = None, *, missing: bool = False) -> None:
     """Raise a DataError unless x is a non-empty, finite, floating-point tensor of events.
 
     Args:
         x: Data (*b, *event_shape).
         event_shape: Expected trailing shape; None accepts any with at least one row axis.
+        missing: Whether entries may be NaN.
     """
     if not isinstance(x, Tensor):
         raise DataError(f"x must be a torch.Tensor; got {type(x).__name__}")
@@ -40,16 +41,17 @@ def check_data(x: Tensor, event_shape: torch.Size | None = None) -> None:
         )
     if x.numel() == 0:
         raise DataError(f"x is empty: shape {tuple(x.shape)}; expected at least one observation")
-    if not torch.isfinite(x).all():
-        count = int((~torch.isfinite(x)).sum())
+    bad = x.isinf() if missing else ~x.isfinite()
+    if bad.any():
         raise DataError(
-            f"x has {count} NaN or infinite entries of {x.numel()}; all must be finite. Missing "
-            "entries are not supported: remove or impute those rows"
+            f"x has {int(bad.sum())} {'' if missing else 'NaN or '}infinite entries of "
+            f"{x.numel()}; remove those rows, or set entries that are missing to NaN where NaN "
+            "is welcome, as in lvebm(...), LVEBM.from_data and log_evidence"
         )
 
 
-def check_rows(x: Tensor, event_shape: torch.Size) -> None:
+def check_rows(x: Tensor, event_shape: torch.Size, *, missing: bool = False) -> None:
     """Raise a DataError unless x is data with exactly one row axis, (N, *event_shape)."""
-    check_data(x, event_shape)
+    check_data(x, event_shape, missing=missing)
     if x.dim() != 1 + len(event_shape):
         raise DataError(f"x has shape {tuple(x.shape)}; expected (N, *{tuple(event_shape)})")

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_lvebm import bases
-from pyro_lvebm.bases import SHARES, GaussianBase, cross_validated_shrinkage
+from pyro_lvebm.bases import GaussianBase
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -262,38 +262,9 @@ def test_fit_without_shrinkage_is_the_maximum_likelihood_gaussian(
     assert base.log_prob(x).double().mean().item() == pytest.approx(expected, abs=1e3 * tight)
 
 
-def standardised(x: Tensor) -> Tensor:
-    return (x - x.mean(0)) / x.std(0, correction=0)
-
-
 def correlated(n: int, d: int, seed: int) -> Tensor:
     """Rows with correlations between 0.7 and 0.9."""
     return normal((n, d), seed) + 2.0 * normal((n, 1), seed + 1)
-
-
-@pytest.mark.parametrize(("n", "folds"), [(3, 10), (9, 10), (25, 4)])
-def test_shrinkage_is_that_of_cross_validation_written_out(n: int, folds: int) -> None:
-    x = standardised(correlated(n, 3, 10))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
-    scores = []
-    for a in SHARES[1:]:  # without shrinkage the covariance of few rows is singular
-        score = 0.0
-        for left_out in np.array_split(order, min(folds, n)):
-            kept = np.delete(x.numpy(), left_out, 0)
-            cov = (1.0 - a) * np.cov(kept.T, bias=True) + a * np.eye(3)
-            normal_of = stats.multivariate_normal(kept.mean(0), cov)
-            score += normal_of.logpdf(x.numpy()[left_out]).sum()
-        scores.append(score)
-    assert cross_validated_shrinkage(x, folds) == SHARES[1 + int(np.argmax(scores))]
-
-
-def test_two_rows_are_not_shrunk() -> None:
-    assert cross_validated_shrinkage(torch.tensor([[-1.0], [1.0]], dtype=torch.float64)) == 0.0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_many_correlated_rows_are_hardly_shrunk(seed: int) -> None:
-    assert cross_validated_shrinkage(standardised(correlated(5000, 6, seed))) <= 0.01
 
 
 @pytest.mark.parametrize("dim", [6, 20])

@@ -10,19 +10,20 @@ from benchmarks.tightness import is_short, oracle
 
 
 @pytest.mark.parametrize(
-    ("gap", "z", "off", "short"),
+    ("gap", "lead", "off", "short"),
     [
-        (0.2, 6.0, 0.0, False),
-        (0.2, 4.9, 0.0, True),  # a gap that the paired difference does not show
+        (0.2, 0.06, 0.0, False),
+        (0.2, 0.049, 0.0, True),  # a gap that the paired difference does not show
         (0.2, math.nan, 0.0, True),
         (0.04, 0.0, 0.0, False),  # too small to ask for
-        (0.04, -5.1, 0.0, True),  # particles below a guide
-        (0.2, 9.0, 0.02, False),
-        (0.2, 9.0, 0.06, True),  # a gap that contradicts its closed form
+        (0.04, -0.054, 0.0, False),
+        (0.04, -0.056, 0.0, True),  # particles below a guide
+        (0.2, 0.09, 0.02, False),
+        (0.2, 0.09, 0.06, True),  # a gap that contradicts its closed form
     ],
 )
-def test_what_falls_short(gap: float, z: float, off: float, short: bool) -> None:
-    assert is_short(gap, z, off, gap_se=0.01) is short
+def test_what_falls_short(gap: float, lead: float, off: float, short: bool) -> None:
+    assert is_short(gap, lead, 0.01, off, gap_se=0.01) is short
 
 
 @pytest.mark.parametrize(("x_dim", "z_dim"), [(3, 2), (6, 4)])

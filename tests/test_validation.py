@@ -90,6 +90,15 @@ def test_each_entry_must_be_finite(
 ) -> None:
     x = torch.zeros(24)
     x[list(places)] = value
-    message = rf"{len(places)} NaN or infinite entries of 24.*Missing entries are not supported"
+    message = rf"{len(places)} NaN or infinite entries of 24.*entries that are missing to NaN"
     with pytest.raises(ValueError, match=message):
         check_data(x.reshape(4, 2, 3), None if event_shape is None else torch.Size(event_shape))
+
+
+def test_missing_entries_are_nan_where_they_are_welcome() -> None:
+    x = torch.zeros(4, 3)
+    x[1] = math.nan
+    check_data(x, torch.Size((3,)), missing=True)
+    x[2, 0] = math.inf
+    with pytest.raises(ValueError, match="1 infinite entries of 12"):
+        check_data(x, torch.Size((3,)), missing=True)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Missing entries of x as latents, in coordinates whitened by the base given what is observed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.gaussian_fit import condition
+
+_EMPTY = torch.Size()
+
+
+class Completion:
+    """The law of the missing entries of a batch of x under base_x given the observed ones.
+
+        x_m = m(x_o) + R⁻ᵀ v,    v ~ N(0, I),    R Rᵀ the conditional precision
+
+    Values and v have all entries of x, also those that are observed, since rows may have
+    different entries missing. At observed entries they mean nothing: their law is Gaussian and
+    independent of all else, so that they integrate to one.
+
+    Args:
+        base: The base of x.
+        x: Observations (*b, *x_shape); anything may stand at missing entries.
+        observed: Which entries are observed, boolean, of the shape of x.
+    """
+
+    def __init__(self, base: GaussianBase, x: Tensor, observed: Tensor) -> None:
+        self.event_shape = base.event_shape
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        self.base, self.dim, self.batch_shape = base, base.dim, batch
+        flat, self.observed = x.reshape(*batch, -1), observed.reshape(*batch, -1)
+        scale = base.scale.double()
+        tril = scale.diag() if base.diagonal else scale
+        centred = torch.where(self.observed, flat - base.loc, 0.0).double()
+        shift, root = condition(torch.cholesky_inverse(tril), centred, self.observed)
+        self.mean = base.loc + shift.to(x.dtype)
+        self.root = root.to(x.dtype)  # R
+        eye = torch.eye(self.dim).to(root).expand_as(root)
+        inverse = torch.linalg.solve_triangular(root, eye, upper=False)
+        self.inverse_root = inverse.to(x.dtype)  # R⁻¹
+        self.flat = torch.where(self.observed, flat, self.mean)
+
+    @property
+    def log_det(self) -> Tensor:
+        """Log |dx/dv| (*b,), in nats."""
+        log_scales: Tensor = self.root.diagonal(dim1=-2, dim2=-1).log()
+        return -log_scales.sum(-1)
+
+    def whiten(self, value: Tensor) -> Tensor:
+        """Return v (*, *b, d) for values (*, *b, *x_shape)."""
+        centred = self._flatten(value) - self.mean
+        return (centred[..., None, :] @ self.root)[..., 0, :]
+
+    def unwhiten(self, v: Tensor) -> Tensor:
+        """Return values (*, *b, *x_shape) for v (*, *b, d)."""
+        value: Tensor = self.mean + (v[..., None, :] @ self.inverse_root)[..., 0, :]
+        return value.reshape(*value.shape[:-1], *self.event_shape)
+
+    def complete(self, value: Tensor, x: Tensor | None = None) -> Tensor:
+        """Return x (*, *b, *x_shape) with missing entries taken from values of that shape.
+
+        Observed entries are those of `x`, by default of the observations.
+        """
+        seen = self.flat if x is None else self._flatten(x)
+        whole = torch.where(self.observed, seen, self._flatten(value))
+        return whole.reshape(*whole.shape[:-1], *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density (*, *b) of values, all of whose entries count, in nats."""
+        return self._log_normal(value).sum(-1)
+
+    def log_prob_missing(self, value: Tensor) -> Tensor:
+        """Return log base_x(x_m | x_o) (*, *b) of the missing entries alone, in nats."""
+        return torch.where(self.observed, 0.0, self._log_normal(value)).sum(-1)
+
+    def log_base(self) -> Tensor:
+        """Return log base_x(x_o) (*b,), the marginal of the observed entries, in nats."""
+        x = self.flat.reshape(*self.batch_shape, *self.event_shape)
+        return self.base.log_prob(x) - self.log_prob_missing(x)
+
+    def whitened(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u (*b, d) and G (*b, c, d): whitened x is u + v G for v on some columns.
+
+        Args:
+            columns: Indices (c,) of the entries of v; the others are taken as 0, which is right
+                where they are observed in every row.
+        """
+        base = self.base
+        inverse = base.inverse_scale.diag() if base.diagonal else base.inverse_scale
+        slope = torch.where(self.observed[..., None, :], 0.0, self.inverse_root) @ inverse.T
+        x = self.flat.reshape(*self.batch_shape, *self.event_shape)
+        return base.whiten(x), slope[..., columns, :]
+
+    def _flatten(self, value: Tensor) -> Tensor:
+        return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)
+
+    def _log_normal(self, value: Tensor) -> Tensor:
+        scales: Tensor = self.root.diagonal(dim1=-2, dim2=-1)
+        return scales.log() - 0.5 * self.whiten(value).square() - 0.5 * math.log(2 * math.pi)
+
+
+class MissingSite(TorchDistribution):
+    """Distribution of the site `{name}_missing`: base_x of the missing entries given the others.
+
+    Args:
+        completion: The observed entries.
+        batch_shape: Batch shape; that of the observations if None.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(self, completion: Completion, batch_shape: torch.Size | None = None) -> None:
+        self.completion = completion
+        shape = completion.batch_shape if batch_shape is None else batch_shape
+        super().__init__(torch.Size(shape), completion.event_shape, validate_args=False)
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """Real events of the shape of x."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
+    ) -> MissingSite:
+        """Return the distribution with another batch shape."""
+        return MissingSite(self.completion, torch.Size(batch_shape))
+
+    def rsample(self, sample_shape: Any = _EMPTY) -> Tensor:
+        """Draw values (*sample_shape, *batch_shape, *x_shape)."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        mean = self.completion.mean
+        v = torch.randn(*shape, self.completion.dim, dtype=mean.dtype, device=mean.device)
+        return self.completion.unwhiten(v)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density (*b,) of values, in nats."""
+        log_prob = self.completion.log_prob(value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
