@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,18 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from pyro_lvebm import MALA, ULA, AutoParticles, Saddle, ipla, to_arviz
+from pyro_lvebm import (
+    MALA,
+    ULA,
+    AutoParticles,
+    Saddle,
+    ipla,
+    log_evidence_of,
+    positive,
+    to_arviz,
+)
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
 COPIES, ROWS, PARTICLES = 600, 8, 5
 LR, STEP_SIZE, MOVES, MOMENTUM = 0.05, 0.1, 2, 0.6
@@ -190,5 +202,105 @@ def test_logistic_regression_reaches_the_maximum_of_the_marginal_likelihood() ->
     assert error < 0.3 * std_error < 0.01
 
 
+def unmoved_particles() -> int:
+    """Particles that are where they started after 30 steps of eight moves."""
+    x, y = breast_cancer()
+    guide = AutoParticles(logistic, 4)
+    saddle = Saddle(logistic, guide, SGD({"lr": 0.2}), num_moves=1, seed=2)
+    saddle.step(x, y)
+    start = guide.particles("w").clone()
+    saddle.num_moves = 8
+    for _ in range(30):
+        saddle.step(x, y)
+    return int((guide.particles("w") == start).all(-1).sum())
+
+
+def test_no_particle_stays_where_every_long_move_is_refused() -> None:
+    assert unmoved_particles() == 0
+
+
+def test_with_moves_of_one_length_some_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(positive, "step_factors", lambda block, kernel, n, generator: [1.0] * n)
+    assert unmoved_particles() > 0
+
+
 def test_the_check_fails_for_particles_at_the_mode() -> None:
     assert mean_p_value(fitted_thetas(Descent()), best_theta(2_000)[0]) < CERTAIN
+
+
+# --- what is told of such a model -------------------------------------------------------------
+
+
+def one_mean(y: Tensor, size: int | None = None) -> None:
+    """A latent of all data, with the posterior N((θ + Σy) / (n + 1), 1 / (n + 1))."""
+    theta = pyro.param("theta", torch.zeros((), dtype=torch.float64))
+    w = pyro.sample("w", dist.Normal(theta, 1.0))
+    with pyro.plate("data", len(y), subsample_size=size) as i:
+        pyro.sample("y", dist.Normal(w, 1.0), obs=y[i])
+
+
+def fitted_mean(size: int | None = None) -> tuple[Saddle, Tensor]:
+    y = 1.0 + normal((20,), 3)
+    guide = AutoParticles(partial(one_mean, size=size), 40)
+    saddle = Saddle(partial(one_mean, size=size), guide, SGD({"lr": 0.1}))
+    saddle.fit(y, num_steps=60, schedule=lambda progress: 1.0, progress=False)
+    return saddle, y
+
+
+def test_the_loss_is_the_mean_energy_of_the_particles_over_all_data() -> None:
+    """Before the update, and with a history of the same numbers and finite averages."""
+    saddle, y = fitted_mean()
+    theta = pyro.param("theta").detach().clone()
+    loss = saddle.step(y)
+    w = saddle.particles.particles("w").reshape(-1, 1)
+    energy = -dist.Normal(theta, 1.0).log_prob(w)[:, 0] - dist.Normal(w, 1.0).log_prob(y).sum(1)
+    assert loss == pytest.approx(float(energy.mean()), rel=1e-12)
+    assert saddle.history.loss.iloc[-1] == loss
+    assert list(saddle.history) == ["loss", "kl", "halvings", "latent_acceptance_w"]
+    with saddle.averaged():
+        assert abs(float(pyro.param("theta").detach()) - float(y.mean())) < 0.2
+
+
+def test_posterior_draws_of_a_latent_of_all_data_follow_the_closed_form() -> None:
+    """Chi-square test of 40 chains; false-alarm rate ALPHA; at the prior's mean it fails."""
+    saddle, y = fitted_mean()
+    w = saddle.sample_posterior(y, num_samples=1, num_warmup=100)["w"]
+    assert w.shape == (40, 1)
+    precision = len(y) + 1.0
+    mean = float((pyro.param("theta").detach() + y.sum()) / precision)
+    assert variance_p_value(w, 1.0 / precision, mean) > ALPHA
+    assert variance_p_value(w, 1.0 / precision, 0.0) < CERTAIN
+
+
+def test_all_data_are_one_datum_with_its_log_evidence() -> None:
+    """Against the multivariate normal, within five standard errors, which are small."""
+    saddle, y = fitted_mean()
+    n, theta = len(y), pyro.param("theta").detach()
+    law = dist.MultivariateNormal(theta.expand(n), torch.eye(n).double() + 1.0)
+    found = log_evidence_of(saddle.model, y, saddle=saddle)
+    assert found.value.shape == (1,) and float(found.std_error) < 0.02
+    assert abs(float(found.value) - float(law.log_prob(y))) < 5.0 * float(found.std_error)
+    with saddle.averaged():
+        law = dist.MultivariateNormal(
+            pyro.param("theta").detach().expand(n), torch.eye(n).double() + 1.0
+        )
+    value, error = saddle.log_evidence(y)
+    assert abs(value - float(law.log_prob(y))) < 1.0 and math.isnan(error)
+
+
+def test_many_particles_and_few_draws_go_to_arviz_without_a_warning() -> None:
+    saddle, y = fitted_mean()
+    idata = to_arviz(saddle, y, num_samples=3, num_warmup=1)
+    assert dict(idata.posterior.sizes) == {"chain": 40, "draw": 3}
+    assert dict(idata.posterior_predictive.sizes)["data"] == 20
+
+
+def test_what_minibatches_cannot_tell_of_a_latent_of_all_data_is_refused() -> None:
+    """Training goes on, by noisy moves; for draws and evidence the plate must be whole."""
+    saddle, y = fitted_mean(size=5)
+    with pytest.raises(ValueError, match=r"\['w'\] lie outside a plate that subsamples"):
+        saddle.sample_posterior(y, num_samples=1)
+    with pytest.raises(ValueError, match=r"\['w'\] lie outside a plate that subsamples"):
+        to_arviz(saddle, y)
+    with pytest.raises(ValueError, match="outside the subsampled plate"):
+        saddle.log_evidence(y)
