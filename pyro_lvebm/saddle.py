@@ -48,7 +48,8 @@ class Saddle(SVI):
     One `step` moves the latent particles of a minibatch by Langevin on p_θ(z | x) (the positive
     phase), lets each LVEBM refresh its pool of negatives on p_θ(x, z) (the negative phase), and
     takes one optimiser step on θ, halved until KL(p_old ‖ p_new) ≤ `max_kl` as the pools see it.
-    With any other guide in place of `AutoParticles` it is SVI for the same model. An exponential
+    With any other guide in place of `AutoParticles` it is SVI for the same model. Without an LVEBM
+    there is no r, and it is particle gradient descent on −log p_θ(x). An exponential
     average of all parameters is kept beside them, for evaluation (`averaged`).
 
     The global random generator is left as it was; everything drawn in a step, by Pyro too, is
@@ -73,7 +74,9 @@ class Saddle(SVI):
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447;
-        the tempered pool and the trust region are this package's (docs/maths.md).
+        the tempered pool and the trust region are this package's (docs/maths.md). Without an
+        LVEBM: Kuntz, Lim and Johansen (2023), Particle algorithms for maximum likelihood training
+        of latent variable models.
 
     Example:
         >>> import pyro, torch
