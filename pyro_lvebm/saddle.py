@@ -251,10 +251,12 @@ class Saddle(SVI):
             kwargs: Keyword arguments of the model.
 
         Returns:
-            The mean, and its standard error over the data.
+            The mean, and its standard error over the data. Latents in no plate belong to all
+            data at once, which are then one datum, without a standard error.
 
         Raises:
-            ValueError: If the model's latents do not all lie in the same plates.
+            ValueError: If the model's latents do not all lie in the same plates, or lie outside
+                one that subsamples.
         """
         device = device_of(args, kwargs)
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
@@ -289,7 +291,8 @@ class Saddle(SVI):
             order, a particle being a chain.
 
         Raises:
-            ValueError: If the guide has no `AutoParticles`, or a number is out of range.
+            ValueError: If the guide has no `AutoParticles`, a latent lies outside a plate that
+                subsamples, or a number is out of range.
         """
         return self.draw_posterior(
             *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs

@@ -126,7 +126,7 @@ for num_particles in (16, 1):
 #
 # `log_evidence_of` estimates $\log p_\theta(y_i)$ of every datum by annealing. Its exponential is
 # unbiased, so the estimate errs **low** in expectation: a stochastic lower bound, which a single
-# run may exceed by its standard error. Without an energy-based site there is no $\log Z$ to add an
+# run may exceed by two standard errors. Without an energy-based site there is no $\log Z$ to add an
 # error of its own. With `saddle=` it starts from Gaussians fitted to the particles.
 
 # %%
