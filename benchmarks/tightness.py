@@ -5,7 +5,7 @@ Prints one table and exits with status 1 if a row falls short. For every restric
 particles' ELBO minus its own, from paired draws, must exceed five standard errors wherever the
 guide's KL gap exceeds 0.05 nats. Elsewhere the guide may be exact, and the particles, whose row is
 that of a path of finitely many temperatures, may lose 0.005 nats and five standard errors to it. On
-the two oracles, whose posteriors are Gaussian, the gap of the best mean-field guide has a closed form,
+the two oracles, whose posteriors are Gaussian, the best mean-field guide has a gap in closed form,
 
     KL = ½ (Σ_i log P_ii − log det P),    P the posterior precision,
 

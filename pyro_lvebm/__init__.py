@@ -17,6 +17,7 @@ from pyro_lvebm.guides import (
     AutoPerDatumMultivariateNormal,
 )
 from pyro_lvebm.importance_weighted import ImportanceWeightedELBO
+from pyro_lvebm.ipla import ipla
 from pyro_lvebm.langevin import MALA, ULA
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
@@ -59,6 +60,7 @@ __all__ = [
     "energy_l2",
     "half_cosine",
     "history_figure",
+    "ipla",
     "log_evidence",
     "log_evidence_of",
     "log_partition",

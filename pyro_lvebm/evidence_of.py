@@ -49,6 +49,7 @@ def log_evidence_of(
 
     Returns:
         Estimates and standard errors (N,) in nats, with one bracket for the sum of all log Z.
+        Latents in no plate belong to all data at once, which are then one datum, N = 1.
 
     Raises:
         ValueError: If the latents do not all lie in the same plates, a number is out of range, or

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from typing import Any
 
@@ -171,9 +172,12 @@ def _build(groups: Groups, dims: dict[str, list[str]], attrs: dict[str, Any]) ->
     import arviz as az
 
     from_dict: Any = az.from_dict  # takes other arguments from one generation to the next
-    if int(az.__version__.split(".")[0]) >= 1:
-        return from_dict(groups, dims=dims, attrs={"/": attrs})
-    return from_dict(**groups, dims=dims, attrs=attrs)
+    with warnings.catch_warnings():
+        # Many particles and few draws of each are usual here, and no sign of swapped axes.
+        warnings.filterwarnings("ignore", message="More chains")
+        if int(az.__version__.split(".")[0]) >= 1:
+            return from_dict(groups, dims=dims, attrs={"/": attrs})
+        return from_dict(**groups, dims=dims, attrs=attrs)
 
 
 def _with_table(idata: Any, table: ElboTable) -> Any:

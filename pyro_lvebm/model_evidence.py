@@ -107,7 +107,9 @@ class Sweep:
                     "plate"
                 )
             generator = generator_for(self.seed, 21, stream, number, device=blocks[0].v.device)
-            values.append(batch.drop_repeats(estimate(blocks[0], generator), 0).flatten(1))
+            log_weights = batch.drop_repeats(estimate(blocks[0], generator), 0)
+            # Latents in no plate belong to all data at once, which are then one datum.
+            values.append(log_weights.reshape(len(log_weights), -1))
         return torch.cat(values, 1)
 
 

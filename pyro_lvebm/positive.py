@@ -96,16 +96,33 @@ def move_block(
     state = init_state(block.f, block.v)
     eta = step_size.clone()
     acceptance = torch.zeros_like(step_size)
-    for _ in range(num_moves):
-        state, accepted = kernel.step(block.f, state, float(eta), generator=generator)
+    for factor in step_factors(block, kernel, num_moves, generator):
+        state, accepted = kernel.step(block.f, state, factor * float(eta), generator=generator)
         rate = accepted.mean()
         acceptance += rate / num_moves
-        eta = kernel.adapt(eta, rate)
+        if factor == 1.0:
+            eta = kernel.adapt(eta, rate)
     block.fix(state.u)
     for name, value in block.split(state.u).items():
         guide.write(name, block.indices, value)
     step_size.copy_(eta)
     return acceptance
+
+
+def step_factors(
+    block: LatentBlock, kernel: Kernel, num_moves: int, generator: torch.Generator
+) -> list[float]:
+    """Draw a factor on the step size of each move: 1, or for one in ten 10^(−3u), u ~ U(0, 1).
+
+    Far from the mode an energy may be so steep that Metropolis' test refuses every move of the size
+    that suits the other particles; shorter ones bring such a particle back. A factor that does not
+    depend on the particles leaves their law invariant. The energy of an LVEBM, whitened and
+    Lipschitz on a Gaussian base, needs none, and without a test nothing is refused.
+    """
+    if not isinstance(kernel, MALA) or all(c.ebm is not None for c in block.columns):
+        return [1.0] * num_moves
+    draws = torch.rand((num_moves, 2), generator=generator, device=block.v.device).tolist()
+    return [10.0 ** (-3.0 * u) if short < 0.1 else 1.0 for short, u in draws]
 
 
 def run_chains(

@@ -75,6 +75,13 @@ def draw_posterior(
                     "sample_posterior needs all particle latents in the same plates; this model "
                     f"has them in {len(blocks)} groups: {groups}"
                 )
+            if blocks[0].is_global:
+                names = [c.name for c in blocks[0].columns]
+                raise ValueError(
+                    f"the latents {names} lie outside a plate that subsamples, so chains on "
+                    "minibatches do not follow their posterior. Run the model with the plate at "
+                    "its full size, as with subsample_size=len(x)"
+                )
             device = blocks[0].v.device
             chain = run_chains(
                 blocks[0],

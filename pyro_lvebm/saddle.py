@@ -48,7 +48,8 @@ class Saddle(SVI):
     One `step` moves the latent particles of a minibatch by Langevin on p_θ(z | x) (the positive
     phase), lets each LVEBM refresh its pool of negatives on p_θ(x, z) (the negative phase), and
     takes one optimiser step on θ, halved until KL(p_old ‖ p_new) ≤ `max_kl` as the pools see it.
-    With any other guide in place of `AutoParticles` it is SVI for the same model. An exponential
+    With any other guide in place of `AutoParticles` it is SVI for the same model. Without an LVEBM
+    there is no r, and it is particle gradient descent on −log p_θ(x). An exponential
     average of all parameters is kept beside them, for evaluation (`averaged`).
 
     The global random generator is left as it was; everything drawn in a step, by Pyro too, is
@@ -73,7 +74,9 @@ class Saddle(SVI):
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447;
-        the tempered pool and the trust region are this package's (docs/maths.md).
+        the tempered pool and the trust region are this package's (docs/maths.md). Without an
+        LVEBM: Kuntz, Lim and Johansen (2023), Particle algorithms for maximum likelihood training
+        of latent variable models.
 
     Example:
         >>> import pyro, torch
@@ -248,10 +251,12 @@ class Saddle(SVI):
             kwargs: Keyword arguments of the model.
 
         Returns:
-            The mean, and its standard error over the data.
+            The mean, and its standard error over the data. Latents in no plate belong to all
+            data at once, which are then one datum, without a standard error.
 
         Raises:
-            ValueError: If the model's latents do not all lie in the same plates.
+            ValueError: If the model's latents do not all lie in the same plates, or lie outside
+                one that subsamples.
         """
         device = device_of(args, kwargs)
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
@@ -286,7 +291,8 @@ class Saddle(SVI):
             order, a particle being a chain.
 
         Raises:
-            ValueError: If the guide has no `AutoParticles`, or a number is out of range.
+            ValueError: If the guide has no `AutoParticles`, a latent lies outside a plate that
+                subsamples, or a number is out of range.
         """
         return self.draw_posterior(
             *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs

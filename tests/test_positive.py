@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from referee import normal, seeded
+from referee import ALPHA, CERTAIN, normal, seeded, variance_p_value
 from small_models import data_of, plate_model, quadratic_ebm, warm
 from test_local_energy import blocks_of, mean_model
 from torch import Tensor
 
-from pyro_lvebm import MALA, ULA, AutoParticles, lvebm
+from pyro_lvebm import MALA, ULA, AutoParticles, lvebm, positive
 from pyro_lvebm.langevin import init_state
-from pyro_lvebm.positive import kernel_for, move_block, run_chains
+from pyro_lvebm.positive import kernel_for, move_block, run_chains, step_factors
 from pyro_lvebm.tracing import frozen
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -95,6 +96,52 @@ def test_a_noisy_energy_has_a_kernel_of_its_own() -> None:
         (exact,), _ = blocks_of(mean_model(12), normal((12,), 1))
     assert kernel_for(exact, kernel) is kernel
     assert kernel_for(noisy, kernel).target_acceptance > 0.9
+
+
+def plain_model(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(y)).double(), 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def plain_parts(count: int) -> tuple[Any, AutoParticles, Tensor]:
+    y = normal((50,), 1)
+    with torch.random.fork_rng():
+        guide = AutoParticles(plain_model, count)
+        guide(y)
+        (block,), _ = blocks_of(plain_model, y, num_particles=count, guide=guide)
+    return block, guide, y
+
+
+def test_one_move_in_ten_is_shorter_where_a_test_may_refuse_all_long_ones() -> None:
+    """Three standard errors of a binomial; LVEBMs alone and ULA have moves of one length."""
+    block, _, _ = plain_parts(2)
+    factors = torch.tensor(step_factors(block, MALA(), 5000, seeded(0)))
+    short = factors[factors != 1.0]
+    assert len(short) == pytest.approx(500, abs=3 * (5000 * 0.09) ** 0.5)
+    assert 1e-3 <= float(short.min()) < 2e-3 and 0.9 < float(short.max()) < 1.0
+    assert step_factors(block, ULA(), 50, seeded(0)) == [1.0] * 50
+    assert step_factors(parts()[0], MALA(), 50, seeded(0)) == [1.0] * 50
+
+
+def moved_p_value(factors: Callable[..., list[float]] | None) -> float:
+    """Chi-square test of 200 particles of 50 data after 200 moves, against the exact posterior."""
+    block, guide, y = plain_parts(200)
+    with pytest.MonkeyPatch.context() as patch:
+        if factors is not None:
+            patch.setattr(positive, "step_factors", factors)
+        move_block(block, guide, MALA(), 200, seeded(2))
+    centred = guide.particles("z") - 0.8 * y
+    return variance_p_value(centred.reshape(-1, 1), 0.2)
+
+
+def test_particles_with_moves_of_many_lengths_follow_the_posterior() -> None:
+    """False-alarm rate ALPHA."""
+    assert moved_p_value(None) > ALPHA
+
+
+def test_the_check_fails_where_all_moves_are_short() -> None:
+    assert moved_p_value(lambda block, kernel, n, generator: [1e-3] * n) < CERTAIN
 
 
 def test_chains_adapt_to_each_datum_in_the_warm_up_only() -> None:

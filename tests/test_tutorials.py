@@ -29,7 +29,14 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "comparing_guides", "lorenz63", "when_training_goes_wrong"]
+    "name",
+    [
+        "quickstart",
+        "comparing_guides",
+        "particle_maximum_likelihood",
+        "lorenz63",
+        "when_training_goes_wrong",
+    ],
 )
 def test_a_tutorial_has_a_page(name: str) -> None:
     assert name in [path.stem for path in TUTORIALS]
