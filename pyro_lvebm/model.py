@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -99,6 +101,12 @@ class LVEBM(nn.Module):
         energy.to(device=x.device, dtype=x.dtype)
         return cls(energy, base_x, base_z, pool)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro leaves weak references on the parameters it knows, and these cannot be pickled.
+        for p in self.parameters():
+            p.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()
+
     @property
     def dim(self) -> int:
         """Number of entries of x and z together."""
@@ -190,7 +198,10 @@ class LVEBM(nn.Module):
         for p in params:
             p.requires_grad_(False)
         try:
-            yield
+            with warnings.catch_warnings():
+                # A model that is a PyroModule announces all parameters, and these are meant to rest.
+                warnings.filterwarnings("ignore", message=".*not registered in the param store")
+                yield
         finally:
             for p in params:
                 p.requires_grad_(True)
