@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,13 +18,19 @@ def is_enumerated(node: Node) -> bool:
     return node["infer"].get("_enumerate_dim") is not None
 
 
-def check_latents_held(nodes: dict[str, Node], held: set[str], latent: str) -> None:
+def will_be_enumerated(msg: Any) -> bool:
+    """Return whether a latent site asks to be enumerated in parallel, as `poutine.block` asks."""
+    asks = msg["type"] == "sample" and (msg["infer"] or {}).get("enumerate") == "parallel"
+    return asks and not msg["is_observed"]
+
+
+def check_latents_held(nodes: dict[str, Node], held: set[str], particles: list[str]) -> None:
     """Refuse latents that would be drawn anew at every Langevin move.
 
     Args:
         nodes: Sample sites of the model by name, at the particles.
         held: Names of the sites that a guide holds.
-        latent: A site of the particles, for the message.
+        particles: Names of the sites of the particles, for the message.
 
     Raises:
         ValueError: If there are any.
@@ -32,32 +41,36 @@ def check_latents_held(nodes: dict[str, Node], held: set[str], latent: str) -> N
         if type(node["fn"]).__name__ == "Delta":
             continue
         discrete = node["fn"].support.is_discrete
-        cure = 'give it infer={"enumerate": "parallel"} and train with TraceEnum_ELBO, or' * discrete
+        cure = 'give it infer={"enumerate": "parallel"} and train with TraceEnum_ELBO,' * discrete
         raise ValueError(
-            f"the latent '{name}' has no guide, so the energy in which the particles of '{latent}' "
-            f"move would change with every draw of it: {cure} observe it, or give it a guide in "
-            "an AutoGuideList"
+            f"the latent '{name}' has no guide, so the energy in which the particles of "
+            f"{particles} move would change with every draw of it: {cure} observe it, or give it "
+            "a guide in an AutoGuideList"
         )
 
 
-def check_enumerated(nodes: dict[str, Node], plates: set[str], latent: str) -> None:
+def check_enumerated(
+    nodes: dict[str, Node], terms: Iterable[Tensor], plates: set[str], latent: str
+) -> None:
     """Refuse enumerated sites that are not one value for each datum of the particles.
 
     Args:
-        nodes: Sample sites inside the plates of the particles, by name.
+        nodes: Sample sites of the model by name.
+        terms: Log probabilities of those in the plates of the particles.
         plates: Names of the plates of the particles.
         latent: A site of the particles, for the message.
 
     Raises:
         ValueError: If there are any.
     """
-    dims: dict[int, str] = {}
+    sizes = torch.broadcast_shapes(*(term.shape for term in terms))
+    owners: dict[int, str] = {}
     for name, node in nodes.items():
-        if not is_enumerated(node):
-            continue
-        dim = node["infer"]["_enumerate_dim"]
+        dim = node["infer"].get("_enumerate_dim")
+        if dim is None or -dim > len(sizes) or sizes[dim] == 1:
+            continue  # the energy does not depend on it
         own = {f.name for f in node["cond_indep_stack"] if f.vectorized} - {PARTICLE_PLATE}
-        if own != plates or dims.setdefault(dim, name) != name:
+        if own != plates or owners.setdefault(dim, name) != name:
             raise ValueError(
                 f"the enumerated site '{name}' lies in the plates {sorted(own)}, and the particles "
                 f"of '{latent}' in {sorted(plates)}. A discrete latent is summed out of the energy "

@@ -141,7 +141,7 @@ def latent_blocks(
         trace = at.trace(guide.num_particles)
     # A guide without latents in a plate does not open it; all evaluations share one minibatch.
     at.nodes.update(subsample_nodes(trace))
-    check_latents_held(sample_nodes(trace), set(nodes), ", ".join(guide.prototype_trace.stochastic_nodes))
+    check_latents_held(sample_nodes(trace), set(nodes), guide.prototype_trace.stochastic_nodes)
     groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
     for name, proto in guide.prototype_trace.iter_stochastic_nodes():
         fn, transform = all_nodes(trace)[name]["fn"], guide.transform(name)
@@ -204,7 +204,7 @@ class _Axes:
                     f"its plate {sorted(missing)}, so that the particles of one datum cannot move "
                     "without those of the others. Move the site into the plate"
                 )
-        check_enumerated({n: nodes[n] for n in terms if n}, self.plates, self.latent)
+        check_enumerated(nodes, terms.values(), self.plates, self.latent)
         total = sum_out(terms, nodes, self.nesting + 1)
         return total.expand(self.lead(num_particles, batch)).reshape(num_particles, *batch)
 

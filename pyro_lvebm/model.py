@@ -199,7 +199,7 @@ class LVEBM(nn.Module):
             p.requires_grad_(False)
         try:
             with warnings.catch_warnings():
-                # A model that is a PyroModule announces all parameters, and these are meant to rest.
+                # A PyroModule announces all its parameters, and these are meant to rest.
                 warnings.filterwarnings("ignore", message=".*not registered in the param store")
                 yield
         finally:

@@ -102,9 +102,9 @@ def _check_not_random(name: str, module: nn.Module) -> None:
 def _refuse_random(name: str, param: str) -> NoReturn:
     raise ValueError(
         f"parameter '{param}' of the energy of '{name}' is given from outside, by PyroSample, "
-        "poutine.lift or poutine.substitute. log Z varies with θ, and a pool estimates it at one θ only, so the "
-        "posterior of θ is doubly intractable. Train θ by maximum likelihood; for a prior on θ "
-        "add a penalty, such as weight_decay"
+        "poutine.lift or poutine.substitute. log Z varies with θ, and a pool estimates it at one θ "
+        "only, so the posterior of θ is doubly intractable. Train θ by maximum likelihood; for a "
+        "prior on θ add a penalty, such as weight_decay"
     )
 
 

@@ -67,9 +67,7 @@ class KnownRows:
         self._seen.clear()
 
 
-def _plate_sizes(
-    guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, int]:
+def _plate_sizes(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
     # Handlers around the guide, such as a plate of particles, are not for this run.
     with isolated_rng(0, device=device), torch.no_grad(), poutine.block():
