@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.validation import DataError
 
 
 class KnownRows:
@@ -51,10 +52,10 @@ class KnownRows:
         """Refuse arguments for which a plate has another size; see `changed`.
 
         Raises:
-            ValueError: If a plate of the guide has another size in the model.
+            DataError: If a plate of the guide has another size in the model.
         """
         for name, (held, size) in self.changed(guide, args, kwargs).items():
-            raise ValueError(
+            raise DataError(
                 f"{type(guide).__name__} was made for {held} rows of plate '{name}', and these "
                 f"arguments give the plate {size}. Other data need a new guide. For their "
                 "posterior at the present parameters call Saddle(model, AutoParticles(model), "
