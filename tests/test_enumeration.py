@@ -13,7 +13,7 @@ import pytest
 import torch
 from linear_gaussian import draw_x, make_quadratic
 from pyro import poutine
-from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.infer import MCMC, NUTS, SVI, TraceEnum_ELBO, config_enumerate, infer_discrete
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, ClippedAdam
 from referee import ALPHA, CERTAIN, gaussian_log_partition, mean_p_value, normal
@@ -160,6 +160,35 @@ def test_the_loss_of_a_guide_is_the_marginal_one() -> None:
     exact = -ebm.energy(x, z) - ebm.log_partition
     exact = exact + (WEIGHTS.log()[:, None] + given_c).logsumexp(0)
     assert loss.evaluate_loss(x, y) == pytest.approx(-exact.sum().item())
+    labels = TraceEnum_ELBO(max_plate_nesting=1).compute_marginals(model, guide, x, y)["c"]
+    posterior = (WEIGHTS.log()[:, None] + given_c).softmax(0)
+    torch.testing.assert_close(labels.probs, posterior.T)
+    fixed = poutine.condition(model, data={"scene_z": z})
+    torch.manual_seed(0)
+    drawn = infer_discrete(fixed, first_available_dim=-2, temperature=0)
+    best = poutine.trace(drawn).get_trace(x, y).nodes["c"]["value"]
+    assert torch.equal(best, posterior.argmax(0))
+
+
+def nuts_p_value(stretch: float) -> float:
+    """p-value of E[z | x, y] by NUTS, with 60 data as replicates."""
+    ebm, x, y = setting(60)
+    pyro.set_rng_seed(0)
+    with ebm.frozen():
+        kernel = NUTS(labelled(ebm), max_plate_nesting=1)
+        mcmc = MCMC(kernel, num_samples=80, warmup_steps=30, disable_progbar=True)
+        mcmc.run(x, y)
+    error = mcmc.get_samples()["scene_z"].mean(0) - posterior_mean(ebm, x, y * stretch)
+    return mean_p_value(torch.cat([error, error * y.sign()[:, None]], -1), 0.0)
+
+
+def test_nuts_enumerates_the_label() -> None:
+    """Student's test. False alarms: 1e-3."""
+    assert nuts_p_value(1.0) > ALPHA
+
+
+def test_nuts_check_fails_for_the_posterior_of_other_observations() -> None:
+    assert nuts_p_value(1.5) < CERTAIN
 
 
 @pytest.mark.parametrize("expand", [False, True])
@@ -172,8 +201,6 @@ def test_saddle_trains_beside_a_label(make: Any, expand: bool) -> None:
     elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=4, vectorize_particles=True)
     saddle = Saddle(model, guide, ClippedAdam({"lr": 0.0}), elbo)
     assert all(torch.isfinite(torch.tensor(saddle.step(x, y))) for _ in range(3))
-    marginals = TraceEnum_ELBO(max_plate_nesting=1).compute_marginals(model, guide, x, y)
-    assert marginals["c"].probs.shape[-2:] == (len(x), 3)
 
 
 # --- what cannot be summed out ----------------------------------------------------------------
