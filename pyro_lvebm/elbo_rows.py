@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.annealing import log_mean_exp
 from pyro_lvebm.distributions import LatentSite
+from pyro_lvebm.enumeration import will_be_enumerated
 from pyro_lvebm.guides import AutoParticles, check_guide, find_particles, own_parameters
 from pyro_lvebm.laplace import laplace_log_weights
 from pyro_lvebm.local_energy import LatentBlock, sum_other_axes
@@ -166,7 +167,11 @@ def _num_parameters(guide: Model) -> int:
 
 def _latent_names(sweep: Sweep) -> set[str]:
     nodes = sample_nodes(sweep.prototype)
-    return {name for name, node in nodes.items() if not node["is_observed"]}
+    return {
+        name
+        for name, node in nodes.items()
+        if not node["is_observed"] and not will_be_enumerated(node)
+    }
 
 
 class _FromBase(Messenger):
@@ -195,6 +200,8 @@ def _prior(sweep: Sweep) -> Model:
 def _particle_log_weights(
     particles: AutoParticles, guide: Model, sweep: Sweep, num_samples: int
 ) -> tuple[Tensor, int]:
+    if particles.prototype_trace is None:
+        raise ValueError("this Saddle has not taken a step, so it has no particles yet; fit it")
     names = dict(particles.prototype_trace.iter_stochastic_nodes())
     others = _latent_names(sweep) - set(names)
     if others:

@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.guides import check_guide
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.tracing import all_nodes, energy_modules, plate_nesting
+from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.tracing import (
+    Node,
+    all_nodes,
+    at_minibatch,
+    device_of,
+    energy_modules,
+    plate_nesting,
+    sample_nodes,
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,14 @@ def inspect(
     """Run model and guide once, refuse a guide that cannot work, and name the parts.
 
     Raises:
-        ValueError: If the guide cannot work with the model.
+        ValueError: If the guide cannot work with the model, an energy depends on a latent beside
+            its own x and z, or parameters are not in Pyro's store.
     """
     with torch.no_grad(), poutine.block():
         model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         check_guide(guide, model_trace)
+        with isolated_rng(0, device=device_of(args, kwargs)):
+            _check_energies(model, model_trace, args, kwargs)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     sites = {
         id(node["fn"].ebm): name
@@ -52,10 +66,74 @@ def inspect(
         modules.append(guide)
     owned = {id(p) for module in modules for p in module.parameters()}
     params = {
-        name: node["value"].unconstrained()
+        name: _unconstrained(name, node)
         for trace in (model_trace, guide_trace)
         for name, node in all_nodes(trace).items()
         if node["type"] == "param"
     }
     nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
     return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
+
+
+def _unconstrained(name: str, node: Node) -> Tensor:
+    value = node["value"]
+    if not hasattr(value, "unconstrained"):
+        raise ValueError(
+            f"parameter '{name}' is not in Pyro's parameter store, where Saddle finds what it "
+            "trains, as SVI does. Leave pyro.settings 'module_local_params' off, or train with "
+            "Trace_ELBO()(model, guide) and an optimiser of torch"
+        )
+    unconstrained: Tensor = value.unconstrained()
+    return unconstrained
+
+
+class _Energies(Messenger):
+    """Evaluates the energy of every LVEBM site at two fixed pairs (x, z)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], ObservedSite):
+            ebm = msg["fn"].ebm
+            w = torch.tensor([-0.5, 0.5]).to(ebm.base_x.loc)
+            pairs = [w.reshape(2, *[1] * len(s)).expand(2, *s) for s in (ebm.x_shape, ebm.z_shape)]
+            self.values[msg["name"]] = ebm.energy(*pairs).detach().clone()
+
+
+def _check_energies(
+    model: Callable[..., Any], trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse an energy that changes with a latent, by drawing latents anew.
+
+    Raises:
+        ValueError: If one does.
+    """
+    nodes = sample_nodes(trace)
+    latents = [name for name, node in nodes.items() if not node["is_observed"]]
+    if len(latents) < 2:
+        return
+    others = {n: d for n, d in all_nodes(trace).items() if d["type"] == "sample"}
+
+    def energies(redrawn: list[str]) -> dict[str, Tensor]:
+        kept = {name: node for name, node in others.items() if name not in redrawn}
+        with _Energies() as seen:
+            at_minibatch(model, kept)(*args, **kwargs)
+        return seen.values
+
+    start = energies([])
+    if not _changed(start, energies(latents)):
+        return
+    for latent in latents:
+        for site in _changed(start, energies([latent])):
+            raise ValueError(
+                f"the energy of '{site}' depends on the latent '{latent}', so that log Z varies "
+                "with it and a pool, which estimates it at one value only, is wrong at all "
+                f"others: the posterior of '{latent}' is doubly intractable. Let '{latent}' act "
+                "on x or on what follows from z, or make it a parameter (pyro.param)"
+            )
+
+
+def _changed(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return [n for n in a if n in b and not torch.equal(a[n].nan_to_num(), b[n].nan_to_num())]

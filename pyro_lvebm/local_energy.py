@@ -25,6 +25,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import LatentSite, ObservedSite, given_observed, given_x
+from pyro_lvebm.enumeration import check_enumerated, check_latents_held, sum_out
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad, value_and_grad
 from pyro_lvebm.missing import Completion, MissingSite
@@ -141,6 +142,7 @@ def latent_blocks(
         trace = at.trace(guide.num_particles)
     # A guide without latents in a plate does not open it; all evaluations share one minibatch.
     at.nodes.update(subsample_nodes(trace))
+    check_latents_held(sample_nodes(trace), set(nodes), guide.prototype_trace.stochastic_nodes)
     groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
     for name, proto in guide.prototype_trace.iter_stochastic_nodes():
         fn, transform = all_nodes(trace)[name]["fn"], guide.transform(name)
@@ -198,17 +200,19 @@ class _Axes:
         Raises:
             ValueError: If the log probability of a site outside the plates depends on v.
         """
-        total: Tensor = v.new_zeros(())
+        terms = {"": v.new_zeros(())}
         for name, node in nodes.items():
             missing = self.plates - {frame.name for frame in node["cond_indep_stack"]}
             if not missing:
-                total = total + sum_other_axes(node["log_prob"], self.own, self.nesting)
+                terms[name] = sum_other_axes(node["log_prob"], self.own, self.nesting)
             elif _depends_on(node["log_prob"], v):
                 raise ValueError(
                     f"site '{name}' depends on the local latent '{self.latent}' but lies outside "
                     f"its plate {sorted(missing)}, so that the particles of one datum cannot move "
                     "without those of the others. Move the site into the plate"
                 )
+        check_enumerated(nodes, terms.values(), self.plates, self.latent)
+        total = sum_out(terms, nodes, self.nesting + 1)
         return total.expand(self.lead(num_particles, batch)).reshape(num_particles, *batch)
 
 

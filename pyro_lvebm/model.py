@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -104,6 +106,12 @@ class LVEBM(nn.Module):
         ebm.expects_missing = bool(x.isnan().any())
         return ebm
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro leaves weak references on the parameters it knows, and these cannot be pickled.
+        for p in self.parameters():
+            p.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()
+
     @property
     def dim(self) -> int:
         """Number of entries of x and z together."""
@@ -195,7 +203,10 @@ class LVEBM(nn.Module):
         for p in params:
             p.requires_grad_(False)
         try:
-            yield
+            with warnings.catch_warnings():
+                # A PyroModule announces all its parameters, and these are meant to rest.
+                warnings.filterwarnings("ignore", message=".*not registered in the param store")
+                yield
         finally:
             for p in params:
                 p.requires_grad_(True)

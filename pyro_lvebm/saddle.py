@@ -33,6 +33,7 @@ from pyro_lvebm.rollback import pool_snapshot, unchanged_on_error
 from pyro_lvebm.schedules import Schedule, half_cosine
 from pyro_lvebm.tracing import (
     Node,
+    SamePlates,
     at_minibatch,
     device_of,
     energy_modules,
@@ -158,8 +159,9 @@ class Saddle(SVI):
             The loss, in nats, scaled to all data, before the update.
 
         Raises:
-            ValueError: If the loss or a gradient is NaN or infinite. θ is then back at the last
-                values whose loss was finite, and particles and pools are as before the step.
+            ValueError: If the guide was made for another number of rows, or the loss or a
+                gradient is NaN or infinite. θ is then back at the last values whose loss was
+                finite, and particles and pools are as before the step.
         """
         return self.scaled_step(1.0, args, kwargs)
 
@@ -477,7 +479,8 @@ class Saddle(SVI):
         model = at_minibatch(self.model, choices) if choices else self.model
 
         def loss_and_grads() -> float:
-            loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
+            with SamePlates():
+                loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
             return loss + add_penalties(self.penalties, self.ebms)
 
         return ascend(

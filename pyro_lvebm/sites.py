@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import pyro
 import torch
-from pyro.poutine.runtime import get_plates
+from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from torch import Tensor, nn
 
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
@@ -51,7 +54,8 @@ def lvebm(
     Raises:
         ValueError: If obs is empty, infinite, not floating point, of another event shape, NaN at
             an entry that is said to be observed, or its rows are not those of the plates around
-            the call; or if `observed` is not boolean or of another shape.
+            the call; if `observed` is not boolean or of another shape; if a parameter of the
+            energy is a sample site, or `poutine.do` sets z where x is observed.
 
     Source:
         docs/maths.md, "Two sites".
@@ -74,10 +78,12 @@ def lvebm(
     if obs is not None:
         check_data(obs, ebm.x_shape, missing=True)
         _check_plates(name, obs, ebm)
+        _check_do(name)
         if observed is not None or ebm.expects_missing or obs.isnan().any():
             completion = Completion(ebm.base_x, obs, _observed_entries(name, obs, observed))
     elif observed is not None:
         raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
+    _check_not_random(name, ebm.f)
     _announce(f"{name}_lvebm", ebm.f)
     pairing = Pairing()
     z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing))
@@ -115,6 +121,32 @@ def _check_plates(name: str, obs: Tensor, ebm: LVEBM) -> None:
             )
 
 
+def _check_do(name: str) -> None:
+    handlers = [h for h in _PYRO_STACK if isinstance(h, DoMessenger)]
+    if any(h.data.get(f"{name}_z") is not None for h in handlers):
+        raise ValueError(
+            f"poutine.do sets '{name}_z' where '{name}' is observed: the density of x given "
+            "do(z) has a normaliser of its own, ∫ base_x(x) exp(−f(x, z)) dx, which no pool "
+            f"estimates. Draw x without obs, or use poutine.condition on '{name}_z' for the joint "
+            "density"
+        )
+
+
+def _check_not_random(name: str, module: nn.Module) -> None:
+    for path, part in module.named_modules():
+        for key in getattr(part, "_pyro_samples", {}):
+            _refuse_random(name, f"{path}.{key}".lstrip("."))
+
+
+def _refuse_random(name: str, param: str) -> NoReturn:
+    raise ValueError(
+        f"parameter '{param}' of the energy of '{name}' is given from outside, by PyroSample, "
+        "poutine.lift or poutine.substitute. log Z varies with θ, and a pool estimates it at one θ "
+        "only, so the posterior of θ is doubly intractable. Train θ by maximum likelihood; for a "
+        "prior on θ add a penalty, such as weight_decay"
+    )
+
+
 def _announce(prefix: str, module: nn.Module) -> None:
     """Announce trainable parameters to Pyro, each under one name and as the tensor it is.
 
@@ -132,4 +164,7 @@ def _announce(prefix: str, module: nn.Module) -> None:
         # The store forgets a tensor under a name that another has taken, but not the name.
         if held.get(name) is not param:
             store[name] = param
-        pyro.param(name)
+        value: Any = pyro.param(name)
+        if not hasattr(value, "unconstrained") or value.unconstrained() is not param:
+            # A handler has put another tensor in its place, which the energy would not see.
+            _refuse_random(prefix.removesuffix("_lvebm"), key)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.guides.particles import PARTICLE_PLATE
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.validation import DataError
 
 Model = Callable[..., Any]
 Node = dict[str, Any]
@@ -155,11 +156,15 @@ class ModelAt:
     kwargs: dict[str, Any]
 
     def trace(self, num_particles: int, **values: Tensor) -> Trace:
-        """Trace the vectorised model, with the values of some sites replaced."""
+        """Trace the vectorised model, with the values of some sites replaced.
+
+        Sites with `infer={"enumerate": "parallel"}` are enumerated left of the particles.
+        """
         nodes = dict(self.nodes)
         for name, value in values.items():
             nodes[name] = {**nodes[name], "value": value}
         fixed = at_minibatch(vectorise(self.model, num_particles, self.nesting), nodes)
+        fixed = poutine.enum(fixed, first_available_dim=-self.nesting - 2)
         return poutine.trace(fixed).get_trace(*self.args, **self.kwargs)
 
 
@@ -178,3 +183,26 @@ class PositivePairs(Messenger):
     def mean_energies(self) -> dict[str, float]:
         """Return the mean of E_θ over the pairs, in nats, by the site of x."""
         return {name: float(fn.energy(x).mean()) for name, (fn, x) in self.sites.items()}
+
+
+class SamePlates(Messenger):
+    """Refuses a guide whose plates have other sizes than those of the model it is run with.
+
+    Pyro replays the guide's choice of rows in the model. Where the guide was made for other data,
+    the model would silently run on some of its rows only, or on rows that do not exist.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not _is_subsample(msg):
+            return
+        name, size = msg["name"], msg["fn"].size
+        held = self.sizes.setdefault(name, size)
+        if held != size:
+            raise DataError(
+                f"plate '{name}' has {held} rows in the guide and {size} in the model; the guide "
+                "was made for other data. Build a new guide, or use an amortised one"
+            )

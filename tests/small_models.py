@@ -115,6 +115,18 @@ def plate_model(ebm: LVEBM, subsample_size: int | None = None) -> Callable[[Tens
     return model
 
 
+def classifier(ebm: LVEBM) -> Callable[..., None]:
+    """`plate_model` with a logistic regression of labels y on its latent."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.param("w", torch.zeros(2).double())
+        with pyro.plate("data", len(x)) as i:
+            _, z = lvebm("scene", ebm, obs=x[i])
+            pyro.sample("y", dist.Bernoulli(logits=(z * w).sum(-1)), obs=y)
+
+    return model
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of everything in a module's state."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -18,6 +18,7 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import LatentSite
 from pyro_lvebm.guides.networks import as_pyro_params
+from pyro_lvebm.guides.rows import KnownRows
 from pyro_lvebm.rng import isolated_rng
 
 
@@ -44,6 +45,7 @@ class AmortisedGuide(AutoGuide):
         super().__init__(model)
         self._observations = (lambda x, *_, **__: x) if observations is None else observations
         self._hidden, self._seed = tuple(hidden), seed
+        self._rows = KnownRows()
 
     @staticmethod
     def _num_outputs(dim: int) -> int:
@@ -55,7 +57,8 @@ class AmortisedGuide(AutoGuide):
         """Return q (*b,) over events of base_z, for outputs (*b, num_outputs)."""
         raise NotImplementedError
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _read_plates(self, *args: Any, **kwargs: Any) -> None:
+        """Learn the latent site and its plates from a run of the model."""
         super()._setup_prototype(*args, **kwargs)
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         names = [n for n, s in sites.items() if isinstance(s["fn"], LatentSite)]
@@ -67,6 +70,9 @@ class AmortisedGuide(AutoGuide):
             )
         self._name = names[0]
         self._site = sites[self._name]
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self._read_plates(*args, **kwargs)
         ebm = self._site["fn"].ebm
         widths = [ebm.base_x.dim, *self._hidden]
         with isolated_rng(self._seed):
@@ -78,6 +84,14 @@ class AmortisedGuide(AutoGuide):
         nn.init.zeros_(out.bias)
         self.encoder = as_pyro_params(nn.Sequential(*layers, out).to(ebm.base_x.loc))
 
+    def _follow_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the plates of these arguments; the encoder is for any number of rows."""
+        if self.master is not None:
+            self._rows.check(self, args, kwargs)  # the plates are those of the list
+        elif self._rows.changed(self, args, kwargs):
+            self._rows.forget()
+            self._read_plates(*args, **kwargs)
+
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """Return q(z | x), of batch shape (*b,), for x (*b, *x_shape)."""
         ebm = self._site["fn"].ebm
@@ -87,6 +101,7 @@ class AmortisedGuide(AutoGuide):
         """Sample the latent of every row of the minibatch."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self._follow_rows(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         x = self._observations(*args, **kwargs)
         with ExitStack() as stack:

@@ -19,6 +19,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_lvebm.guides.full_size import draw_full_size
+from pyro_lvebm.guides.rows import KnownRows
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """Name of the plate that Pyro's ELBOs open for vectorised particles."""
@@ -42,7 +43,8 @@ class AutoParticles(AutoGuide):
         create_plates: As in every Pyro autoguide.
 
     Raises:
-        ValueError: If num_particles < 1, or (at the first call) a latent site is discrete.
+        ValueError: If num_particles < 1; at the first call, if a latent site is discrete; later,
+            if the plates of the model have other sizes than at the first call.
 
     Example:
         >>> import pyro, torch
@@ -71,6 +73,7 @@ class AutoParticles(AutoGuide):
         if num_particles < 1:
             raise ValueError(f"num_particles must be at least 1; got {num_particles}")
         self.num_particles = num_particles
+        self._rows = KnownRows()
         super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -133,6 +136,7 @@ class AutoParticles(AutoGuide):
         """Sample every latent site at its particles."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self._rows.check(self, args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():

@@ -19,6 +19,7 @@ from torch.distributions import biject_to
 from torch.distributions.kl import register_kl
 
 from pyro_lvebm.guides.full_size import draw_full_size
+from pyro_lvebm.guides.rows import KnownRows
 
 
 class PerDatumGuide(AutoGuide):
@@ -37,8 +38,8 @@ class PerDatumGuide(AutoGuide):
         create_plates: As in every Pyro autoguide.
 
     Raises:
-        ValueError: If init_scale is not positive, or (at the first call) a latent site is
-            discrete.
+        ValueError: If init_scale is not positive; at the first call, if a latent site is
+            discrete; later, if the plates of the model have other sizes than at the first call.
     """
 
     prototype_trace: Any  # a `Trace`; None before the first call
@@ -54,6 +55,7 @@ class PerDatumGuide(AutoGuide):
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive; got {init_scale}")
         self._init_scale = init_scale
+        self._rows = KnownRows()
         super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
 
     def _allocate(self, key: str, loc: Tensor) -> None:
@@ -83,6 +85,7 @@ class PerDatumGuide(AutoGuide):
         """Sample every latent site."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self._rows.check(self, args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
