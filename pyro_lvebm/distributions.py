@@ -145,9 +145,10 @@ def given_observed(ebm: LVEBM, completion: Completion, columns: Tensor) -> Value
     d, k = u_x.shape[-1], ebm.base_z.dim
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        x = u_x + (v[..., None, k:] @ slope)[..., 0, :]
+        # A product of matrices would copy `slope` for every particle.
+        x = u_x + torch.einsum("...c,...cd->...d", v[..., k:], slope)
         value, grad = ebm.residual_and_grad(torch.cat([x, v[..., :k]], -1))
-        by_entries = (slope @ grad[..., :d, None])[..., 0]
+        by_entries = torch.einsum("...cd,...d->...c", slope, grad[..., :d])
         return value, torch.cat([grad[..., d:], by_entries], -1)
 
     return evaluate

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.guides.particles import PARTICLE_PLATE
+from pyro_lvebm.missing import MissingSite
 from pyro_lvebm.tracing import Node
 
 
@@ -40,6 +41,12 @@ def check_latents_held(nodes: dict[str, Node], held: set[str], particles: list[s
             continue
         if type(node["fn"]).__name__ == "Delta":
             continue
+        if isinstance(node["fn"], MissingSite):
+            raise ValueError(
+                f"'{name.removesuffix('_missing')}' has missing entries, and had none when the "
+                "guide was made. Make a new guide with such data, and give lvebm(..., "
+                "observed=...) where only some minibatches have missing entries"
+            )
         discrete = node["fn"].support.is_discrete
         cure = 'give it infer={"enumerate": "parallel"} and train with TraceEnum_ELBO,' * discrete
         raise ValueError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -95,13 +96,20 @@ def fit_incomplete(x: Tensor) -> tuple[Tensor, Tensor]:
         Mean (d,) and covariance (d, d).
 
     Raises:
-        ValueError: If a covariance becomes singular, as where two columns are never seen together
-            or there are too few entries.
+        ValueError: If two columns are never observed together, or the covariance becomes singular,
+            as where there are too few entries.
 
     Source:
         Little and Rubin (2019), Statistical analysis with missing data, 3rd edition, section 11.2.
     """
     observed = ~x.isnan()
+    together = observed.to(x).T @ observed.to(x)
+    if (together == 0.0).any():
+        i, j = torch.nonzero(together == 0.0)[0].tolist()
+        raise ValueError(
+            f"columns {i} and {j} of x are never observed together, so nothing tells how they are "
+            "correlated. Drop one, or give a base with standard deviations only"
+        )
     loc, std = x.nanmean(0), (x - x.nanmean(0)).square().nanmean(0).sqrt()
     y = torch.where(observed, (x - loc) / std, 0.0)
     mean, cov = torch.zeros_like(loc), torch.eye(len(loc)).to(x)
@@ -131,4 +139,11 @@ def fit_incomplete(x: Tensor) -> tuple[Tensor, Tensor]:
         if score - last < TOLERANCE:
             break
         last = score
+    else:
+        warnings.warn(
+            f"expectation maximisation has not converged in {MAX_ITERATIONS} iterations: much of x "
+            "is missing. The base is near, not at, maximum likelihood; training goes on from there",
+            UserWarning,
+            stacklevel=2,
+        )
     return loc + std * mean, cov * std[:, None] * std

@@ -78,6 +78,7 @@ class LatentBlock:
     offset: Tensor  # broadcasts to (K, *B), nats
     is_global: bool  # lies outside a subsampled plate, so that f is a noisy estimate
     at: ModelAt  # the model in which the other blocks are fixed, shared by all blocks
+    is_direct: bool = False  # f is that of one LVEBM, and nothing else depends on the latents
 
     def split(self, v: Tensor) -> dict[str, Tensor]:
         """Return unconstrained values (*b, *event_shape) of every site for v (*b, D)."""
@@ -145,22 +146,29 @@ def latent_blocks(
     check_latents_held(sample_nodes(trace), set(nodes), guide.prototype_trace.stochastic_nodes)
     groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
     for name, proto in guide.prototype_trace.iter_stochastic_nodes():
+        if name not in trace:
+            raise ValueError(
+                f"the model has no site '{name}' in this minibatch, but the guide has. Where "
+                "entries of x are missing, give lvebm(..., observed=...) in every minibatch"
+            )
         fn, transform = all_nodes(trace)[name]["fn"], guide.transform(name)
         columns = LatentColumns(
             name,
             transform,
             transform.inverse_shape(fn.event_shape),
-            _whitening(fn),
+            _whitening(fn, nesting),
         )
         frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
         groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
     return [_block(group, guide, at, trace) for group in groups.values()], trace
 
 
-def _whitening(fn: Any) -> GaussianBase | Completion | None:
+def _whitening(fn: Any, nesting: int) -> GaussianBase | Completion | None:
     if isinstance(fn, LatentSite):
         return fn.ebm.base_z
-    return fn.completion if isinstance(fn, MissingSite) else None
+    # Where latents move x, observed entries differ between particles, and so would coordinates.
+    fixed = isinstance(fn, MissingSite) and len(fn.completion.batch_shape) <= nesting
+    return fn.completion if fixed else None
 
 
 def _block(
@@ -174,7 +182,8 @@ def _block(
     axes = _Axes(columns[0].name, proto, at.nesting)
     direct = _energy_alone(columns, at, trace, axes)
     f, offset = direct or (_traced_energy(columns, at, axes), v.new_zeros(()))
-    return LatentBlock(columns, indices, v, f, offset, bool(subsampled - set(indices)), at)
+    is_global = bool(subsampled - set(indices))
+    return LatentBlock(columns, indices, v, f, offset, is_global, at, direct is not None)
 
 
 class _Axes:
@@ -248,6 +257,7 @@ def _energy_alone(
     same_scale = bool(torch.as_tensor(x_node["scale"] == first["scale"]).all())
     plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
     others = set(sample_nodes(trace)) - {*names, x_name}
+    plain = plain and not _is_moved(x_name, names, at)
     elsewhere = _independent_log_prob(names, others, at, axes) if plain else None
     if elsewhere is None:
         return None
@@ -257,6 +267,21 @@ def _energy_alone(
         return given_x(fn.ebm, fn.ebm.base_x.whiten(x)), fn.ebm.base_x.log_prob(x) + elsewhere
     entries = torch.arange(completion.dim, device=completion.mean.device)
     return given_observed(fn.ebm, completion, entries), completion.log_base() + elsewhere
+
+
+def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:
+    """Whether other latents move the observations, as in `obs=x - shift`, by autograd."""
+    held = {
+        name: node["value"].detach()
+        for name, node in at.nodes.items()
+        if name not in names and not node["is_observed"] and node["value"].is_floating_point()
+    }
+    if not held:
+        return False
+    with torch.enable_grad():
+        values = {name: value.requires_grad_(True) for name, value in held.items()}
+        x = all_nodes(at.trace(len(at.nodes[names[0]]["value"]), **values))[x_name]["value"]
+        return any(_depends_on(x, value) for value in values.values())
 
 
 def _independent_log_prob(

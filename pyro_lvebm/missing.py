@@ -57,11 +57,12 @@ class Completion:
     def whiten(self, value: Tensor) -> Tensor:
         """Return v (*, *b, d) for values (*, *b, *x_shape)."""
         centred = self._flatten(value) - self.mean
-        return (centred[..., None, :] @ self.root)[..., 0, :]
+        v: Tensor = torch.einsum("...c,...cd->...d", centred, self.root)
+        return v
 
     def unwhiten(self, v: Tensor) -> Tensor:
         """Return values (*, *b, *x_shape) for v (*, *b, d)."""
-        value: Tensor = self.mean + (v[..., None, :] @ self.inverse_root)[..., 0, :]
+        value: Tensor = self.mean + torch.einsum("...c,...cd->...d", v, self.inverse_root)
         return value.reshape(*value.shape[:-1], *self.event_shape)
 
     def complete(self, value: Tensor, x: Tensor | None = None) -> Tensor:

@@ -54,6 +54,8 @@ class LVEBM(nn.Module):
         torch.Size([100])
     """
 
+    expects_missing: Tensor  # whether the data of `from_data` had missing entries
+
     def __init__(
         self,
         energy: nn.Module,
@@ -74,7 +76,7 @@ class LVEBM(nn.Module):
         self.pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
         self.pool.initialise(self.dim)
         self.pool_theta: list[Tensor] = []
-        self.expects_missing = False
+        self.register_buffer("expects_missing", torch.tensor(False))
 
     @classmethod
     def from_data(
@@ -83,7 +85,8 @@ class LVEBM(nn.Module):
         """Start from a Gaussian fitted to the data and a standard normal latent.
 
         The Gaussian has the means and variances of the columns, and their correlations, shrunk
-        towards 0 by the share that cross-validation finds best; with many rows that is none.
+        towards 0 by the share that cross-validation finds best; with many rows that is none. Where
+        entries are missing it is that of maximum likelihood, by expectation maximisation.
 
         Args:
             energy: The residual energy f.
@@ -103,7 +106,7 @@ class LVEBM(nn.Module):
         base_x = GaussianBase.fit(x)
         energy.to(device=x.device, dtype=x.dtype)
         ebm = cls(energy, base_x, base_z, pool)
-        ebm.expects_missing = bool(x.isnan().any())
+        ebm.expects_missing.copy_(x.isnan().any())
         return ebm
 
     def __getstate__(self) -> dict[str, Any]:

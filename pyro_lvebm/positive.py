@@ -116,10 +116,10 @@ def step_factors(
 
     Far from the mode an energy may be so steep that Metropolis' test refuses every move of the size
     that suits the other particles; shorter ones bring such a particle back. A factor that does not
-    depend on the particles leaves their law invariant. The energy of an LVEBM, whitened and
+    depend on the particles leaves their law invariant. The energy of an LVEBM alone, whitened and
     Lipschitz on a Gaussian base, needs none, and without a test nothing is refused.
     """
-    if not isinstance(kernel, MALA) or all(c.gaussian is not None for c in block.columns):
+    if not isinstance(kernel, MALA) or block.is_direct:
         return [1.0] * num_moves
     draws = torch.rand((num_moves, 2), generator=generator, device=block.v.device).tolist()
     return [10.0 ** (-3.0 * u) if short < 0.1 else 1.0 for short, u in draws]

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import Kernel
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
+from pyro_lvebm.missing import Completion
 from pyro_lvebm.positive import Chain, run_chains
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.tracing import (
@@ -107,7 +108,10 @@ def _collect(
     values = block.constrain(chain.v)
     for column in block.columns:
         name = column.name
-        part = values[name].transpose(0, 1)  # (K, num_samples, *B, *event)
+        value = values[name]
+        if isinstance(column.gaussian, Completion):
+            value = column.gaussian.complete(value)  # rather than noise at observed entries
+        part = value.transpose(0, 1)  # (K, num_samples, *B, *event)
         if name not in samples:
             full = particles.particles(name).shape
             samples[name] = part.new_empty(part.shape[:2] + full[1:])

@@ -92,7 +92,8 @@ def lvebm(
     entries = pyro.sample(f"{name}_missing", MissingSite(completion))
     fn = ObservedSite(ebm, z, pairing, missing=(completion, entries))
     x = pyro.sample(name, fn, obs=obs)
-    return completion.complete(entries, x), z
+    # A replicate of x, as under `uncondition`, is complete.
+    return (completion.complete(entries, x) if x is obs else x), z
 
 
 def _observed_entries(name: str, obs: Tensor, observed: Tensor | None) -> Tensor:

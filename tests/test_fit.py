@@ -665,7 +665,7 @@ def test_impossible_decays_are_refused(decay: float) -> None:
 def test_bad_held_out_data_are_refused_before_the_first_step() -> None:
     ebm = quadratic_ebm()
     saddle, x = make(ebm), data_of(ebm, 20)
-    for bad, message in ((x * math.nan, "NaN"), (x[:, :2], "trailing shape")):
+    for bad, message in ((x * math.inf, "infinite"), (x[:, :2], "trailing shape")):
         before = snapshot(ebm)
         with pytest.raises(ValueError, match=message):
             saddle.fit(x, num_steps=5, held_out=(bad,), progress=False)
@@ -781,7 +781,7 @@ def test_a_step_that_failed_has_no_row() -> None:
     saddle, x = make(ebm), data_of(ebm, 20)
     saddle.step(x)
     with pytest.raises(ValueError, match="NaN"):
-        saddle.step(x * math.nan)
+        saddle.step(x * math.inf)
     saddle.step(x)
     assert saddle.history.index.tolist() == [1, 2]
 

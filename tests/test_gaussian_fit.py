@@ -10,6 +10,7 @@ from referee import normal
 from scipy import optimize, stats
 from torch import Tensor
 
+from pyro_lvebm import gaussian_fit as module
 from pyro_lvebm.gaussian_fit import SHARES, condition, cross_validated_shrinkage, fit_incomplete
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -123,13 +124,17 @@ def test_without_missing_entries_it_is_maximum_likelihood() -> None:
     torch.testing.assert_close(cov, torch.cov(x.T, correction=0), rtol=1e-5, atol=1e-6)
 
 
-def test_columns_that_are_never_seen_together() -> None:
-    """Their correlation is not determined; what is found fits the observed entries as well."""
-    x = normal((60, 2), 7)
-    x[:30, 0], x[30:, 1] = math.nan, math.nan
-    mean, cov = fit_incomplete(x)
-    torch.testing.assert_close(mean, x.nanmean(0), rtol=1e-3, atol=1e-3)
-    assert torch.linalg.eigvalsh(cov)[0] > 0.0
+def test_columns_that_are_never_seen_together_are_refused() -> None:
+    x = normal((60, 3), 7)
+    x[:30, 0], x[30:, 2] = math.nan, math.nan
+    with pytest.raises(ValueError, match="columns 0 and 2 of x are never observed together"):
+        fit_incomplete(x)
+
+
+def test_slow_convergence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
+    with pytest.warns(UserWarning, match="not converged in 2 iterations"):
+        fit_incomplete(holes(correlated(50, 3, 8), 0.5, 9))
 
 
 def test_too_few_entries_are_refused() -> None:

@@ -59,11 +59,13 @@ class AmortisedGuide(AutoGuide):
 
     def _read_plates(self, *args: Any, **kwargs: Any) -> None:
         """Learn the latent site and its plates from a run of the model."""
+        before = self.prototype_trace, dict(self._prototype_frames)
         super()._setup_prototype(*args, **kwargs)
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         names = [n for n, s in sites.items() if isinstance(s["fn"], LatentSite)]
         if len(sites) != 1 or not names:
-            self.prototype_trace = None
+            # A trained encoder must not be taken for one that was never built.
+            self.prototype_trace, self._prototype_frames = before
             raise ValueError(
                 f"{type(self).__name__} needs a model whose only latent is the z of one LVEBM; got "
                 f"{sorted(sites)}. Hide the others with poutine.block"
@@ -89,8 +91,8 @@ class AmortisedGuide(AutoGuide):
         if self.master is not None:
             self._rows.check(self, args, kwargs)  # the plates are those of the list
         elif self._rows.changed(self, args, kwargs):
-            self._rows.forget()
             self._read_plates(*args, **kwargs)
+            self._rows.forget()
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """Return q(z | x), of batch shape (*b,), for x (*b, *x_shape)."""

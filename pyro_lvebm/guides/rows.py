@@ -73,7 +73,10 @@ def _plate_sizes(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
     # Handlers around the guide, such as a plate of particles, are not for this run.
     with isolated_rng(0, device=device), torch.no_grad(), poutine.block():
         trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
+    frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
     sizes = {name: getattr(node.get("fn"), "size", None) for name, node in trace.nodes.items()}
+    # `poutine.block(expose=...)` hides the sites of plates, but not the plates of other sites.
+    sizes |= {frame.name: frame.full_size or frame.size for frame in frames}
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
