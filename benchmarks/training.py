@@ -344,11 +344,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             future.add_done_callback(_announce)
         runs = {
             (name, rate, seed): pool.submit(rate_run, name, rate, seed, effort)
-            for name in (RATE_SETS if "rates" in args.rows else ())
+            for seed in (seeds if "rates" in args.rows else ())
+            for name in RATE_SETS
             if name in args.data
             for rate in RATES
-            for seed in seeds
         }
+        for key, run in runs.items():
+            run.add_done_callback(partial(_announce_run, key))
         rows = [future.result() for future in futures]
         rows += rate_rows({key: future.result() for key, future in runs.items()}, args.quick)
     print(table(rows, COLUMNS))
@@ -360,6 +362,15 @@ def _announce(future: Future[Row]) -> None:
     if not future.cancelled() and future.exception() is None:
         row = future.result()
         print(f"{row.kind}, {row.data}: {row.value:.4f} {row.note}", file=sys.stderr, flush=True)
+
+
+def _announce_run(key: tuple[str, float, int], future: Future[tuple[float, float, float]]) -> None:
+    """Show one run of the sweep on standard error: a sweep that is stopped is not lost."""
+    if not future.cancelled() and future.exception() is None:
+        best, final, seconds = future.result()
+        name, rate, seed = key
+        text = f"rate {rate:g}, seed {seed}: best {best:.4f}, final {final:.4f}, {seconds:.0f} s"
+        print(f"rates, {name}: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

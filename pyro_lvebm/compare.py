@@ -21,9 +21,9 @@ from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence
 from pyro_lvebm.refit import refits
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
-from pyro_lvebm.tracing import Model, device_of, energy_modules, frozen, sample_nodes
+from pyro_lvebm.tracing import Model, energy_modules, frozen, sample_nodes
 
 _WITH_GUIDE = (Saddle, ImportanceWeighted)
 

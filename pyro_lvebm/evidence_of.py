@@ -16,9 +16,9 @@ from pyro_lvebm.log_evidence import LogEvidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model_evidence import Sweep, Terms, anneal_block, model_log_evidence
 from pyro_lvebm.particle_elbo import fit_gaussian, posterior_draws, relative_to
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
-from pyro_lvebm.tracing import Model, device_of, energy_modules, frozen
+from pyro_lvebm.tracing import Model, energy_modules, frozen
 from pyro_lvebm.validation import TrainingWarning
 
 

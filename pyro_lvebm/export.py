@@ -66,10 +66,13 @@ def to_arviz(
         `arviz.InferenceData` for ArviZ 0.2x, `xarray.DataTree` for ArviZ ≥ 1.
 
     Raises:
-        ValueError: If the guide has no `AutoParticles`, or a number is out of range.
+        ValueError: If the guide has no `AutoParticles`, a number is out of range, or `table` is not
+            an `ElboTable`.
     """
     if num_predictive is not None and not 1 <= num_predictive <= num_samples:
         raise ValueError(f"num_predictive must lie in 1 … {num_samples}; got {num_predictive}")
+    if table is not None and not isinstance(table, ElboTable):
+        raise ValueError(f"table must be an ElboTable, of compare_elbo; got {type(table).__name__}")
     draws = saddle.draw_posterior(
         *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs
     )

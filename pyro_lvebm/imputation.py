@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.distributions import given_observed
-from pyro_lvebm.missing import Completion
+from pyro_lvebm.missing import Completion, observed_entries
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import check_rows
 
@@ -29,7 +29,7 @@ def impute(
     check_rows(x, ebm.x_shape, missing=True)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
-    observed = _observed_entries(x, observed)
+    observed = observed_entries(x, observed, ebm.x_shape).flatten(1)
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):
         raise ValueError("nothing is missing: every entry of x is observed")
@@ -56,18 +56,3 @@ def _complete(
     v = x.new_zeros(len(x), 1, completion.dim)
     v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
     return completion.complete(completion.unwhiten(v))[:, 0]
-
-
-def _observed_entries(x: Tensor, observed: Tensor | None) -> Tensor:
-    """Which entries are observed, (N, d)."""
-    if observed is None:
-        return ~x.isnan().flatten(1)
-    if observed.dtype != torch.bool or observed.shape not in (x.shape, x.shape[1:]):
-        raise ValueError(
-            f"observed must be a boolean mask of shape {tuple(x.shape[1:])}, the same for all "
-            f"rows, or {tuple(x.shape)}; got {observed.dtype} of shape {tuple(observed.shape)}"
-        )
-    observed = observed.expand(x.shape)
-    if x[observed].isnan().any():
-        raise ValueError("x is NaN at entries that `observed` says are observed")
-    return observed.flatten(1)

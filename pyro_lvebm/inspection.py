@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.guides import check_guide
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.tracing import (
     Node,
     all_nodes,
     at_minibatch,
-    device_of,
     energy_modules,
     plate_nesting,
     sample_nodes,

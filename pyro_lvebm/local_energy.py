@@ -21,50 +21,13 @@ from typing import Any
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
-from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import LatentSite, ObservedSite, given_observed, given_x
 from pyro_lvebm.enumeration import check_enumerated, check_latents_held, sum_out
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad, value_and_grad
-from pyro_lvebm.missing import Completion, MissingSite
+from pyro_lvebm.latent_columns import LatentColumns, whitening
 from pyro_lvebm.tracing import Model, ModelAt, Node, all_nodes, sample_nodes, subsample_nodes
-
-
-@dataclass(frozen=True)
-class LatentColumns:
-    """How the unconstrained values of one latent site fill columns of v."""
-
-    name: str
-    transform: Transform
-    event_shape: torch.Size  # unconstrained
-    gaussian: GaussianBase | Completion | None  # the law that whitens the values, if one does
-
-    @property
-    def dim(self) -> int:
-        """Number of columns."""
-        return self.event_shape.numel()
-
-    def to_columns(self, value: Tensor) -> Tensor:
-        """Return (*b, dim) for unconstrained values (*b, *event_shape)."""
-        if self.gaussian is not None:
-            return self.gaussian.whiten(value)
-        return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)
-
-    def from_columns(self, columns: Tensor) -> Tensor:
-        """Return unconstrained values (*b, *event_shape) for (*b, dim)."""
-        if self.gaussian is not None:
-            return self.gaussian.unwhiten(columns)
-        return columns.reshape(*columns.shape[:-1], *self.event_shape)
-
-    def log_abs_det(self, columns: Tensor) -> Tensor:
-        """Return log |dz/dv| (*b,), in nats."""
-        if self.gaussian is not None:
-            return self.gaussian.log_det.expand(columns.shape[:-1])
-        value = self.from_columns(columns)
-        jacobian: Tensor = self.transform.log_abs_det_jacobian(value, self.transform(value))
-        return jacobian.reshape(*columns.shape[:-1], -1).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -156,19 +119,11 @@ def latent_blocks(
             name,
             transform,
             transform.inverse_shape(fn.event_shape),
-            _whitening(fn, nesting),
+            whitening(fn, nesting),
         )
         frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
         groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
     return [_block(group, guide, at, trace) for group in groups.values()], trace
-
-
-def _whitening(fn: Any, nesting: int) -> GaussianBase | Completion | None:
-    if isinstance(fn, LatentSite):
-        return fn.ebm.base_z
-    # Where latents move x, observed entries differ between particles, and so would coordinates.
-    fixed = isinstance(fn, MissingSite) and len(fn.completion.batch_shape) <= nesting
-    return fn.completion if fixed else None
 
 
 def _block(

@@ -17,6 +17,30 @@ from pyro_lvebm.gaussian_fit import condition
 _EMPTY = torch.Size()
 
 
+def observed_entries(x: Tensor, observed: Tensor | None, x_shape: torch.Size) -> Tensor:
+    """Return which entries of x (*b, *x_shape) are observed, boolean and of its shape.
+
+    Args:
+        x: Observations, NaN where missing.
+        observed: What the user says of them, for every row or for all alike; None for all but NaN.
+        x_shape: Event shape of x.
+
+    Raises:
+        ValueError: If `observed` is not boolean or of another shape, or x is NaN where observed.
+    """
+    if observed is None:
+        return ~x.isnan()
+    if observed.dtype != torch.bool or observed.shape not in (x.shape, x_shape):
+        raise ValueError(
+            f"observed must be a boolean mask of shape {tuple(x_shape)}, the same for all rows, or "
+            f"{tuple(x.shape)}; got {observed.dtype} of shape {tuple(observed.shape)}"
+        )
+    observed = observed.expand(x.shape)
+    if x[observed].isnan().any():
+        raise ValueError("x is NaN at entries that `observed` says are observed")
+    return observed
+
+
 class Completion:
     """The law of the missing entries of a batch of x under base_x given the observed ones.
 

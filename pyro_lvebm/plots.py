@@ -86,7 +86,12 @@ def plot_elbo(table: ElboTable, axes: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: If `table` is not an `ElboTable`.
     """
+    if not isinstance(table, ElboTable):
+        raise ValueError(f"table must be an ElboTable, of compare_elbo; got {type(table).__name__}")
     if axes is None:
         figure = Figure(figsize=(6, 1.2 + 0.5 * len(table.rows)), layout="constrained")
         FigureCanvasAgg(figure)

@@ -5,9 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+
+def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Return the device of a model's arguments, that of the first tensor among them."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return next((value.device for value in tensors), torch.device("cpu"))
 
 
 def derive_seed(seed: int, *counters: int) -> int:

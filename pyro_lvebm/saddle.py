@@ -28,14 +28,13 @@ from pyro_lvebm.model_evidence import Sweep, missed_log_z, model_log_evidence
 from pyro_lvebm.penalties import Penalty, add_penalties
 from pyro_lvebm.positive import move_minibatch
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
-from pyro_lvebm.rng import generator_for, isolated_rng
+from pyro_lvebm.rng import device_of, generator_for, isolated_rng
 from pyro_lvebm.rollback import pool_snapshot, unchanged_on_error
 from pyro_lvebm.schedules import Schedule, half_cosine
 from pyro_lvebm.tracing import (
     Node,
     SamePlates,
     at_minibatch,
-    device_of,
     energy_modules,
     frozen,
 )

@@ -12,7 +12,7 @@ from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from torch import Tensor, nn
 
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
-from pyro_lvebm.missing import Completion, MissingSite
+from pyro_lvebm.missing import Completion, MissingSite, observed_entries
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.validation import check_data
 
@@ -44,9 +44,10 @@ def lvebm(
         ebm: The LVEBM.
         obs: Observed x (*b, *x_shape), floating point, finite or NaN where missing, with the rows
             of the plates around the call; None to draw x.
-        observed: Which entries of obs are observed, boolean, of its shape; by default all that
-            are not NaN. In minibatches, give it where some have no NaN, unless the LVEBM comes
-            from `from_data` with such rows: every minibatch must open the same sites.
+        observed: Which entries of obs are observed, boolean, of its shape, or of x_shape for all
+            rows alike; by default all that are not NaN. In minibatches, give it where some have no
+            NaN, unless the LVEBM comes from `from_data` with such rows: every minibatch must open
+            the same sites.
 
     Returns:
         x (*b, *x_shape), completed where entries are missing, and z (*b, *z_shape).
@@ -80,7 +81,7 @@ def lvebm(
         _check_plates(name, obs, ebm)
         _check_do(name)
         if observed is not None or ebm.expects_missing or obs.isnan().any():
-            completion = Completion(ebm.base_x, obs, _observed_entries(name, obs, observed))
+            completion = Completion(ebm.base_x, obs, observed_entries(obs, observed, ebm.x_shape))
     elif observed is not None:
         raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
     _check_not_random(name, ebm.f)
@@ -94,19 +95,6 @@ def lvebm(
     x = pyro.sample(name, fn, obs=obs)
     # A replicate of x, as under `uncondition`, is complete.
     return (completion.complete(entries, x) if x is obs else x), z
-
-
-def _observed_entries(name: str, obs: Tensor, observed: Tensor | None) -> Tensor:
-    if observed is None:
-        return ~obs.isnan()
-    if observed.dtype != torch.bool or observed.shape != obs.shape:
-        raise ValueError(
-            f"observed of '{name}' must be boolean and of the shape of obs, {tuple(obs.shape)}; "
-            f"got {observed.dtype} of shape {tuple(observed.shape)}"
-        )
-    if obs[observed].isnan().any():
-        raise ValueError(f"obs of '{name}' is NaN at entries that `observed` says are observed")
-    return observed
 
 
 def _check_plates(name: str, obs: Tensor, ebm: LVEBM) -> None:

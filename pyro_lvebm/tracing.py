@@ -24,12 +24,6 @@ Model = Callable[..., Any]
 Node = dict[str, Any]
 
 
-def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Return the device of a model's arguments, that of the first tensor among them."""
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return next((value.device for value in tensors), torch.device("cpu"))
-
-
 def all_nodes(trace: Trace) -> dict[str, Node]:
     """Return the nodes of a trace, as plain dictionaries and not as Pyro's optional fields."""
     return cast(dict[str, Node], trace.nodes)

@@ -334,6 +334,11 @@ def test_an_elbo_table_is_a_group_also_in_a_file(
     check_table(group(az.from_netcdf(path, engine="h5netcdf"), "elbo_table"), table)
 
 
+def test_only_a_table_is_a_group(saddle: Saddle, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be an ElboTable.*got str"):
+        to_arviz(saddle, x, table="elbo")  # type: ignore[arg-type]
+
+
 class Recorder:
     """Stands for `from_dict` of another ArviZ."""
 

@@ -173,8 +173,8 @@ def test_what_stands_at_missing_entries_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("observed", "message"),
     [
-        (torch.ones(4, 3), "must be boolean"),
-        (torch.ones(4, 2, dtype=torch.bool), r"of the shape of obs, \(4, 3\); got .* \(4, 2\)"),
+        (torch.ones(4, 3), "must be a boolean mask"),
+        (torch.ones(4, 2, dtype=torch.bool), r"or \(4, 3\); got .* \(4, 2\)"),
         (torch.ones(4, 3, dtype=torch.bool), "NaN at entries that `observed` says"),
     ],
 )

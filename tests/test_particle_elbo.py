@@ -22,7 +22,8 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_lvebm import annealing, particle_elbo
 from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state, value_and_grad
-from pyro_lvebm.local_energy import LatentBlock, LatentColumns
+from pyro_lvebm.latent_columns import LatentColumns
+from pyro_lvebm.local_energy import LatentBlock
 from pyro_lvebm.particle_elbo import annealed_elbo, fit_gaussian, posterior_draws, relative_to
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")

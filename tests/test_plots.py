@@ -241,6 +241,11 @@ def test_a_figure_is_made_where_none_is_given(tmp_path: Path) -> None:
     assert ink.mean() > 0.005 and not plt.get_fignums(), "drawn, and no figure left in pyplot"
 
 
+def test_only_a_table_is_drawn() -> None:
+    with pytest.raises(ValueError, match=r"must be an ElboTable.*got DataFrame"):
+        plot_elbo(ROWS)  # type: ignore[arg-type]
+
+
 # --- the history ----------------------------------------------------------------------------
 
 PANELS = {

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
 
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.validation import DataError
 
 
@@ -69,9 +68,8 @@ class KnownRows:
 
 
 def _plate_sizes(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
     # Handlers around the guide, such as a plate of particles, are not for this run.
-    with isolated_rng(0, device=device), torch.no_grad(), poutine.block():
+    with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
         trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
     frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
     sizes = {name: getattr(node.get("fn"), "size", None) for name, node in trace.nodes.items()}
