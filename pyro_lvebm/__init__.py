@@ -2,6 +2,11 @@
 """Latent-variable energy-based models in Pyro, trained by Langevin particles."""
 
 from pyro_lvebm.compare import compare_elbo
+from pyro_lvebm.conditional_partition import (
+    ConditionalLogPartition,
+    conditional_log_partition,
+)
+from pyro_lvebm.context_pool import ContextPool
 from pyro_lvebm.distributions import JointEnergy
 from pyro_lvebm.elbo_rows import ImportanceWeighted, LaplaceApproximation, PriorProposal
 from pyro_lvebm.elbo_table import ElboTable
@@ -42,6 +47,8 @@ __all__ = [
     "AutoPerDatumIAFNormal",
     "AutoPerDatumLowRankMultivariateNormal",
     "AutoPerDatumMultivariateNormal",
+    "ConditionalLogPartition",
+    "ContextPool",
     "ElboTable",
     "ImportanceWeighted",
     "ImportanceWeightedELBO",
@@ -57,6 +64,7 @@ __all__ = [
     "TemperedPool",
     "TrainingWarning",
     "compare_elbo",
+    "conditional_log_partition",
     "energy_l2",
     "half_cosine",
     "history_figure",

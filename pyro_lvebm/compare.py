@@ -7,19 +7,19 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_lvebm.elbo_rows import ImportanceWeighted, Posterior, RowTerms, row_terms
 from pyro_lvebm.elbo_table import ElboTable
-from pyro_lvebm.log_partition import LogPartition, log_partition
+from pyro_lvebm.log_partition import LogPartition
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence
+from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence, row_log_z
 from pyro_lvebm.refit import refits
 from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
@@ -105,7 +105,7 @@ def compare_elbo(
         sweep = Sweep.of(model, seed, args, kwargs)
         check_not_shared(posteriors)
         _check_observed(sweep.prototype)
-        shift, log_zs = _upper_shift(energy_modules(sweep.prototype), seed)
+        shift = _Shift.of(sweep, energy_modules(sweep.prototype), seed)
         with frozen(energy_modules(sweep.prototype)):
             evidence = model_log_evidence(sweep)
             rows, terms = {}, {}
@@ -115,15 +115,15 @@ def compare_elbo(
                 with isolated_rng(seed, 23, device=device):
                     found = row_terms(posterior, sweep, num_samples)
                 seconds = time.perf_counter() - clock
-                rows[name] = _row(found, evidence, shift) | {"seconds": seconds}
+                rows[name] = _row(found, evidence, shift.to_upper) | {"seconds": seconds}
                 terms[name] = found.log_weights
     log_evidence, log_evidence_se = evidence.mean()
     return ElboTable(
         _frame(rows, "elbo"),
         theta,
-        log_evidence + shift,
+        log_evidence + shift.to_upper,
         log_evidence_se,
-        log_zs,
+        shift.log_zs,
         len(evidence.value),
         terms,
         {},
@@ -154,28 +154,44 @@ def _compare_refits(
             with isolated_rng(seed, 20, device=device), torch.no_grad():
                 sweep = Sweep.of(model, seed, args, kwargs)
                 _check_observed(sweep.prototype)
+                new_sweep = Sweep.of(model, seed, held_out, kwargs)
                 ebms = energy_modules(sweep.prototype)
-                shift, own_log_zs = _upper_shift(ebms, seed)
-                log_zs += own_log_zs
+                shift = _Shift.of(sweep, ebms, seed)
+                new_shift = shift
+                if any(ebm.context_shape is not None for ebm in ebms):
+                    new_shift = _Shift.of(new_sweep, ebms, seed)
+                log_zs += shift.log_zs
                 with frozen(ebms):
                     evidence = model_log_evidence(sweep)
-                    new = model_log_evidence(Sweep.of(model, seed, held_out, kwargs))
+                    new = model_log_evidence(new_sweep)
                     found = row_terms(saddle, sweep, num_samples)
-            held = {"held_out": new.mean()[0] + shift, "held_out_se": new.mean_std_error()}
-            rows[name] = held | _row(found, evidence, shift) | {"seconds": seconds}
-            to_estimate = sum(z.upper - z.estimate for z in own_log_zs)
-            terms[name] = (new.value + shift + to_estimate)[None]
-            log_z_se[name] = math.hypot(*(z.std_error for z in own_log_zs))
+            held = {"held_out": new.mean()[0] + new_shift.to_upper}
+            held["held_out_se"] = new._replace(
+                value=new.value + new_shift.to_estimate
+            ).mean_std_error()
+            rows[name] = held | _row(found, evidence, shift.to_upper) | {"seconds": seconds}
+            terms[name] = (new.value + new_shift.to_estimate)[None]
+            log_z_se[name] = math.hypot(*(z.std_error for z in new_shift.log_zs))
             num_data = len(evidence.value)
     frame = _frame(rows, "held_out")
     return ElboTable(frame, "refit", math.nan, math.nan, log_zs, num_data, terms, log_z_se)
 
 
-def _upper_shift(ebms: list[LVEBM], seed: int) -> tuple[float, list[LogPartition]]:
-    """What to add to log densities with the pools' log Z, so that they have its upper end."""
-    log_zs = [log_partition(ebm, seed=seed) for ebm in ebms]
-    shift = sum(float(e.log_partition) - z.upper for e, z in zip(ebms, log_zs, strict=True))
-    return shift, log_zs
+class _Shift(NamedTuple):
+    """What to add to log densities with the pools' log Z, so that they have an annealed one."""
+
+    to_upper: float  # the upper ends, in the mean over the rows, in nats
+    to_estimate: Tensor  # the estimates, (N,) in a conditional LVEBM, else a scalar
+    log_zs: list[LogPartition]
+
+    @classmethod
+    def of(cls, sweep: Sweep, ebms: list[LVEBM], seed: int) -> _Shift:
+        """Anneal all log Z, those of conditional LVEBMs at the contexts of a sweep."""
+        pairs = [(ebm, row_log_z(sweep, ebm, seed)) for ebm in ebms]
+        log_zs = [log_z.bracket for _, log_z in pairs]
+        to_upper = sum(float(ebm.log_partition) - z.bracket.upper for ebm, z in pairs)
+        to_estimate = sum((ebm.log_partition - z.value for ebm, z in pairs), torch.zeros(()))
+        return cls(to_upper, to_estimate, log_zs)
 
 
 def _row(found: RowTerms, evidence: Terms, shift: float) -> dict[str, float]:

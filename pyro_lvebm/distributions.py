@@ -6,6 +6,7 @@ They hold the LVEBM and ask it for energies and draws; they own no parameters.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributions import constraints, kl_divergence
 from torch.distributions.kl import register_kl
 
 from pyro_lvebm.annealing import Schedule, anneal, pick_draws, pilot, standard_normal
+from pyro_lvebm.conditional import context_rows, expand_context
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.missing import Completion
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 _EMPTY = torch.Size()
+_JOINT_PARTICLES = 64
+"""Particles of the run behind each draw of (x, z) at a context."""
+
+_MAX_RUNS = 1024
+"""Such runs that go side by side."""
 
 
 class JointEnergy(TorchDistribution):
@@ -48,6 +55,8 @@ class JointEnergy(TorchDistribution):
     support = constraints.real_vector
 
     def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
+        if ebm.context_shape is not None:
+            raise ValueError("a conditional LVEBM has a joint for each context: ebm.at(c).joint()")
         self.ebm = ebm
         super().__init__(torch.Size(batch_shape), torch.Size((ebm.dim,)), validate_args=False)
 
@@ -81,14 +90,19 @@ class Posterior(TorchDistribution):
     Args:
         ebm: The LVEBM.
         x: Observations (*b, *x_shape).
+        context: Contexts (*b, *context_shape) of a conditional LVEBM.
         num_particles: Particles of the run behind each draw.
     """
 
     arg_constraints: dict[str, Any] = {}
 
-    def __init__(self, ebm: LVEBM, x: Tensor, num_particles: int = 16) -> None:
+    def __init__(
+        self, ebm: LVEBM, x: Tensor, context: Tensor | None = None, num_particles: int = 16
+    ) -> None:
         self.ebm, self.x, self.num_particles = ebm, x, num_particles
         batch_shape = x.shape[: x.dim() - len(ebm.x_shape)]
+        given = expand_context(context, ebm.context_shape, batch_shape)
+        self.context = given[0] if given else None
         super().__init__(batch_shape, ebm.z_shape, validate_args=False)
 
     @constraints.dependent_property
@@ -99,47 +113,57 @@ class Posterior(TorchDistribution):
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Posterior:
         """Return the distribution with another batch shape."""
         x = self.x.expand(*batch_shape, *self.ebm.x_shape)
-        return Posterior(self.ebm, x, self.num_particles)
+        return Posterior(self.ebm, x, self.context, self.num_particles)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return −f(x, z) + log base_z(z) (*b,), in nats, without its normaliser."""
         x = _expand_events(self.x, value, self.ebm.x_shape, self.ebm.z_shape)
         z = _expand_events(value, self.x, self.ebm.z_shape, self.ebm.x_shape)
-        log_prob: Tensor = self.ebm.base_z.log_prob(value) - self.ebm.f(x, z)
-        return log_prob
+        return self.ebm.base_z.log_prob(value) - self.ebm.residual_of(x, z, self.context)
 
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw z given x by annealed Langevin."""
         shape = torch.Size(sample_shape) + self.batch_shape
         w_x = self.ebm.base_x.whiten(self.x).expand(*shape, -1)
-        f = given_x(self.ebm, w_x.reshape(-1, 1, w_x.shape[-1]))
+        context = _as_problems(self.context, self.ebm, shape)
+        f = given_x(self.ebm, w_x.reshape(-1, 1, w_x.shape[-1]), context)
         v = _draw_conditional(f, shape.numel(), self.ebm.base_z.dim, self.num_particles, w_x)
         return self.ebm.base_z.unwhiten(v).reshape(*shape, *self.event_shape)
 
 
-def given_x(ebm: LVEBM, w_x: Tensor) -> ValueAndGrad:
+def _as_problems(context: Tensor | None, ebm: LVEBM, shape: torch.Size) -> Tensor | None:
+    """Contexts (problems, 1, *context_shape) of as many problems as `shape` has elements."""
+    given = expand_context(context, ebm.context_shape, shape)
+    return given[0].reshape(-1, 1, *given[0].shape[len(shape) :]) if given else None
+
+
+def given_x(ebm: LVEBM, w_x: Tensor, context: Tensor | None = None) -> ValueAndGrad:
     """Residual energy of whitened z at fixed whitened x, with its gradient in z.
 
     Args:
         ebm: The LVEBM.
         w_x: Whitened x (*b, x_dim), whose batch shape expands to that of z.
+        context: Contexts (*b, *context_shape) of a conditional LVEBM.
     """
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1)
-        value, grad = ebm.residual_and_grad(u)
+        value, grad = ebm.residual_and_grad(u, context)
         return value, grad[..., w_x.shape[-1] :]
 
     return evaluate
 
 
-def given_observed(ebm: LVEBM, completion: Completion, columns: Tensor) -> ValueAndGrad:
+def given_observed(
+    ebm: LVEBM, completion: Completion, columns: Tensor, context: Tensor | None = None
+) -> ValueAndGrad:
     """Residual energy of v = (whitened z, missing entries of x) at the observed entries of x.
 
     Args:
         ebm: The LVEBM.
         completion: The observed entries, of a batch shape that expands to that of v.
         columns: Indices (c,) of entries that are missing in some row; the last c entries of v.
+        context: Contexts of a conditional LVEBM, which expand as the completion does.
     """
     u_x, slope = completion.whitened(columns)
     d, k = u_x.shape[-1], ebm.base_z.dim
@@ -147,17 +171,17 @@ def given_observed(ebm: LVEBM, completion: Completion, columns: Tensor) -> Value
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         # A product of matrices would copy `slope` for every particle.
         x = u_x + torch.einsum("...c,...cd->...d", v[..., k:], slope)
-        value, grad = ebm.residual_and_grad(torch.cat([x, v[..., :k]], -1))
+        value, grad = ebm.residual_and_grad(torch.cat([x, v[..., :k]], -1), context)
         by_entries = torch.einsum("...cd,...d->...c", slope, grad[..., :d])
         return value, torch.cat([grad[..., d:], by_entries], -1)
 
     return evaluate
 
 
-def _given_z(ebm: LVEBM, w_z: Tensor) -> ValueAndGrad:
+def _given_z(ebm: LVEBM, w_z: Tensor, context: Tensor | None) -> ValueAndGrad:
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
-        value, grad = ebm.residual_and_grad(u)
+        value, grad = ebm.residual_and_grad(u, context)
         return value, grad[..., : v.shape[-1]]
 
     return evaluate
@@ -192,17 +216,28 @@ class Pairing:
 class LatentSite(TorchDistribution):
     """Distribution of the site `{name}_z`: `log_prob` is log base_z, draws come from the pool.
 
+    With contexts, each draw is annealed from the bases to p_θ(x, z | c) by a run of its own.
+
     Args:
         ebm: The LVEBM.
         pairing: Shared with the `ObservedSite` of the same primitive.
-        batch_shape: Batch shape.
+        batch_shape: Batch shape; with contexts it expands to theirs.
+        context: Contexts (*b, *context_shape) of a conditional LVEBM.
     """
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = False
 
-    def __init__(self, ebm: LVEBM, pairing: Pairing, batch_shape: torch.Size = _EMPTY) -> None:
-        self.ebm, self.pairing = ebm, pairing
+    def __init__(
+        self,
+        ebm: LVEBM,
+        pairing: Pairing,
+        batch_shape: torch.Size = _EMPTY,
+        context: Tensor | None = None,
+    ) -> None:
+        self.ebm, self.pairing, self.context = ebm, pairing, context
+        rows = context_rows(context, ebm.context_shape)
+        batch_shape = torch.broadcast_shapes(batch_shape, rows)
         super().__init__(torch.Size(batch_shape), ebm.z_shape, validate_args=False)
 
     @constraints.dependent_property
@@ -212,15 +247,33 @@ class LatentSite(TorchDistribution):
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> LatentSite:
         """Return the distribution with another batch shape."""
-        return LatentSite(self.ebm, self.pairing, torch.Size(batch_shape))
+        return LatentSite(self.ebm, self.pairing, torch.Size(batch_shape), self.context)
 
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw the z of joint draws from the pool, and remember their x."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        x, z = self.ebm.unwhiten(self.ebm.pool.draw(self.ebm, shape.numel()))
+        x, z = self.ebm.unwhiten(self._draw(shape))
         self.pairing.x = x.reshape(*shape, *self.ebm.x_shape)
         self.pairing.z = z.reshape(*shape, *self.ebm.z_shape)
         return self.pairing.z.clone()
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        """Draw u (n, d) for all n elements of a shape."""
+        ebm, contexts = self.ebm, _as_problems(self.context, self.ebm, shape)
+        if contexts is None:
+            return ebm.pool.draw(ebm, shape.numel())
+        # A run for each draw would fill the memory if all ran side by side.
+        runs = [
+            _draw_conditional(
+                partial(ebm.residual_and_grad, context=part),
+                len(part),
+                ebm.dim,
+                _JOINT_PARTICLES,
+                ebm.base_x.loc,
+            )
+            for part in contexts.split(_MAX_RUNS)
+        ]
+        return torch.cat(runs)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log base_z (*b,), in nats."""
@@ -251,6 +304,7 @@ class ObservedSite(TorchDistribution):
         batch_shape: Batch shape; that of z if None.
         missing: What is observed of x, and values (*b, *x_shape) for what is not; None where all
             is observed.
+        context: Contexts (*b, *context_shape) of a conditional LVEBM.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -263,8 +317,10 @@ class ObservedSite(TorchDistribution):
         pairing: Pairing,
         batch_shape: torch.Size | None = None,
         missing: tuple[Completion, Tensor] | None = None,
+        context: Tensor | None = None,
     ) -> None:
         self.ebm, self.z, self.pairing, self.missing = ebm, z, pairing, missing
+        self.context = context
         if batch_shape is None:
             batch_shape = z.shape[: z.dim() - len(ebm.z_shape)]
         super().__init__(torch.Size(batch_shape), ebm.x_shape, validate_args=False)
@@ -278,7 +334,7 @@ class ObservedSite(TorchDistribution):
         """Return the distribution with another batch shape."""
         batch_shape = torch.Size(batch_shape)
         z = self.z.expand(*batch_shape, *self.ebm.z_shape)
-        return ObservedSite(self.ebm, z, self.pairing, batch_shape, self.missing)
+        return ObservedSite(self.ebm, z, self.pairing, batch_shape, self.missing, self.context)
 
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw x given z."""
@@ -287,23 +343,24 @@ class ObservedSite(TorchDistribution):
         if paired_z is not None and paired_x is not None and _equal(paired_z, z):
             return paired_x.clone()
         w_z = self.ebm.base_z.whiten(z)
-        f = _given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]))
         shape = w_z.shape[:-1]
+        context = _as_problems(self.context, self.ebm, shape)
+        f = _given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]), context)
         v = _draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
         return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log base_x(x) − f(x, z) − log Z (*b,), in nats."""
         x, z = self._pairs(value)
-        log_prob: Tensor = self.ebm.base_x.log_prob(x) - self.ebm.f(x, z)
+        log_prob = self.ebm.base_x.log_prob(x) - self.ebm.residual_of(x, z, self.context)
         if self.missing is not None:
             completion, entries = self.missing
             log_prob = log_prob - completion.log_prob_missing(entries)
-        return log_prob - self.ebm.log_norm()
+        return log_prob - self.ebm.log_norm(self.context)
 
     def energy(self, value: Tensor) -> Tensor:
         """Return E_θ(x, z) (*b,), in nats."""
-        return self.ebm.energy(*self._pairs(value))
+        return self.ebm.energy(*self._pairs(value), self.context)
 
     def _pairs(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.missing is not None:

@@ -58,17 +58,21 @@ class WhitenedEnergy(nn.Module):
             )
         self.base_x, self.base_z, self._bound = base_x, base_z, True
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, *context: Tensor) -> Tensor:
         """Return f(x, z) (*b,) for x (*b, *x_shape) and z (*b, *z_shape)."""
-        return self.whitened(torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1))
+        u = torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1)
+        return self.whitened(u, *context)
 
-    def whitened(self, u: Tensor) -> Tensor:
-        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
+    def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim).
+
+        A conditional energy takes a context (*b, *context_shape) too.
+        """
         raise NotImplementedError
 
-    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) at u, without a graph; by autograd unless overridden."""
-        return value_and_grad(self.whitened)(u)
+        return value_and_grad(lambda u: self.whitened(u, *context))(u)
 
 
 def _same(a: GaussianBase, b: GaussianBase) -> bool:
@@ -95,7 +99,7 @@ class MLPEnergy(WhitenedEnergy):
     in place but not z, and tanh keeps z from drifting away from its base. The last layer starts at
     zero, so an untrained LVEBM is its base and log Z = 0. The columns of B are drawn once from
     N(0, 1.5² min(1, 2/d_x)²) and never trained; they let a smooth network follow thin structures,
-    and f stays Lipschitz.
+    and f stays Lipschitz. With a context c, φ has the entries of (c − m) / s too (`standardise`).
 
     Args:
         x_dim: Number of entries of x.
@@ -103,6 +107,7 @@ class MLPEnergy(WhitenedEnergy):
         hidden: Width of each hidden layer.
         fourier_features: Number of columns of B. None chooses 32 where x_dim + z_dim ≤ 8 and
             none above, where they overfit.
+        context_dim: Number of entries of a context; 0 for an energy without contexts.
         seed: Fixes the initial weights and B.
 
     Raises:
@@ -129,9 +134,15 @@ class MLPEnergy(WhitenedEnergy):
         hidden: Sequence[int] = (128, 128),
         fourier_features: int | None = None,
         *,
+        context_dim: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(x_dim, z_dim)
+        if context_dim < 0:
+            raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
+        self.context_dim = context_dim
+        self.register_buffer("context_loc", torch.zeros(context_dim))
+        self.register_buffer("context_scale", torch.ones(context_dim))
         if not hidden or any(width < 1 for width in hidden):
             raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
         if fourier_features is None:
@@ -142,7 +153,7 @@ class MLPEnergy(WhitenedEnergy):
             bandwidth = 1.5 * min(1.0, 2.0 / x_dim)
             self.register_buffer("frequencies", bandwidth * torch.randn(x_dim, fourier_features))
             self.register_buffer("linear", self._linear_part())
-            widths = [self.linear.shape[1] + 2 * fourier_features, *hidden]
+            widths = [self.linear.shape[1] + 2 * fourier_features + context_dim, *hidden]
             self.hidden = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
             self.out = nn.Linear(widths[-1], 1)
         nn.init.zeros_(self.out.weight)
@@ -168,18 +179,39 @@ class MLPEnergy(WhitenedEnergy):
         linear[: self.x_dim, self.dim :] = _STANDARDISED_SCALE * standardise.T
         return linear
 
-    def _features(self, u: Tensor) -> Tensor:
-        """Return (u_x, t, sin u_x B, cos u_x B); `linear` is part of the first layer."""
+    def standardise(self, context: Tensor) -> None:
+        """Take mean m and standard deviation s of each entry of contexts (N, context_dim).
+
+        Raises:
+            ValueError: If contexts have another shape, or an entry is the same in all rows.
+        """
+        if context.dim() != 2 or context.shape[1] != self.context_dim:
+            raise ValueError(
+                f"contexts have shape {tuple(context.shape)}; expected (N, {self.context_dim}), "
+                "with the context_dim of this MLPEnergy"
+            )
+        scale = context.std(0, correction=0)
+        constant = torch.nonzero(~(scale > 0)).flatten().tolist()
+        if constant:
+            raise ValueError(f"columns {constant} of the contexts are constant; remove them")
+        self.context_loc, self.context_scale = context.mean(0).detach(), scale.detach()
+
+    def _features(self, u: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """Return (u_x, t, sin u_x B, cos u_x B, c); `linear` is part of the first layer."""
+        if len(context) != bool(self.context_dim):
+            what = "a context" if self.context_dim else "no context"
+            raise ValueError(f"an MLPEnergy with context_dim={self.context_dim} takes {what}")
         u_x, u_z = u.split([self.x_dim, self.z_dim], -1)
         flat = [u_x, 2.0 * torch.tanh(0.5 * u_z)]
         if self.frequencies.shape[1]:
             phase = u_x @ self.frequencies
             flat += [phase.sin(), phase.cos()]
+        flat += [(c - self.context_loc) / self.context_scale for c in context]
         return torch.cat(flat, -1)
 
-    def whitened(self, u: Tensor) -> Tensor:
-        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
-        h = self._features(u)
+    def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim), and (*b, context_dim)."""
+        h = self._features(u, context)
         layers = cast(list[nn.Linear], list(self.hidden))
         h = nn.functional.silu(nn.functional.linear(h, self._first_weight(), layers[0].bias))
         for layer in layers[1:]:
@@ -188,7 +220,7 @@ class MLPEnergy(WhitenedEnergy):
         return value
 
     def _first_weight(self) -> Tensor:
-        """W_1 on (u_x, t, sin, cos): folding the linear map into it spares two large products.
+        """W_1 on (u_x, t, sin, cos, c): folding the linear map into it spares two large products.
 
         It is made as a transpose, because products with a few columns are four times faster so.
         """
@@ -199,14 +231,15 @@ class MLPEnergy(WhitenedEnergy):
             folded = torch.cat([folded, weight[:, width:].T])
         return folded.T
 
-    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.
 
         This is what `autograd` computes on `whitened`, about a fifth faster.
         """
         with torch.no_grad():
             flat = u.reshape(-1, self.dim)
-            features = h = self._features(flat)
+            rows = tuple(c.reshape(-1, self.context_dim) for c in context)
+            features = h = self._features(flat, rows)
             pre = []
             layers = cast(list[nn.Linear], list(self.hidden))
             weights = [self._first_weight(), *(layer.weight for layer in layers[1:])]
@@ -217,12 +250,14 @@ class MLPEnergy(WhitenedEnergy):
             grad = self.out.weight.expand(len(flat), -1)
             for weight, a in zip(reversed(weights), reversed(pre), strict=True):
                 grad = torch.ops.aten.silu_backward(grad, a) @ weight
-            if count := self.frequencies.shape[1]:
-                sizes = [self.dim, count, count]
-                _, sin, cos = features.split(sizes, -1)
-                grad, by_sin, by_cos = grad.split(sizes, -1)
+            count = self.frequencies.shape[1]
+            if count or self.context_dim:
+                sizes = [self.dim, count, count, self.context_dim]
+                _, sin, cos, _ = features.split(sizes, -1)
+                grad, by_sin, by_cos, _ = grad.split(sizes, -1)
                 grad = grad.clone()
-                grad[:, : self.x_dim] += (by_sin * cos - by_cos * sin) @ self.frequencies.T
+                if count:
+                    grad[:, : self.x_dim] += (by_sin * cos - by_cos * sin) @ self.frequencies.T
             t = 0.5 * features[:, self.x_dim : self.dim]
             grad[:, self.x_dim :] *= 1.0 - t * t
             return value.reshape(u.shape[:-1]), grad.reshape(u.shape)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_lvebm.local_energy import LatentBlock
 from pyro_lvebm.log_evidence import LogEvidence
-from pyro_lvebm.log_partition import LogPartition, log_partition
-from pyro_lvebm.model_evidence import Sweep, Terms, anneal_block, model_log_evidence
+from pyro_lvebm.log_partition import LogPartition
+from pyro_lvebm.model_evidence import Sweep, Terms, anneal_block, model_log_evidence, row_log_z
 from pyro_lvebm.particle_elbo import fit_gaussian, posterior_draws, relative_to
 from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
@@ -81,17 +81,19 @@ def log_evidence_of(
     with isolated_rng(seed, 25, device=device), poutine.block(), torch.no_grad():
         sweep = Sweep.of(model, seed, args, kwargs)
         ebms = energy_modules(sweep.prototype)
-        log_zs = [log_partition(ebm, seed=seed) for ebm in ebms]
+        found = [row_log_z(sweep, ebm, seed) for ebm in ebms]
+        log_zs = [log_z.bracket for log_z in found]
         _warn_of_unreliable(log_zs)
         with frozen(ebms):
             if saddle is None:
                 terms = model_log_evidence(sweep, num_particles=num_particles, num_runs=num_runs)
             else:
                 terms = _from_particles(sweep, saddle, num_particles, num_runs)
-    log_z = total(log_zs)
-    shift = sum(float(ebm.log_partition) for ebm in ebms) - log_z.estimate
-    error = torch.hypot(terms.std_error, terms.std_error.new_tensor(log_z.std_error))
-    return LogEvidence(terms.value + shift, error, log_z)
+    log_p, error = terms.value, terms.std_error
+    for ebm, log_z in zip(ebms, found, strict=True):
+        log_p = log_p + (ebm.log_partition - log_z.value)
+        error = torch.hypot(error, torch.as_tensor(log_z.std_error).to(error))
+    return LogEvidence(log_p, error, total(log_zs))
 
 
 def _from_particles(sweep: Sweep, saddle: Saddle, num_particles: int, num_runs: int) -> Terms:

@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_lvebm.conditional import context_rows
 from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.guides import check_guide
 from pyro_lvebm.model import LVEBM
@@ -97,8 +98,12 @@ class _Energies(Messenger):
         if isinstance(msg["fn"], ObservedSite):
             ebm = msg["fn"].ebm
             w = torch.tensor([-0.5, 0.5]).to(ebm.base_x.loc)
-            pairs = [w.reshape(2, *[1] * len(s)).expand(2, *s) for s in (ebm.x_shape, ebm.z_shape)]
-            self.values[msg["name"]] = ebm.energy(*pairs).detach().clone()
+            rows = context_rows(msg["fn"].context, ebm.context_shape)
+            x, z = (
+                w.reshape(2, *[1] * (len(rows) + len(s))).expand(2, *rows, *s)
+                for s in (ebm.x_shape, ebm.z_shape)
+            )
+            self.values[msg["name"]] = ebm.energy(x, z, msg["fn"].context).detach().clone()
 
 
 def _check_energies(

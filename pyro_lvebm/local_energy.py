@@ -219,9 +219,12 @@ def _energy_alone(
     elsewhere = elsewhere / first["scale"] - fn.ebm.log_partition
     if completion is None:
         x = x_node["value"]
-        return given_x(fn.ebm, fn.ebm.base_x.whiten(x)), fn.ebm.base_x.log_prob(x) + elsewhere
+        return given_x(fn.ebm, fn.ebm.base_x.whiten(x), fn.context), fn.ebm.base_x.log_prob(
+            x
+        ) + elsewhere
     entries = torch.arange(completion.dim, device=completion.mean.device)
-    return given_observed(fn.ebm, completion, entries), completion.log_base() + elsewhere
+    f = given_observed(fn.ebm, completion, entries, fn.context)
+    return f, completion.log_base() + elsewhere
 
 
 def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:

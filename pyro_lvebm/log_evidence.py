@@ -16,6 +16,8 @@ from pyro_lvebm.annealing import (
     pilot,
     standard_normal,
 )
+from pyro_lvebm.conditional import check_context, context_rows
+from pyro_lvebm.conditional_partition import ConditionalLogPartition, conditional_log_partition
 from pyro_lvebm.distributions import given_observed, given_x
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range, log_partition
@@ -24,7 +26,7 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import check_rows
 
-_MAX_PARTICLES = 2**16
+MAX_PARTICLES = 2**16
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class LogEvidence:
 
     value: Tensor  # (N,), log C(x) − log Z with the estimate of log Z
     std_error: Tensor  # (N,), Monte Carlo error of log C and log Z together
-    log_partition: LogPartition
+    log_partition: LogPartition  # with contexts, of the mean of log Z(c_i) over the rows
 
     @property
     def lower(self) -> Tensor:
@@ -56,12 +58,13 @@ def log_evidence(
     ebm: LVEBM,
     x: Tensor,
     *,
+    context: Tensor | None = None,
     seed: int = 0,
     num_particles: int = 32,
     num_runs: int = 8,
     num_moves: int = 2,
     relative_ess: float = 0.8,
-    log_z: LogPartition | None = None,
+    log_z: LogPartition | ConditionalLogPartition | None = None,
 ) -> LogEvidence:
     """Estimate log p(x_i) = log C(x_i) − log Z for every row.
 
@@ -77,18 +80,22 @@ def log_evidence(
     Args:
         ebm: The LVEBM; unchanged.
         x: Observations (N, *x_shape), finite or NaN where missing.
+        context: Contexts (N, *context_shape) of a conditional LVEBM: what is estimated is then
+            log p(x_i | c_i), and each row has a log Z(c_i) of its own.
         seed: Fixes every random number.
         num_particles: Particles of each run, for each row.
         num_runs: Independent runs for each row, at least 2; they give the standard error.
         num_moves: MALA steps at each temperature.
         relative_ess: Wanted ESS / n between temperatures in the pilot run, in (0, 1).
-        log_z: A bracket of log Z; by default `log_partition(ebm, seed=seed)`.
+        log_z: A bracket of log Z; by default `log_partition(ebm, seed=seed)`, or with contexts
+            `conditional_log_partition(ebm, context, seed=seed)`.
 
     Returns:
         Estimates and their standard errors, in nats.
 
     Raises:
-        ValueError: If x is empty, infinite or of another shape, or a number is out of range.
+        ValueError: If x is empty, infinite or of another shape, a context is missing, too much or
+            of another shape, or a number is out of range.
         RuntimeError: If the energy is too rough for the pilot run.
 
     Source:
@@ -105,13 +112,20 @@ def log_evidence(
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
     check_rows(x, ebm.x_shape, missing=True)
+    context_rows(context, ebm.context_shape)
+    if context is not None:
+        check_context(context, x)
     if log_z is None:
-        log_z = log_partition(ebm, seed=seed)
+        if context is None:
+            log_z = log_partition(ebm, seed=seed)
+        else:
+            log_z = conditional_log_partition(ebm, context, seed=seed)
     values, errors = [], []
-    rows = max(1, _MAX_PARTICLES // (num_particles * num_runs))
+    rows = max(1, MAX_PARTICLES // (num_particles * num_runs))
     with ebm.frozen(), torch.no_grad():
         for chunk, part in enumerate(x.split(rows)):
-            f, dim, log_base = _latent_energy(ebm, part)
+            given = None if context is None else context.split(rows)[chunk]
+            f, dim, log_base = _latent_energy(ebm, part, given)
             log_c = anneal_latents(
                 f,
                 (len(part), num_particles, dim),
@@ -124,19 +138,23 @@ def log_evidence(
             values.append(log_mean_exp(log_c, 0) + log_base)
             errors.append(log_mean_std_error(log_c, 0))
     value = torch.cat(values) - log_z.estimate
-    error = torch.hypot(torch.cat(errors), value.new_tensor(log_z.std_error))
-    return LogEvidence(value, error, log_z)
+    error = torch.hypot(torch.cat(errors), torch.as_tensor(log_z.std_error).to(value))
+    bracket = log_z if isinstance(log_z, LogPartition) else log_z.mean()
+    return LogEvidence(value, error, bracket)
 
 
-def _latent_energy(ebm: LVEBM, x: Tensor) -> tuple[ValueAndGrad, int, Tensor]:
+def _latent_energy(
+    ebm: LVEBM, x: Tensor, context: Tensor | None
+) -> tuple[ValueAndGrad, int, Tensor]:
     """Residual energy of the latents of rows x, their number, and log base_x(x_o) (N,)."""
     observed = ~x.isnan()
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
+    context = None if context is None else context[:, None]
     if not len(columns):
-        f = given_x(ebm, ebm.base_x.whiten(x)[:, None])
+        f = given_x(ebm, ebm.base_x.whiten(x)[:, None], context)
         return f, ebm.base_z.dim, ebm.base_x.log_prob(x)
     completion = Completion(ebm.base_x, x[:, None], observed[:, None])
-    f = given_observed(ebm, completion, columns)
+    f = given_observed(ebm, completion, columns, context)
     return f, ebm.base_z.dim + len(columns), completion.log_base()[:, 0]
 
 

@@ -7,30 +7,23 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from pyro_lvebm.annealing import (
     Schedule,
-    anneal,
-    log_mean_exp,
-    log_mean_std_error,
     pilot,
     standard_normal,
 )
+from pyro_lvebm.bracket import Runs, both_directions, bracket
 from pyro_lvebm.langevin import MALA, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import Pool
-from pyro_lvebm.reweighting import bar_log_ratio, ess
+from pyro_lvebm.reweighting import ess
 from pyro_lvebm.rng import derive_seed, generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import TrainingWarning
-
-CONFIDENCE = 0.99
-"""One-sided confidence level of each end of a bracket."""
 
 _REJUVENATION_MOVES = 20
 _REFRESHES_PER_RUN = 8
@@ -182,42 +175,26 @@ def log_partition(
         # Positions, or f at every temperature in both directions and both precisions.
         per_particle = max(ebm.dim, 6 * len(schedule.betas))
         side_by_side = max(1, _MAX_ELEMENTS // (num_particles * per_particle))
-        runs: list[_Runs] = []
+        runs: list[Runs] = []
         while True:
             for first in range(0, num_runs, side_by_side):
                 count = min(side_by_side, num_runs - first)
                 size = (count, num_particles)
                 runs.append(_both_directions(ebm, pool, schedule, size, num_moves, generator))
-            forward, reverse, bar = (torch.cat(parts) for parts in zip(*runs, strict=True))
+            forward, _, bar = (torch.cat(parts) for parts in zip(*runs, strict=True))
             error = float(bar.std()) / math.sqrt(len(bar))
             if target_se is None or error <= target_se or len(bar) + num_runs > max_runs:
                 break
-    low, high = float(log_mean_exp(forward, 0)), -float(log_mean_exp(reverse, 0))
-    t = float(stats.t.ppf(CONFIDENCE, len(bar) - 1))
-    low_error, high_error = (float(log_mean_std_error(part, 0)) for part in (forward, reverse))
+    ends = bracket(Runs(*(torch.cat(parts) for parts in zip(*runs, strict=True))))
     result = LogPartition(
-        estimate=float(bar.mean()),
-        std_error=error,
-        lower=low - t * low_error,
-        upper=max(low + t * low_error, high + t * high_error),
-        forward=low,
-        reverse=high,
-        reverse_limit=high + t * high_error,
-        ess=num_particles * float(ess(forward)),
+        **{name: float(value) for name, value in ends._asdict().items()},
+        ess=num_particles * float(ess(forward[:, 0])),
         num_temperatures=len(schedule.betas) - 1,
         num_runs=len(bar),
         max_width=max_width,
     )
     _compare_online(ebm, result)
     return result
-
-
-class _Runs(NamedTuple):
-    """Estimates of log Z, log 1/Z and log Z by independent runs, in nats."""
-
-    forward: Tensor  # (runs,)
-    reverse: Tensor  # (runs,)
-    bar: Tensor  # (runs,)
 
 
 def _both_directions(
@@ -227,22 +204,14 @@ def _both_directions(
     size: tuple[int, int],
     num_moves: int,
     generator: torch.Generator,
-) -> _Runs:
+) -> Runs:
     """Anneal `size` = (runs, particles) up from the base and down from draws of the pool."""
-    f, (num_runs, num_particles) = ebm.residual_and_grad, size
+    num_runs, num_particles = size
     start = standard_normal((num_runs, 1, num_particles, ebm.dim), ebm.base_x.loc, generator)
     draws = _model_draws(ebm, pool, schedule, size, generator)
-    up, down = (
-        anneal(f, v, path, num_moves=num_moves, keep_path=True, generator=generator)
-        for v, path in ((start, schedule), (draws, schedule.reversed()))
+    return both_directions(
+        ebm.residual_and_grad, start, draws, schedule, num_moves=num_moves, generator=generator
     )
-    forward, reverse = up.log_ratio[:, 0].double(), down.log_ratio[:, 0].double()
-    assert up.f_path is not None and down.f_path is not None
-    f_path = torch.cat([up.f_path, down.f_path.flip(0)], -1)[:, :, 0].double()  # (T + 1, runs, 2n)
-    work = schedule.betas.double().diff()[:, None, None]
-    guess = log_mean_exp(-work * f_path[:-1])
-    bar = bar_log_ratio(work * f_path[:-1], work * f_path[1:], guess).sum(0)
-    return _Runs(forward, reverse, bar)
 
 
 def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.conditional import AtContext, check_context, expand_context
+from pyro_lvebm.context_pool import ContextPool
 from pyro_lvebm.distributions import JointEnergy, Posterior
-from pyro_lvebm.energies import WhitenedEnergy
+from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy
 from pyro_lvebm.imputation import impute
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.pool import Pool
@@ -32,15 +34,25 @@ class LVEBM(nn.Module):
     The bases are normalised, so Z_θ = E_base[exp(−f_θ)]; f = 0 is the base with log Z = 0. All
     sampling happens in coordinates u whitened by the bases, where E = ½ |u|² + f + const.
 
+    With a `context_shape` it is conditional on a context c, such as covariates or a class:
+
+        p_θ(x, z | c) = exp(−E_θ(x, z; c)) / Z_θ(c)
+
+    with f_θ(x, z; c) and the same bases for all contexts. The methods that need an energy then
+    take a context; `at(c)` is the LVEBM of one context.
+
     Args:
         energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
-            z (*b, *z_shape) to (*b).
+            z (*b, *z_shape), and a context (*b, *context_shape) if there are any, to (*b).
         base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`.
         base_z: Gaussian over z.
-        pool: `TemperedPool(...)` (the default) or `PersistentPool(...)`.
+        pool: `TemperedPool(...)` (the default) or `PersistentPool(...)`; with contexts,
+            `ContextPool(...)`.
+        context_shape: Shape of one context; None for an LVEBM without contexts.
 
     Raises:
-        ValueError: If a base is not a Gaussian, or the energy returns the wrong shape or NaN.
+        ValueError: If a base is not a Gaussian, the energy returns the wrong shape or NaN, or the
+            pool is not one for contexts where there are some, or the other way round.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447.
@@ -62,25 +74,35 @@ class LVEBM(nn.Module):
         base_x: dist.TorchDistribution | GaussianBase,
         base_z: dist.TorchDistribution | GaussianBase,
         pool: Pool | None = None,
+        *,
+        context_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(energy, nn.Module):
             raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
         base_x = GaussianBase.from_distribution(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
-        _check_energy(energy, base_x, base_z)
+        self.context_shape = None if context_shape is None else torch.Size(context_shape)
         if isinstance(energy, WhitenedEnergy):
             energy.bind(base_x, base_z)
+        _check_energy(energy, base_x, base_z, self.context_shape)
         self.f, self.base_x, self.base_z = energy, base_x, base_z
-        self.pool = TemperedPool() if pool is None else pool
-        self.pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
-        self.pool.initialise(self.dim)
+        if pool is None:
+            pool = TemperedPool() if self.context_shape is None else ContextPool()
+        self.pool = pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
+        _initialise(self.pool, self.dim, self.context_shape)
         self.pool_theta: list[Tensor] = []
         self.register_buffer("expects_missing", torch.tensor(False))
 
     @classmethod
     def from_data(
-        cls, energy: nn.Module, x: Tensor, *, z_dim: int, pool: Pool | None = None
+        cls,
+        energy: nn.Module,
+        x: Tensor,
+        *,
+        z_dim: int,
+        context: Tensor | None = None,
+        pool: Pool | None = None,
     ) -> LVEBM:
         """Start from a Gaussian fitted to the data and a standard normal latent.
 
@@ -93,7 +115,9 @@ class LVEBM(nn.Module):
             x: Data (N, *x_shape), floating point, more rows than dimensions; NaN where an entry
                 is missing.
             z_dim: Number of latent dimensions.
-            pool: The pool of negatives; `TemperedPool()` if None.
+            context: Contexts (N, *context_shape) of a conditional LVEBM, floating point. An
+                `MLPEnergy` standardises its contexts by their means and standard deviations.
+            pool: The pool of negatives; `TemperedPool()` if None, or `ContextPool()`.
 
         Raises:
             ValueError: If x is empty, infinite or not floating point, has too few rows or
@@ -105,7 +129,12 @@ class LVEBM(nn.Module):
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
         base_x = GaussianBase.fit(x)
         energy.to(device=x.device, dtype=x.dtype)
-        ebm = cls(energy, base_x, base_z, pool)
+        shape = None
+        if context is not None:
+            shape = check_context(context, x)
+            if isinstance(energy, MLPEnergy):
+                energy.standardise(context)
+        ebm = cls(energy, base_x, base_z, pool, context_shape=shape)
         ebm.expects_missing.copy_(x.isnan().any())
         return ebm
 
@@ -130,10 +159,26 @@ class LVEBM(nn.Module):
         """Event shape of z."""
         return self.base_z.event_shape
 
-    def energy(self, x: Tensor, z: Tensor) -> Tensor:
+    def energy(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the total energy E_θ (*b,), in nats, for x (*b, *x_shape) and z (*b, *z_shape)."""
-        energy: Tensor = self.f(x, z) - self.base_x.log_prob(x) - self.base_z.log_prob(z)
+        f = self.residual_of(x, z, context)
+        energy: Tensor = f - self.base_x.log_prob(x) - self.base_z.log_prob(z)
         return energy
+
+    def residual_of(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return f (*b,) for x (*b, *x_shape) and z (*b, *z_shape), in nats.
+
+        Args:
+            x: Observations.
+            z: Latents.
+            context: Contexts whose shape expands to (*b, *context_shape), in a conditional LVEBM.
+
+        Raises:
+            ValueError: If there is a context and should be none, or the other way round.
+        """
+        batch = x.shape[: x.dim() - len(self.x_shape)]
+        result: Tensor = self.f(x, z, *expand_context(context, self.context_shape, batch))
+        return result
 
     def whiten(self, x: Tensor, z: Tensor) -> Tensor:
         """Return u (*b, dim) for x (*b, *x_shape) and z (*b, *z_shape)."""
@@ -144,40 +189,90 @@ class LVEBM(nn.Module):
         k = self.base_x.dim
         return self.base_x.unwhiten(u[..., :k]), self.base_z.unwhiten(u[..., k:])
 
-    def residual(self, u: Tensor) -> Tensor:
-        """Return f (*b,) at whitened coordinates u (*b, dim)."""
+    def residual(self, u: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, dim); contexts as in `residual_of`."""
+        given = expand_context(context, self.context_shape, u.shape[:-1])
         if isinstance(self.f, WhitenedEnergy):
-            return self.f.whitened(u)
-        result: Tensor = self.f(*self.unwhiten(u))
+            return self.f.whitened(u, *given)
+        result: Tensor = self.f(*self.unwhiten(u), *given)
         return result
 
-    def residual_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def residual_and_grad(self, u: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and its gradient in u (*b, dim), without a graph."""
         if isinstance(self.f, WhitenedEnergy):
-            return self.f.value_and_grad(u)
-        return value_and_grad(self.residual)(u)
+            given = expand_context(context, self.context_shape, u.shape[:-1])
+            return self.f.value_and_grad(u, *given)
+        return value_and_grad(lambda u: self.residual(u, context))(u)
+
+    def at(self, context: Tensor) -> LVEBM:
+        """Return the LVEBM p_θ(x, z | c) of one context, with the same θ and a pool of its own.
+
+        Args:
+            context: One context c (*context_shape).
+
+        Raises:
+            ValueError: If this LVEBM is not conditional, or the context has another shape.
+
+        Example:
+            >>> import torch
+            >>> from pyro_lvebm import LVEBM, MLPEnergy, log_partition
+            >>> draw = torch.Generator().manual_seed(0)
+            >>> c, x = (torch.randn(100, 2, generator=draw) for _ in range(2))
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1, context_dim=2), x, z_dim=1, context=c)
+            >>> log_partition(ebm.at(c[0])).estimate  # an untrained f is zero
+            0.0
+        """
+        if self.context_shape is None:
+            raise ValueError("this LVEBM has no contexts; at(context) is for conditional LVEBMs")
+        if context.shape != self.context_shape:
+            raise ValueError(
+                f"at() takes one context of shape {tuple(self.context_shape)}; got "
+                f"{tuple(context.shape)}"
+            )
+        energy = AtContext(self, context)
+        pool = TemperedPool(num_levels=self.pool.num_levels, seed=self.pool.seed)
+        return LVEBM(energy, self.base_x, self.base_z, pool)
 
     @property
     def log_partition(self) -> Tensor:
-        """The pool's present estimate of log Z, a scalar, in nats, without a gradient."""
+        """The pool's present estimate of log Z, a scalar, in nats, without a gradient.
+
+        With contexts it is the mean over those of the pool.
+        """
         return self.pool.log_partition
 
-    def log_norm(self) -> Tensor:
+    def log_norm(self, context: Tensor | None = None) -> Tensor:
         """Return log Z with the pool's value and the gradient −E_pool[∇_θ f].
 
         Where θ can change, the pool is refreshed first if θ has changed since it last was, so any
         loss that contains this term trains θ, without anyone having to move the pool by hand.
+
+        Args:
+            context: Contexts (*b, *context_shape) of a minibatch, in a conditional LVEBM. What is
+                returned is then the mean of log Z(c) over contexts, the same for all data.
         """
         params = [p for p in self.f.parameters() if p.requires_grad]
         if not params or not torch.is_grad_enabled():
             return self.pool.log_partition
         # Optimisers that write through `.data` leave no trace but the values themselves.
         if not self.pool_is_fresh():
-            self.pool.refresh(self)
+            if isinstance(self.pool, ContextPool) and context is not None:
+                assert self.context_shape is not None
+                self.pool.refresh(self, context.reshape(-1, *self.context_shape))
+            else:
+                self.pool.refresh(self)
             self.mark_pool(fresh=True)
-        u, log_w = self.pool.negatives()
-        surrogate = -(log_w.exp() * self.residual(u)).sum()
+        f, log_w = self.negative_residuals()
+        surrogate = -(log_w.exp() * f).sum()
         return self.pool.log_partition + (surrogate - surrogate.detach())
+
+    def negative_residuals(self) -> tuple[Tensor, Tensor]:
+        """Return f (n,) at the negatives of the pool, with a graph, and their log weights (n,)."""
+        u, log_w = self.pool.negatives()
+        context = None
+        if isinstance(self.pool, ContextPool):
+            context = self.pool.negative_contexts()
+        return self.residual(u, context), log_w
 
     def pool_is_fresh(self) -> bool:
         """Return whether the pool has been refreshed under the present θ."""
@@ -197,7 +292,7 @@ class LVEBM(nn.Module):
     def kl_of_update(self) -> Tensor:
         """Return KL(p_old ‖ p_θ) in nats, with p_old the model at the pool's last refresh."""
         with torch.no_grad():
-            return self.pool.kl_to(self.residual(self.pool.negatives()[0]))
+            return self.pool.kl_to(self.negative_residuals()[0])
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -218,10 +313,13 @@ class LVEBM(nn.Module):
         """Return the distribution over (x, z), flattened and concatenated, with log_prob −E."""
         return JointEnergy(self)
 
-    def posterior(self, x: Tensor) -> Posterior:
-        """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin."""
+    def posterior(self, x: Tensor, context: Tensor | None = None) -> Posterior:
+        """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin.
+
+        With contexts (*b, *context_shape) it is p_θ(z | x, c).
+        """
         check_data(x, self.x_shape)
-        return Posterior(self, x)
+        return Posterior(self, x, context)
 
     def impute(
         self, x: Tensor, observed: Tensor | None = None, *, num_samples: int = 1, seed: int = 0
@@ -265,19 +363,39 @@ def _all_equal(a: list[nn.Parameter], b: list[Tensor]) -> bool:
     )
 
 
-def _check_energy(energy: nn.Module, base_x: GaussianBase, base_z: GaussianBase) -> None:
+def _initialise(pool: Pool, dim: int, context_shape: torch.Size | None) -> None:
+    if isinstance(pool, ContextPool) != (context_shape is not None):
+        raise ValueError(
+            f"a conditional LVEBM needs a ContextPool, and others none; got "
+            f"{type(pool).__name__} with context_shape={context_shape}"
+        )
+    if isinstance(pool, ContextPool) and context_shape is not None:
+        pool.initialise(dim, context_shape)
+    else:
+        pool.initialise(dim)
+
+
+def _check_energy(
+    energy: nn.Module,
+    base_x: GaussianBase,
+    base_z: GaussianBase,
+    context_shape: torch.Size | None,
+) -> None:
     """Evaluate f once at two base draws and say what is wrong with the answer."""
-    if isinstance(energy, WhitenedEnergy):
-        return
     x = base_x.unwhiten(torch.stack([base_x.loc.new_zeros(base_x.dim)] * 2))
     z = base_z.unwhiten(torch.stack([base_z.loc.new_zeros(base_z.dim)] * 2))
-    with torch.no_grad():
-        value = energy(x, z)
+    context = () if context_shape is None else (x.new_zeros(2, *context_shape),)
+    arguments = "energy(x, z, context)" if context else "energy(x, z)"
+    try:
+        with torch.no_grad():
+            value = energy(x, z, *context)
+    except TypeError as error:
+        raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != (2,):
         raise ValueError(
-            f"energy(x, z) must return one value for each pair: for x {tuple(x.shape)} and z "
+            f"{arguments} must return one value for each pair: for x {tuple(x.shape)} and z "
             f"{tuple(z.shape)} expected shape (2,); got {shape}"
         )
     if torch.isnan(value).any():
-        raise ValueError("energy(x, z) is NaN at the mean of the bases")
+        raise ValueError(f"{arguments} is NaN at the mean of the bases")

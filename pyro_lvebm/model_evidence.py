@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,26 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_lvebm.annealing import log_mean_exp, log_mean_std_error
+from pyro_lvebm.conditional import expand_context
+from pyro_lvebm.conditional_partition import conditional_log_partition
+from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.enumeration import will_be_enumerated
 from pyro_lvebm.guides import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks
-from pyro_lvebm.log_evidence import anneal_latents
+from pyro_lvebm.log_evidence import MAX_PARTICLES, anneal_latents
+from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
-from pyro_lvebm.tracing import Model, at_minibatch, cover, plate_nesting, vectorise
+from pyro_lvebm.tracing import (
+    Model,
+    at_minibatch,
+    cover,
+    plate_nesting,
+    sample_nodes,
+    vectorise,
+)
 
 Estimate = Callable[[LatentBlock, torch.Generator], Tensor]
 """Maps the latents of a minibatch to independent log weights (draws, *batch) of every datum."""
@@ -132,6 +144,43 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
     return Terms.of_runs(sweep.over_data(estimate, 0))
 
 
+class RowLogZ(NamedTuple):
+    """log Z of an LVEBM at the rows of some data, in nats."""
+
+    value: float | Tensor  # one for all rows, or log Z(c_i) (N,)
+    std_error: float | Tensor
+    bracket: LogPartition  # of the mean over the rows
+
+
+def row_log_z(sweep: Sweep, ebm: LVEBM, seed: int) -> RowLogZ:
+    """Bracket log Z, or that of every row's context, by annealing.
+
+    Args:
+        sweep: The model and its data.
+        ebm: One of its LVEBMs.
+        seed: Fixes the random numbers.
+    """
+    if ebm.context_shape is None:
+        bracket = log_partition(ebm, seed=seed)
+        return RowLogZ(bracket.estimate, bracket.std_error, bracket)
+    found = conditional_log_partition(ebm, contexts_of(sweep, ebm), seed=seed)
+    return RowLogZ(found.estimate, found.std_error, found.mean())
+
+
+def contexts_of(sweep: Sweep, ebm: LVEBM) -> Tensor:
+    """Return the contexts (N, *context_shape) that an LVEBM has at all data of a model."""
+    shape = ebm.context_shape or torch.Size()
+
+    def collect(block: LatentBlock, generator: torch.Generator) -> Tensor:
+        nodes = sample_nodes(block.at.trace(1)).values()
+        fns = [node["fn"] for node in nodes if isinstance(node["fn"], ObservedSite)]
+        fn = next(fn for fn in fns if fn.ebm is ebm)
+        (context,) = expand_context(fn.context, ebm.context_shape, fn.batch_shape)
+        return context.reshape(*block.v.shape[1:-1], -1).movedim(-1, 0)
+
+    return sweep.over_data(collect, 6).T.reshape(-1, *shape)
+
+
 def anneal_block(
     block: LatentBlock,
     f: ValueAndGrad,
@@ -161,20 +210,27 @@ def anneal_block(
     return log_c.reshape(num_runs, *batch)
 
 
-def missed_log_z(ebm: LVEBM, seed: int) -> float:
+def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
     """Return how many nats of log Z the pool has missed, as far as a quick annealing run can tell.
+
+    With contexts it is how far the mean of log Z(c) over the data lies above that over the pool.
 
     A pool cannot see mass that has left it, and its log Z is then too low. Annealing from the base
     comes from the other side. A difference within three standard errors counts as none.
 
     Args:
-        ebm: The LVEBM, with θ frozen.
-        seed: Fixes the random numbers.
+        sweep: The model and its data, with θ frozen; its seed fixes the random numbers.
+        ebm: One of its LVEBMs.
 
     Raises:
         RuntimeError: If the energy is too rough to anneal.
     """
     like = ebm.base_x.loc
+    generator = generator_for(sweep.seed, 22, device=like.device)
+    if ebm.context_shape is not None:
+        return _log_z_of_contexts(ebm, contexts_of(sweep, ebm), generator) - float(
+            ebm.log_partition
+        )
     log_z = anneal_latents(
         ebm.residual_and_grad,
         (1, 512, ebm.dim),
@@ -182,10 +238,28 @@ def missed_log_z(ebm: LVEBM, seed: int) -> float:
         num_runs=4,
         num_moves=2,
         relative_ess=0.9,
-        generator=generator_for(seed, 22, device=like.device),
+        generator=generator,
     )
     pool = ebm.pool
     online = float(pool.log_partition_std_error) if isinstance(pool, TemperedPool) else 0.0
     error = math.hypot(float(log_mean_std_error(log_z, 0)), online)
     difference = float(log_mean_exp(log_z, 0)) - float(ebm.log_partition)
     return difference if difference > 3.0 * error else 0.0
+
+
+def _log_z_of_contexts(ebm: LVEBM, contexts: Tensor, generator: torch.Generator) -> float:
+    """Estimate the mean of log Z(c) over contexts (N, *context_shape), from below."""
+    num_particles, num_runs = 64, 2
+    total = 0.0
+    for part in contexts.split(max(1, MAX_PARTICLES // (num_particles * num_runs))):
+        log_z = anneal_latents(
+            partial(ebm.residual_and_grad, context=part[:, None]),
+            (len(part), num_particles, ebm.dim),
+            ebm.base_x.loc,
+            num_runs=num_runs,
+            num_moves=2,
+            relative_ess=0.9,
+            generator=generator,
+        )
+        total += float(log_mean_exp(log_z, 0).double().sum())
+    return total / len(contexts)

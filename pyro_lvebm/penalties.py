@@ -44,8 +44,8 @@ def energy_l2(strength: float) -> Penalty:
     _check(strength)
 
     def penalty(ebm: LVEBM) -> Tensor:
-        u, log_w = ebm.pool.negatives()
-        return strength * (log_w.exp() * ebm.residual(u) ** 2).sum()
+        f, log_w = ebm.negative_residuals()
+        return strength * (log_w.exp() * f**2).sum()
 
     return penalty
 

@@ -95,11 +95,15 @@ class Pool(nn.Module):
         Raises:
             ValueError: If f is NaN or infinite at a chain; the pool is then unchanged.
         """
-        generator = generator_for(self.seed, 1, int(self.refreshes), device=self.u.device)
+        generator = self._generator(1)
         state = init_state(ebm.residual_and_grad, self.u)
         check_finite(state.f)
         self._advance(ebm, state, generator)
         self.refreshes = self.refreshes + 1
+
+    def _generator(self, stream: int) -> torch.Generator:
+        """Return the generator of this refresh for one purpose."""
+        return generator_for(self.seed, stream, int(self.refreshes), device=self.u.device)
 
     def _advance(
         self, ebm: ResidualEnergy, state: LangevinState, generator: torch.Generator
@@ -113,6 +117,10 @@ class Pool(nn.Module):
     def negatives(self) -> tuple[Tensor, Tensor]:
         """Return all chains (n, d) and their normalised log weights (n,) for p_θ."""
         return self.u.flatten(0, 1), self.log_weights
+
+    def negative_residuals(self) -> Tensor:
+        """Return f at the negatives (n,) under the θ of the last refresh, in nats."""
+        return self.f.flatten()
 
     @property
     def ess(self) -> Tensor:
@@ -128,7 +136,7 @@ class Pool(nn.Module):
             f: f_new at the negatives (n,), under other parameters than those of the last refresh.
         """
         log_w = self.log_weights
-        log_new = torch.log_softmax(log_w - (f - self.f.flatten()), 0)
+        log_new = torch.log_softmax(log_w - (f - self.negative_residuals()), 0)
         return (log_w.exp() * (log_w - log_new)).sum()
 
     def draw(

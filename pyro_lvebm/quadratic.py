@@ -20,12 +20,15 @@ class QuadraticEnergy(WhitenedEnergy):
 
         log Z = −½ log det P + ½ bᵀP⁻¹b,    u ~ N(−P⁻¹b, P⁻¹).
 
+    With contexts, b(c) = b + Wᵀc takes the place of b.
+
     Args:
         x_dim: Number of entries of x.
         z_dim: Number of entries of z.
+        context_dim: Number of entries of a context; 0 for an energy without contexts.
 
     Raises:
-        ValueError: If a dimension is less than 1.
+        ValueError: If a dimension is less than 1, or `context_dim` is negative.
 
     Example:
         >>> import torch
@@ -36,10 +39,16 @@ class QuadraticEnergy(WhitenedEnergy):
         1.5
     """
 
-    def __init__(self, x_dim: int, z_dim: int) -> None:
+    by_context: Tensor | None  # W (context_dim, d)
+
+    def __init__(self, x_dim: int, z_dim: int, *, context_dim: int = 0) -> None:
         super().__init__(x_dim, z_dim)
+        if context_dim < 0:
+            raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
         self.raw_tril = nn.Parameter(torch.zeros(self.dim, self.dim))
         self.linear = nn.Parameter(torch.zeros(self.dim))
+        weight = nn.Parameter(torch.zeros(context_dim, self.dim)) if context_dim else None
+        self.register_parameter("by_context", weight)
 
     @property
     def tril(self) -> Tensor:
@@ -72,39 +81,54 @@ class QuadraticEnergy(WhitenedEnergy):
             if linear is not None:
                 self.linear.copy_(linear)
 
-    def whitened(self, u: Tensor) -> Tensor:
+    def linear_at(self, *context: Tensor) -> Tensor:
+        """Return b (d,), or b(c) (*b, d) at contexts (*b, context_dim).
+
+        Raises:
+            ValueError: If there is a context and should be none, or the other way round.
+        """
+        weight = self.by_context
+        if len(context) != (weight is not None):
+            what = "no context" if weight is None else "a context"
+            raise ValueError(f"this QuadraticEnergy takes {what}; see context_dim")
+        return self.linear if weight is None else self.linear + context[0] @ weight
+
+    def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
         """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
         r = u @ self.tril
-        return 0.5 * ((r * r).sum(-1) - (u * u).sum(-1)) + u @ self.linear
+        linear = self.linear_at(*context)
+        return 0.5 * ((r * r).sum(-1) - (u * u).sum(-1)) + (u * linear).sum(-1)
 
-    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f = Au + b (*b, d), without a graph."""
         with torch.no_grad():
-            grad = u @ self.precision - u + self.linear
-            return 0.5 * (u * (grad + self.linear)).sum(-1), grad
+            linear = self.linear_at(*context)
+            grad = u @ self.precision - u + linear
+            return 0.5 * (u * (grad + linear)).sum(-1), grad
 
-    def log_partition(self) -> Tensor:
-        """Return log Z, a scalar, in nats."""
-        half: Tensor = torch.linalg.solve_triangular(self.tril, self.linear[:, None], upper=False)
-        return 0.5 * (half * half).sum() - self.raw_tril.diagonal().sum()
+    def log_partition(self, *context: Tensor) -> Tensor:
+        """Return log Z, a scalar, or log Z(c) (*b,), in nats."""
+        linear = self.linear_at(*context)[..., None]
+        half: Tensor = torch.linalg.solve_triangular(self.tril, linear, upper=False)
+        return 0.5 * (half * half).sum((-1, -2)) - self.raw_tril.diagonal().sum()
 
-    def log_evidence(self, x: Tensor) -> Tensor:
+    def log_evidence(self, x: Tensor, *context: Tensor) -> Tensor:
         """Return log p(x) (*b,) of x (*b, *x_shape), in nats, in the coordinates of the data."""
         covariance = torch.cholesky_inverse(self.tril)
-        mean = -covariance @ self.linear
+        mean = -self.linear_at(*context) @ covariance
         k = self.x_dim
         tril: Tensor = torch.linalg.cholesky(covariance[:k, :k])
-        centred = (self.base_x.whiten(x) - mean[:k])[..., None]
+        centred = (self.base_x.whiten(x) - mean[..., :k])[..., None]
         r: Tensor = torch.linalg.solve_triangular(tril, centred, upper=False).squeeze(-1)
         log_norm = 0.5 * k * math.log(2 * math.pi) + tril.diagonal().log().sum()
         return -0.5 * (r * r).sum(-1) - log_norm - self.base_x.log_det
 
-    def posterior(self, x: Tensor) -> dist.MultivariateNormal:
+    def posterior(self, x: Tensor, *context: Tensor) -> dist.MultivariateNormal:
         """Return p(z | x), a Gaussian over flattened z, batch shape (*b,), for x (*b, *x_shape)."""
         k, precision = self.x_dim, self.precision
         w = self.base_x.whiten(x)
         tril = torch.linalg.cholesky(precision[k:, k:])
-        rhs = -(self.linear[k:] + w @ precision[:k, k:])
+        rhs = -(self.linear_at(*context)[..., k:] + w @ precision[:k, k:])
         mean = torch.cholesky_solve(rhs[..., None], tril).squeeze(-1)
         scale = self.base_z.scale.diag() if self.base_z.diagonal else self.base_z.scale
         covariance = scale @ torch.cholesky_inverse(tril) @ scale.T

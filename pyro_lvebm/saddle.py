@@ -265,7 +265,7 @@ class Saddle(SVI):
             ebms = energy_modules(sweep.prototype)
             with self._averaged(ebms), frozen(ebms):
                 terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
-                missed = sum(missed_log_z(ebm, self.seed) for ebm in ebms)
+                missed = sum(missed_log_z(sweep, ebm) for ebm in ebms)
         return terms.mean()[0] - missed, terms.mean_std_error()
 
     def sample_posterior(

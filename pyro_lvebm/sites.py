@@ -11,6 +11,7 @@ from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from torch import Tensor, nn
 
+from pyro_lvebm.conditional import check_contexts_finite, context_rows
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
 from pyro_lvebm.missing import Completion, MissingSite, observed_entries
 from pyro_lvebm.model import LVEBM
@@ -18,7 +19,12 @@ from pyro_lvebm.validation import check_data
 
 
 def lvebm(
-    name: str, ebm: LVEBM, obs: Tensor | None = None, *, observed: Tensor | None = None
+    name: str,
+    ebm: LVEBM,
+    obs: Tensor | None = None,
+    *,
+    observed: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Open the sites of an LVEBM: `{name}_z`, latent, and `{name}`, observed where `obs` is given.
 
@@ -48,6 +54,9 @@ def lvebm(
             rows alike; by default all that are not NaN. In minibatches, give it where some have no
             NaN, unless the LVEBM comes from `from_data` with such rows: every minibatch must open
             the same sites.
+        context: Contexts c (*b, *context_shape) of a conditional LVEBM, which then has
+            log p_θ(x, z | c). They are data: neither a latent nor what needs a gradient, for
+            log Z(c) varies with c. An embedding of contexts belongs into the energy.
 
     Returns:
         x (*b, *x_shape), completed where entries are missing, and z (*b, *z_shape).
@@ -56,7 +65,8 @@ def lvebm(
         ValueError: If obs is empty, infinite, not floating point, of another event shape, NaN at
             an entry that is said to be observed, or its rows are not those of the plates around
             the call; if `observed` is not boolean or of another shape; if a parameter of the
-            energy is a sample site, or `poutine.do` sets z where x is observed.
+            energy is a sample site, or `poutine.do` sets z where x is observed; if a context is
+            missing, not finite, of another shape, or too much.
 
     Source:
         docs/maths.md, "Two sites".
@@ -76,9 +86,13 @@ def lvebm(
     if not isinstance(ebm, LVEBM):
         raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
     completion = None
+    if context is not None:
+        check_contexts_finite(context)
+        _check_no_gradient(name, context)
+    _check_plates(name, "context", context_rows(context, ebm.context_shape))
     if obs is not None:
         check_data(obs, ebm.x_shape, missing=True)
-        _check_plates(name, obs, ebm)
+        _check_plates(name, "obs", obs.shape[: obs.dim() - len(ebm.x_shape)])
         _check_do(name)
         if observed is not None or ebm.expects_missing or obs.isnan().any():
             completion = Completion(ebm.base_x, obs, observed_entries(obs, observed, ebm.x_shape))
@@ -87,24 +101,32 @@ def lvebm(
     _check_not_random(name, ebm.f)
     _announce(f"{name}_lvebm", ebm.f)
     pairing = Pairing()
-    z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing))
+    z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
     if completion is None:
-        return pyro.sample(name, ObservedSite(ebm, z, pairing), obs=obs), z
+        return pyro.sample(name, ObservedSite(ebm, z, pairing, context=context), obs=obs), z
     entries = pyro.sample(f"{name}_missing", MissingSite(completion))
-    fn = ObservedSite(ebm, z, pairing, missing=(completion, entries))
+    fn = ObservedSite(ebm, z, pairing, missing=(completion, entries), context=context)
     x = pyro.sample(name, fn, obs=obs)
     # A replicate of x, as under `uncondition`, is complete.
     return (completion.complete(entries, x) if x is obs else x), z
 
 
-def _check_plates(name: str, obs: Tensor, ebm: LVEBM) -> None:
-    rows = obs.shape[: obs.dim() - len(ebm.x_shape)]
+def _check_no_gradient(name: str, context: Tensor) -> None:
+    if context.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"the context of '{name}' needs a gradient, so it comes from a latent or a parameter, "
+            "and so does log Z(c), whose gradient in c no pool has. With a latent the posterior is "
+            "doubly intractable; an embedding with parameters belongs into the energy"
+        )
+
+
+def _check_plates(name: str, what: str, rows: torch.Size) -> None:
     sizes = {frame.dim: frame.size for frame in get_plates() if frame.dim is not None}
     for axis, size in zip(range(-len(rows), 0), rows, strict=True):
         plate = sizes.get(axis, 1)
         if size not in (1, plate):
             raise ValueError(
-                f"obs of '{name}' has {size} rows on batch axis {axis}, where the plates around "
+                f"{what} of '{name}' has {size} rows on batch axis {axis}, where the plates around "
                 f"the call have {plate}. Call lvebm inside pyro.plate(...) of that size, with the "
                 "rows of its minibatch"
             )

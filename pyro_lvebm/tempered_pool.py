@@ -6,17 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.langevin import MALA, ULA, LangevinState, init_state
-from pyro_lvebm.pool import Pool, ResidualEnergy, check_finite
+from pyro_lvebm.langevin import MALA, ULA, LangevinState
+from pyro_lvebm.pool import Pool, ResidualEnergy
 from pyro_lvebm.preconditioning import inverse_root
 from pyro_lvebm.reweighting import log_mixture, mbar_log_z, mbar_variance
+from pyro_lvebm.tempering import Tempered, adapt_ladder, num_gradients, running_fisher, temper
 from pyro_lvebm.tracking import LogZTrack, correct, predict
-
-_STRIDE = 2
-"""Moves between the positions that MBAR sees within a refresh."""
-
-_FORGETTING = 0.05
-"""Weight of the newest chains in the running mean of ∇E ∇Eᵀ."""
 
 
 class TemperedPool(Pool):
@@ -92,29 +87,18 @@ class TemperedPool(Pool):
         betas = adapt_ladder(self.betas, self.swap_rate)
         track = LogZTrack(self.log_z, self.log_z_variance)
         track = predict(track, self.f, state.f, self.betas, betas)
-        swap_rate = torch.zeros_like(self.swap_rate)
-        acceptance = torch.zeros_like(self.step_size[1:])
-        scale = inverse_root(self.fisher, self._num_gradients())
-        snapshots = []
-        for move in range(self.num_moves):
-            moved, accepted = self.kernel.step(
-                ebm.residual_and_grad,
-                LangevinState(*(part[1:] for part in state)),
-                self.step_size[1:],
-                inverse_temperature=betas[1:, None],
-                scale=scale,
-                generator=generator,
-            )
-            fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
-            base = init_state(ebm.residual_and_grad, fresh)
-            state = LangevinState(*map(torch.cat, zip(base, moved, strict=True)))
-            acceptance += accepted.mean(-1, keepdim=True) / self.num_moves
-            state, swapped = exchange(state, betas, generator)
-            swap_rate += swapped / self.num_moves
-            if (self.num_moves - 1 - move) % _STRIDE == 0:
-                snapshots.append(state.f)
-        check_finite(state.f, state.grad)
-        f = torch.cat(snapshots, 1)
+        found = temper(
+            ebm.residual_and_grad,
+            state,
+            betas,
+            self.step_size[1:],
+            inverse_root(self.fisher, num_gradients(self.num_chains)),
+            kernel=self.kernel,
+            num_moves=self.num_moves,
+            generator=generator,
+        )
+        state, snapshots = found.state, found.snapshots
+        f = torch.cat([snapshot.f for snapshot in snapshots], 1)
         estimate = mbar_log_z(f, betas, track.log_z)
         # Snapshots of one refresh resemble each other: together they count as one.
         variance = len(snapshots) * mbar_variance(f, betas, estimate)
@@ -122,75 +106,25 @@ class TemperedPool(Pool):
         self.log_z, self.log_z_variance = track
         mixture = log_mixture(state.f, betas, track.log_z)
         self.log_weights = torch.log_softmax(-state.f.flatten() - mixture, 0)
-        grad = state.u[1:] + betas[1:, None, None] * state.grad[1:]
-        self.fisher = torch.lerp(self.fisher, grad.mT @ grad / self.num_chains, _FORGETTING)
+        self.fisher = running_fisher(self.fisher, state, betas)
         self.u, self.f, self.log_partition = state.u, state.f, self.log_z[-1].clone()
-        self.swap_rate, self.betas = swap_rate, betas
+        self.betas = betas
+        self._record(found)
+
+    def _record(self, found: Tempered) -> None:
+        """Keep the rates of the moves, and adapt the step sizes to them."""
+        self.swap_rate = found.swap_rate
         # Level 0 makes no proposal: every draw of the base counts as accepted.
+        acceptance = found.acceptance
         self.acceptance = torch.cat([torch.ones_like(acceptance[:1]), acceptance]).squeeze(-1)
         steps = self.kernel.adapt(self.step_size[1:], acceptance)
         self.step_size = torch.cat([self.step_size[:1], steps])
 
     def draw_scale(self) -> Tensor | None:
         """Return the scale (d, d) of MALA moves on p_θ."""
-        return inverse_root(self.fisher[-1], self._num_gradients())
-
-    def _num_gradients(self) -> int:
-        return round(self.num_chains / _FORGETTING)
+        return inverse_root(self.fisher[-1], num_gradients(self.num_chains))
 
     @property
     def log_partition_std_error(self) -> Tensor:
         """Standard error of `log_partition`, a scalar, in nats, if the chains follow p_θ."""
         return self.log_z_variance[-1].sqrt()
-
-
-def adapt_ladder(betas: Tensor, swap_rate: Tensor, rate: float = 0.05) -> Tensor:
-    """Widen the gaps that are easily crossed and narrow the others, β_0 = 0 and β_L = 1 fixed.
-
-        β_{l+1} − β_l ∝ (β_{l+1} − β_l) exp(rate (s_l − mean s))
-
-    At rest all neighbours exchange equally often.
-
-    Args:
-        betas: Inverse temperatures (L,).
-        swap_rate: s, acceptance (L − 1,) of the exchange of each pair; NaN before the first.
-        rate: How fast gaps change at each call.
-
-    Source:
-        Miasojedow, Moulines and Vihola (2013), An adaptive parallel tempering algorithm, section 3,
-        with equal rates in place of a given one.
-    """
-    s = torch.nan_to_num(swap_rate, nan=0.0)
-    gaps = betas.diff() * torch.exp(rate * (s - s.mean()))
-    inner = (gaps.cumsum(0) / gaps.sum())[:-1]
-    return torch.cat([betas[:1], inner, betas[-1:]])
-
-
-def exchange(
-    state: LangevinState, betas: Tensor, generator: torch.Generator | None = None
-) -> tuple[LangevinState, Tensor]:
-    """Exchange chains between neighbouring temperatures, even pairs first, then odd pairs.
-
-    Args:
-        state: Chains u (L, n, d) with f and ∇f.
-        betas: Inverse temperatures (L,).
-        generator: Source of randomness; None means torch's global generator.
-
-    Returns:
-        The new state, and the mean acceptance probability (L − 1,) of each pair.
-    """
-    u, f, grad = (part.clone() for part in state)
-    rate = torch.zeros_like(betas[1:])
-    for start in (0, 1):
-        low = torch.arange(start, len(betas) - 1, 2, device=betas.device)
-        if not len(low):
-            continue
-        high = low + 1
-        log_alpha = (betas[high] - betas[low])[:, None] * (f[high] - f[low])
-        accept = torch.empty_like(log_alpha).exponential_(generator=generator).neg_() < log_alpha
-        rate[low] = log_alpha.clamp(max=0.0).exp().mean(-1)
-        for part in (u, f, grad):
-            mask = accept[..., None] if part.dim() == 3 else accept
-            a, b = part[low], part[high]
-            part[low], part[high] = torch.where(mask, b, a), torch.where(mask, a, b)
-    return LangevinState(u, f, grad), rate

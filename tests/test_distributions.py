@@ -303,10 +303,10 @@ def test_x_given_z_has_the_exact_moments() -> None:
 def test_conditional_check_fails_for_the_gradient_of_the_other_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def confused(ebm: LVEBM, w_z: Tensor) -> object:
+    def confused(ebm: LVEBM, w_z: Tensor, context: None) -> object:
         def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
             u = torch.cat([w_z.expand(*v.shape[:-1], -1), v], -1)  # (z, x) for (x, z)
-            value, grad = ebm.residual_and_grad(u)
+            value, grad = ebm.residual_and_grad(u, context)
             return value, grad[..., w_z.shape[-1] :]
 
         return evaluate

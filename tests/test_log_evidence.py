@@ -134,8 +134,8 @@ def test_default_settings(ebm: LVEBM, x: Tensor) -> None:
 def test_checks_fail_for_the_posterior_of_another_row(
     ebm: LVEBM, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shifted(ebm: LVEBM, w_x: Tensor) -> ValueAndGrad:
-        return given_x(ebm, w_x.roll(1, 0))
+    def shifted(ebm: LVEBM, w_x: Tensor, context: None) -> ValueAndGrad:
+        return given_x(ebm, w_x.roll(1, 0), context)
 
     monkeypatch.setattr(MODULE, "given_x", shifted)
     result, expected = evidence_at_exact_log_z(ebm, x), ebm.f.log_evidence(x).detach()
@@ -169,7 +169,7 @@ def test_rows_keep_their_order_in_chunks(
 
     anneal_latents: Callable[..., Tensor] = MODULE.anneal_latents
     monkeypatch.setattr(MODULE, "anneal_latents", count)
-    monkeypatch.setattr(MODULE, "_MAX_PARTICLES", 90 * 48 * RUNS + 5)
+    monkeypatch.setattr(MODULE, "MAX_PARTICLES", 90 * 48 * RUNS + 5)
     result = evidence_at_exact_log_z(ebm, x)
     assert sizes == [90, 90, 90, 90, 40]
     assert outlier_p_value(result, ebm.f.log_evidence(x).detach()) > ALPHA

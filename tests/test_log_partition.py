@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
 # The function hides the module of its name in the package.
 MODULE = sys.modules["pyro_lvebm.log_partition"]
+BRACKET = sys.modules["pyro_lvebm.bracket"]
 
 RUNS = 6
 CHEAP = {
@@ -187,13 +188,13 @@ def bennett(work_0: np.ndarray, work_1: np.ndarray) -> float:
 
 def test_ends_and_estimate_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With five particles the mean of log Ẑ and the log of mean Ẑ are far apart."""
-    anneal, recorded = MODULE.anneal, []
+    anneal, recorded = BRACKET.anneal, []
 
     def record(f: Any, v: Tensor, schedule: annealing.Schedule, **options: Any) -> Any:
         recorded.append((schedule, anneal(f, v, schedule, **options)))
         return recorded[-1][1]
 
-    monkeypatch.setattr(MODULE, "anneal", record)
+    monkeypatch.setattr(BRACKET, "anneal", record)
     settings = CHEAP | {"num_particles": 5, "relative_ess": 0.6}
     result = log_partition(make_quadratic(pool=tempered(0)), seed=1, **settings)
     (schedule, up), (backward, down) = recorded
@@ -424,13 +425,13 @@ def test_runs_side_by_side_are_bounded(
     monkeypatch: pytest.MonkeyPatch, num_runs: int, limit: int, sizes: list[int]
 ) -> None:
     """No run is lost or done twice; false alarm ALPHA for the estimate."""
-    anneal, seen = MODULE.anneal, []
+    anneal, seen = BRACKET.anneal, []
 
     def record(f: Any, v: Tensor, *args: Any, **options: Any) -> annealing.Annealed:
         seen.append(v.shape[0])
         return anneal(f, v, *args, **options)
 
-    monkeypatch.setattr(MODULE, "anneal", record)
+    monkeypatch.setattr(BRACKET, "anneal", record)
     settings = CHEAP | {"num_runs": num_runs}
     first = log_partition(make_quadratic(pool=tempered(0)), seed=3, **settings)
     seen.clear()

@@ -39,10 +39,10 @@ from scipy import stats
 from small_models import same, snapshot
 from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, MALA, ULA, TemperedPool, langevin, tempered_pool
+from pyro_lvebm import LVEBM, MALA, ULA, TemperedPool, langevin, tempered_pool, tempering
 from pyro_lvebm.langevin import LangevinState, init_state
 from pyro_lvebm.reweighting import log_mixture, mbar_variance
-from pyro_lvebm.tempered_pool import adapt_ladder, exchange
+from pyro_lvebm.tempering import adapt_ladder, exchange
 from pyro_lvebm.tracking import LogZTrack, predict
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -94,7 +94,7 @@ def test_tempered_check_fails_for_exchanges_without_a_test(monkeypatch: pytest.M
     def always(state: LangevinState, betas: Tensor, generator: torch.Generator) -> tuple:
         return exchange(state, torch.zeros_like(betas), generator)
 
-    monkeypatch.setattr(tempered_pool, "exchange", always)
+    monkeypatch.setattr(tempering, "exchange", always)
     p_values = tempered_p_values(
         lambda seed: TemperedPool(4, 256, num_moves=1, seed=seed), torch.float32
     )
@@ -362,7 +362,7 @@ def base_p_value(num_moves: int, *, exchanged: bool, monkeypatch: pytest.MonkeyP
         def nothing(state: LangevinState, betas: Tensor, _: torch.Generator) -> tuple:
             return state, torch.zeros_like(betas[1:])
 
-        monkeypatch.setattr(tempered_pool, "exchange", nothing)
+        monkeypatch.setattr(tempering, "exchange", nothing)
     ebm = frozen_ebm(TemperedPool(3, 2000, num_moves=num_moves, step_size=0.2, seed=3))
     pool = equilibrate(ebm, 9)
     p_values = []
@@ -389,7 +389,7 @@ def test_base_check_fails_where_exchanges_make_no_test(monkeypatch: pytest.Monke
     def always(state: LangevinState, betas: Tensor, generator: torch.Generator) -> tuple:
         return exchange(state, torch.zeros_like(betas), generator)
 
-    monkeypatch.setattr(tempered_pool, "exchange", always)
+    monkeypatch.setattr(tempering, "exchange", always)
     assert base_p_value(1, exchanged=True, monkeypatch=monkeypatch) < CERTAIN
 
 
@@ -544,7 +544,7 @@ def test_chains_reach_the_width_of_an_ill_conditioned_energy(
 
     A variance of 300 chains has a standard error of 8 %: five of them are 0.4.
     """
-    monkeypatch.setattr(tempered_pool, "exchange", lambda s, b, _: (s, torch.zeros(len(b) - 1)))
+    monkeypatch.setattr(tempering, "exchange", lambda s, b, _: (s, torch.zeros(len(b) - 1)))
     assert spread_along_the_model(120, 1) == pytest.approx(2.0, rel=0.4)
     monkeypatch.setattr(
         tempered_pool, "inverse_root", lambda m, _: torch.eye(m.shape[-1]).to(m).expand_as(m)

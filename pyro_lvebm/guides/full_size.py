@@ -25,6 +25,9 @@ def draw_full_size(site: dict[str, Any], sample_shape: tuple[int, ...] = ()) -> 
     batch, full = list(fn.batch_shape), list(fn.batch_shape)
     for frame in site["cond_indep_stack"]:
         full[frame.dim] = frame.full_size or frame.size
+    if isinstance(fn, LatentSite) and fn.context is not None:
+        # Draws at a context cost a run of annealing each, and a first draw need not be exact.
+        fn = fn.ebm.base_z.distribution().expand(batch)
     if full == batch or isinstance(fn, LatentSite):  # a LatentSite has the same law everywhere
         draws: Tensor = fn.expand(torch.Size(full)).sample(torch.Size(sample_shape))
         return draws

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contexts of conditional LVEBMs: their shapes, and the energy at one of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.energies import WhitenedEnergy
+
+
+class ConditionalResidual(Protocol):
+    """What is needed of a conditional LVEBM here."""
+
+    f: nn.Module
+    base_x: GaussianBase
+    base_z: GaussianBase
+
+    def residual(self, u: Tensor, context: Tensor | None) -> Tensor:
+        """Return f(u; c) (*b,)."""
+
+    def residual_and_grad(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return f(u; c) (*b,) and its gradient in u (*b, d), without a graph."""
+
+
+class AtContext(WhitenedEnergy):
+    """The residual energy f(x, z; c) of a conditional LVEBM at one context c.
+
+    Args:
+        ebm: The conditional LVEBM, whose θ this shares.
+        context: The context (*context_shape).
+    """
+
+    context: Tensor
+
+    def __init__(self, ebm: ConditionalResidual, context: Tensor) -> None:
+        super().__init__(ebm.base_x.dim, ebm.base_z.dim)
+        self.f = ebm.f
+        self.register_buffer("context", context.detach().clone())
+        # Outside of the modules, for the LVEBM has a pool, which is no part of this energy.
+        self._ebm = (ebm,)
+
+    def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
+        return self._ebm[0].residual(u, self.context)
+
+    def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f (*b,) and ∇f (*b, d) at u, without a graph."""
+        return self._ebm[0].residual_and_grad(u, self.context)
+
+
+def expand_context(
+    context: Tensor | None, context_shape: torch.Size | None, batch: torch.Size
+) -> tuple[Tensor, ...]:
+    """Return the context expanded to (*batch, *context_shape), as a tuple of one or none.
+
+    Raises:
+        ValueError: As in `context_rows`.
+    """
+    context_rows(context, context_shape)
+    if context is None or context_shape is None:
+        return ()
+    return (context.expand(*batch, *context_shape),)
+
+
+def context_rows(context: Tensor | None, context_shape: torch.Size | None) -> torch.Size:
+    """Return the batch shape of contexts (*b, *context_shape), empty where there are none.
+
+    Raises:
+        ValueError: If there is a context and should be none, the other way round, or its shape
+            does not fit.
+    """
+    if context_shape is None:
+        if context is not None:
+            raise ValueError(
+                "this LVEBM has no contexts: give context_shape, or from_data(..., context=...), "
+                "to build a conditional one"
+            )
+        return torch.Size()
+    if context is None:
+        raise ValueError(
+            f"this LVEBM is conditional: give context=... of shape (..., *{tuple(context_shape)}), "
+            "or use ebm.at(context) for one context"
+        )
+    num_rows = max(0, context.dim() - len(context_shape))
+    if context.shape[num_rows:] != context_shape:
+        raise ValueError(
+            f"context has shape {tuple(context.shape)}; expected trailing shape "
+            f"{tuple(context_shape)}"
+        )
+    return context.shape[:num_rows]
+
+
+def check_context(context: Tensor, x: Tensor) -> torch.Size:
+    """Return the shape of one context of rows x (N, *x_shape).
+
+    Raises:
+        ValueError: If contexts are not finite, not floating point, or not one for each row.
+    """
+    check_contexts_finite(context)
+    if context.dim() < 2 or len(context) != len(x):
+        raise ValueError(
+            f"context has shape {tuple(context.shape)}; expected ({len(x)}, *context_shape), one "
+            "row for each row of x"
+        )
+    return context.shape[1:]
+
+
+def check_contexts_finite(context: Tensor) -> None:
+    """Raise a ValueError unless contexts are a finite floating-point tensor."""
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        what = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise ValueError(
+            f"context must be a floating-point tensor; got {what}. Encode classes one-hot, as by "
+            "torch.nn.functional.one_hot(labels).float()"
+        )
+    if not bool(context.isfinite().all()):
+        raise ValueError("context has NaN or infinite entries; contexts cannot be missing")
