@@ -154,7 +154,14 @@ def given_observed(ebm: LVEBM, completion: Completion, columns: Tensor) -> Value
     return evaluate
 
 
-def _given_z(ebm: LVEBM, w_z: Tensor) -> ValueAndGrad:
+def given_z(ebm: LVEBM, w_z: Tensor) -> ValueAndGrad:
+    """Residual energy of whitened x at fixed whitened z, with its gradient in x.
+
+    Args:
+        ebm: The LVEBM.
+        w_z: Whitened z (*b, z_dim), whose batch shape expands to that of x.
+    """
+
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
         value, grad = ebm.residual_and_grad(u)
@@ -287,7 +294,7 @@ class ObservedSite(TorchDistribution):
         if paired_z is not None and paired_x is not None and _equal(paired_z, z):
             return paired_x.clone()
         w_z = self.ebm.base_z.whiten(z)
-        f = _given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]))
+        f = given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]))
         shape = w_z.shape[:-1]
         v = _draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
         return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)

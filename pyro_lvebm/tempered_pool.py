@@ -94,20 +94,10 @@ class TemperedPool(Pool):
         track = predict(track, self.f, state.f, self.betas, betas)
         swap_rate = torch.zeros_like(self.swap_rate)
         acceptance = torch.zeros_like(self.step_size[1:])
-        scale = inverse_root(self.fisher, self._num_gradients())
+        scales = self.scales()
         snapshots = []
         for move in range(self.num_moves):
-            moved, accepted = self.kernel.step(
-                ebm.residual_and_grad,
-                LangevinState(*(part[1:] for part in state)),
-                self.step_size[1:],
-                inverse_temperature=betas[1:, None],
-                scale=scale,
-                generator=generator,
-            )
-            fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
-            base = init_state(ebm.residual_and_grad, fresh)
-            state = LangevinState(*map(torch.cat, zip(base, moved, strict=True)))
+            state, accepted = self.move(ebm, state, betas, scales, generator)
             acceptance += accepted.mean(-1, keepdim=True) / self.num_moves
             state, swapped = exchange(state, betas, generator)
             swap_rate += swapped / self.num_moves
@@ -131,12 +121,38 @@ class TemperedPool(Pool):
         steps = self.kernel.adapt(self.step_size[1:], acceptance)
         self.step_size = torch.cat([self.step_size[:1], steps])
 
+    def move(
+        self,
+        ebm: ResidualEnergy,
+        state: LangevinState,
+        betas: Tensor,
+        scales: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[LangevinState, Tensor]:
+        """Draw level 0 afresh and move all others by MALA; the pool is unchanged.
+
+        Returns:
+            The new state, and the acceptance probability (L − 1, n) of the levels above the base.
+        """
+        moved, accepted = self.kernel.step(
+            ebm.residual_and_grad,
+            LangevinState(*(part[1:] for part in state)),
+            self.step_size[1:],
+            inverse_temperature=betas[1:, None],
+            scale=scales,
+            generator=generator,
+        )
+        fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
+        base = init_state(ebm.residual_and_grad, fresh)
+        return LangevinState(*map(torch.cat, zip(base, moved, strict=True))), accepted
+
+    def scales(self) -> Tensor:
+        """Return the scales (L − 1, d, d) of MALA moves at the levels above the base."""
+        return inverse_root(self.fisher, round(self.num_chains / _FORGETTING))
+
     def draw_scale(self) -> Tensor | None:
         """Return the scale (d, d) of MALA moves on p_θ."""
-        return inverse_root(self.fisher[-1], self._num_gradients())
-
-    def _num_gradients(self) -> int:
-        return round(self.num_chains / _FORGETTING)
+        return self.scales()[-1]
 
     @property
     def log_partition_std_error(self) -> Tensor:
