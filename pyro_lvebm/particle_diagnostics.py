@@ -55,11 +55,12 @@ def particle_diagnostics(draws: Any, *, max_rhat: float = 1.05) -> ParticleDiagn
     R-hat is rank-normalised, split and folded: near 1 where all chains have the same law, larger
     where they differ in location or scale, also for laws without a mean. Bulk ESS is that for
     the middle of the posterior, tail ESS the smaller of those for its 5 % and 95 % quantiles. All
-    three are ArviZ's. They take ten to twenty seconds for 5,000 data with two latents each and
-    4 × 100 draws. An entry that never moves, such as an observed one, has NaN.
+    three are ArviZ's. They take about ten seconds on one core for 5,000 data with two latents
+    each and 4 × 100 draws. An entry that never moves, such as an observed one, has NaN.
 
-    With many data some R-hat exceed a limit by chance, the more so with few draws: compare with
-    longer runs before one believes in a handful.
+    With many data some R-hat exceed a limit by chance, the more so with few draws: of 500 data
+    whose 4 chains had converged, with autocorrelation 0.5, 62 were above 1.05 with 100 draws, and
+    none with 400.
 
     Args:
         draws: What `to_arviz` returns; or a mapping from names to draws (chain, draw, datum,
