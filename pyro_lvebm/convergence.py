@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -13,19 +12,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_lvebm.annealing import standard_normal
 from pyro_lvebm.divergences import debiased_squared_w2, free_energy, gaussian_kl, squared_w2
-from pyro_lvebm.langevin import ULA, init_state
+from pyro_lvebm.flow_samples import langevin_flow, model_draws, to_numpy, whitened_draws
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.rng import derive_seed, generator_for
 
 Estimator = Literal["neighbours", "gaussian"]
 
 _ASSIGNED = 256
 """Draws of each sample that are assigned to each other; the cost is their number cubed."""
 
-_REFRESHES_PER_SAMPLE = 4
-_DRAW_MOVES = 20
 _CLEAR = 3.0
 """Standard errors by which KL has to exceed the noise floor."""
 
@@ -37,6 +32,7 @@ class ConvergenceRate:
     frame: pd.DataFrame  # columns t, kl, kl_se, w2, w2_se, fitted; a row for each time
     rate: float  # −d log KL / dt over the fitted times; NaN if fewer than three are fitted
     std_error: float  # of the rate, by the jackknife over replicates
+    plateau: float  # KL in nats at which the decay has stopped; NaN if it has not
     kl_floor: float  # KL in nats that two samples of the model may show
     w2_floor: float  # W2 between two samples of the model, which has been taken off w2²
     estimator: str
@@ -51,6 +47,12 @@ class ConvergenceRate:
                 f"KL is above its noise at {count} times, and a rate needs three: the base is "
                 "close to the model, or the flow soon arrives; take more chains, or a shorter "
                 "duration"
+            )
+        if not math.isnan(self.plateau):
+            return (
+                f"KL falls as exp(−{self.rate:.2f} t) over {count} times and then stays at "
+                f"{self.plateau:.2g} nats: chains are held in modes, or step_size is too large; "
+                "the rate is that of the first phase only"
             )
         return (
             f"KL falls as exp(−{self.rate:.2f} t) over {count} times; half of that, "
@@ -86,9 +88,10 @@ def convergence_rate(
     steps of size η, so k steps are the time t = kη; for a curvature λ this makes the rate too
     large by a share ηλ / 2, and the limit is that of the biased kernel. The rate is the slope of
     log KL on t, by least squares weighted with the estimated precision of log KL, over times from
-    `fit_from` up to the first at which KL is not clearly above its noise floor. As λ holds for
-    every start and all times, half the rate is at least λ: it bounds λ from above, up to errors,
-    and never from below.
+    `fit_from` up to the first at which KL is not clearly above its noise floor. Where KL in the
+    last third of the times is clearly above the floor and twice what the fit says, it has a
+    `plateau`. As λ holds for every start and all times, half the rate is at least λ: it bounds λ
+    from above, up to errors, and never from below.
 
     KL is estimated from samples of r_t and of p. "neighbours" is the difference of their
     `free_energy`, with entropies from distances between neighbours: right for every density as
@@ -141,11 +144,11 @@ def convergence_rate(
     size = (num_replicates, 2, num_chains)
     with ebm.frozen():
         p = (
-            _model_draws(ebm, size, num_refreshes, seed)
+            model_draws(ebm, size, num_refreshes, seed)
             if draws is None
-            else _given(ebm, draws, size)
+            else whitened_draws(ebm, draws, size)
         )
-        flow = _flow(ebm, size, num_times, stride, step_size, seed)
+        flow = langevin_flow(ebm, size, num_times, stride, step_size, seed)
         divergences = _gaussian_kls if estimator == "gaussian" else _neighbour_kls
         kl, null = divergences(ebm, flow, p)
     few = slice(min(num_chains, _ASSIGNED))
@@ -168,9 +171,13 @@ def convergence_rate(
     clear = frame["kl"] > kl_floor + _CLEAR * frame["kl_se"]
     late = t >= fit_from - 0.5 * step_size
     frame["fitted"] = late & (clear | ~late).cummin()
-    rate, std_error = _fit(t, kl, frame)
+    rate, std_error, fitted = _fit(t, kl, frame)
+    late_kl, expected = kl[-num_times // 3 :].mean(0), fitted[-num_times // 3 :].mean()
+    clearly = float(late_kl.mean() - _CLEAR * _std_error(late_kl))
+    stopped = clearly > max(kl_floor, 2.0 * expected)
+    plateau = float(late_kl.mean()) if stopped else math.nan
     floor = math.sqrt(np.mean([squared_w2(*pair[:, few]) for pair in p]))
-    return ConvergenceRate(frame, rate, std_error, kl_floor, floor, estimator, step_size)
+    return ConvergenceRate(frame, rate, std_error, plateau, kl_floor, floor, estimator, step_size)
 
 
 def _check(
@@ -199,68 +206,6 @@ def _check(
     return stride
 
 
-def _given(ebm: LVEBM, draws: Tensor, size: tuple[int, int, int]) -> np.ndarray:
-    needed = math.prod(size)
-    if draws.dim() != 2 or draws.shape[1] != ebm.dim or len(draws) < needed:
-        raise ValueError(
-            f"draws has shape {tuple(draws.shape)}; expected (m, {ebm.dim}) with m at least "
-            f"2 num_replicates num_chains = {needed}"
-        )
-    k = ebm.base_x.dim
-    x = draws[:needed, :k].reshape(needed, *ebm.x_shape)
-    z = draws[:needed, k:].reshape(needed, *ebm.z_shape)
-    return _to_numpy(ebm.whiten(x, z)).reshape(*size, ebm.dim)
-
-
-def _model_draws(
-    ebm: LVEBM, size: tuple[int, int, int], num_refreshes: int, seed: int
-) -> np.ndarray:
-    """Draw (*size, d) from a copy of the pool, each sample from refreshes of its own."""
-    pool = copy.deepcopy(ebm.pool)
-    pool.seed = derive_seed(seed, 50, pool.seed)
-    generator = generator_for(seed, 51, device=ebm.base_x.loc.device)
-    for _ in range(num_refreshes):
-        pool.refresh(ebm)
-    samples = []
-    for _ in range(size[0] * size[1]):
-        parts = []
-        for _ in range(_REFRESHES_PER_SAMPLE):
-            pool.refresh(ebm)
-            count = -(-size[2] // _REFRESHES_PER_SAMPLE)
-            parts.append(pool.draw(ebm, count, num_moves=_DRAW_MOVES, generator=generator))
-        samples.append(torch.cat(parts)[: size[2]])
-    return _to_numpy(torch.stack(samples)).reshape(*size, ebm.dim)
-
-
-def _flow(
-    ebm: LVEBM,
-    size: tuple[int, int, int],
-    num_times: int,
-    stride: int,
-    step_size: float,
-    seed: int,
-) -> list[np.ndarray]:
-    """Positions (*size, d) of chains from the base at each time."""
-    generator, kernel = generator_for(seed, 52, device=ebm.base_x.loc.device), ULA()
-    u = standard_normal((*size, ebm.dim), ebm.base_x.loc, generator)
-    state, flow = init_state(ebm.residual_and_grad, u), [_to_numpy(u)]
-    for k in range(1, num_times):
-        for _ in range(stride):
-            state, _ = kernel.step(ebm.residual_and_grad, state, step_size, generator=generator)
-        bad = int((~torch.isfinite(state.u).all(-1)).sum())
-        if bad:
-            raise ValueError(
-                f"{bad} of {math.prod(size)} chains diverged by t = {k * stride * step_size:g}; "
-                "lower step_size, or see check_dissipativity"
-            )
-        flow.append(_to_numpy(state.u))
-    return flow
-
-
-def _to_numpy(u: Tensor) -> np.ndarray:
-    return u.detach().cpu().double().numpy()
-
-
 def _gaussian_kls(
     ebm: LVEBM, flow: list[np.ndarray], p: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -278,7 +223,7 @@ def _neighbour_kls(
 
     def free_energies(u: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            f = _to_numpy(ebm.residual(torch.from_numpy(u).to(ebm.base_x.loc)))
+            f = to_numpy(ebm.residual(torch.from_numpy(u).to(ebm.base_x.loc)))
         energy = (f + 0.5 * (u * u).sum(-1)).reshape(-1, u.shape[-2])
         values = [free_energy(*sample) for sample in zip(_samples(u), energy, strict=True)]
         return np.reshape(values, u.shape[:2])
@@ -299,8 +244,8 @@ def _std_error(values: np.ndarray) -> np.ndarray:
     return error
 
 
-def _fit(t: np.ndarray, kl: np.ndarray, frame: pd.DataFrame) -> tuple[float, float]:
-    """Slope of −log KL on t over the fitted times, and its jackknife standard error.
+def _fit(t: np.ndarray, kl: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, np.ndarray]:
+    """Slope of −log KL over the fitted times, its jackknife standard error, and the fitted KL (T,).
 
     Args:
         t: Times (T,).
@@ -309,15 +254,13 @@ def _fit(t: np.ndarray, kl: np.ndarray, frame: pd.DataFrame) -> tuple[float, flo
     """
     used = frame["fitted"].to_numpy()
     if used.sum() < 3:
-        return math.nan, math.nan
-    kl, t = kl[used], t[used]
+        return math.nan, math.nan, np.full(len(t), np.nan)
     root_weight = (frame["kl"] / frame["kl_se"]).to_numpy()[used]
-    n = kl.shape[1]
-    without = (kl.sum(1, keepdims=True) - kl) / (n - 1)
 
-    def slope(mean: np.ndarray) -> float:
-        return -float(np.polyfit(t, np.log(mean), 1, w=root_weight)[0])
+    def line(mean: np.ndarray) -> np.ndarray:
+        coefficients: np.ndarray = np.polyfit(t[used], np.log(mean[used]), 1, w=root_weight)
+        return coefficients
 
-    left_out = np.array([slope(without[:, i]) for i in range(n)])
-    spread = (n - 1) * left_out.var()
-    return slope(kl.mean(1)), math.sqrt(spread)
+    n, total, whole = kl.shape[1], kl.sum(1), line(kl.mean(1))
+    left_out = np.array([line((total - one) / (n - 1))[0] for one in kl.T])
+    return -float(whole[0]), math.sqrt((n - 1) * left_out.var()), np.exp(np.polyval(whole, t))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ import torch
 from linear_gaussian import assert_unchanged, make_neural, quadrature_log_partition
 from referee import ALPHA, CERTAIN, gaussian_draws, mean_p_value, plane_grid
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, ULA, QuadraticEnergy, TemperedPool, convergence_rate
+from pyro_lvebm import LVEBM, ULA, QuadraticEnergy, TemperedPool, convergence_rate, flow_samples
 from pyro_lvebm.convergence import ConvergenceRate
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -98,7 +97,7 @@ def test_kl_check_fails_for_slow_chains(monkeypatch: pytest.MonkeyPatch) -> None
         def step(self, f: Any, state: Any, step_size: Any, **options: Any) -> Any:
             return super().step(f, state, 0.5 * step_size, **options)
 
-    monkeypatch.setattr(sys.modules["pyro_lvebm.convergence"], "ULA", Slow)
+    monkeypatch.setattr(flow_samples, "ULA", Slow)
     assert kl_p_value([exact(TRANSLATE, seed) for seed in range(16)], TRANSLATE) < CERTAIN
 
 
@@ -204,6 +203,35 @@ def test_a_base_that_is_the_model_has_no_rate() -> None:
     result = exact(law, 0)
     assert math.isnan(result.rate) and not result.frame["fitted"].any()
     assert "KL is above its noise at 0 times" in result.verdict
+
+
+class TwoWells(nn.Module):
+    """Two modes in x of unequal weight, which chains do not leave for a long time."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * (x[..., 0] ** 2 - 4.0) ** 2 + 0.25 * x[..., 0]
+
+
+def test_chains_held_in_modes_are_told_from_fast_ones() -> None:
+    """From the base both modes get half of the chains, and keep them: a fast rate, then none.
+
+    The plateau is KL between the shares of modes, at least 0.05 nats here; flows of a Gaussian, of
+    which late times are fitted or lie in the noise, have none.
+    """
+    base = dist.Normal(torch.zeros(1).double(), 1.0).to_event(1)
+    ebm = LVEBM(TwoWells(), base, base, TemperedPool(6, 100, seed=1))
+    result = convergence_rate(ebm, num_chains=300, num_replicates=5, duration=3.0, num_times=9)
+    axis = torch.linspace(-6.0, 6.0, 4001, dtype=torch.float64)
+    log_p = -0.5 * axis**2 - TwoWells()(axis[:, None], axis)
+    share = float(torch.softmax(log_p, 0)[axis < 0.0].sum())
+    between = -0.5 * math.log(4.0 * share * (1.0 - share))
+    assert result.rate > 4.0 and between > 0.05
+    assert abs(result.plateau - between) < 0.04
+    assert "then stays at" in result.verdict
+    assert all(
+        math.isnan(r.plateau) for name in ("translate", "stretched") for r in replicates(name)
+    )
+    assert math.isnan(exact(TRANSLATE, 1, duration=6.0, num_times=13).plateau)
 
 
 def test_fit_ends_where_kl_meets_the_noise() -> None:
