@@ -7,6 +7,9 @@ from pyro_lvebm.conditional_partition import (
     conditional_log_partition,
 )
 from pyro_lvebm.context_pool import ContextPool
+from pyro_lvebm.convergence import ConvergenceRate, convergence_rate
+from pyro_lvebm.disentanglement import Disentanglement, disentanglement
+from pyro_lvebm.dissipativity import Dissipativity, check_dissipativity
 from pyro_lvebm.distributions import JointEnergy
 from pyro_lvebm.elbo_rows import ImportanceWeighted, LaplaceApproximation, PriorProposal
 from pyro_lvebm.elbo_table import ElboTable
@@ -27,14 +30,17 @@ from pyro_lvebm.langevin import MALA, ULA
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.particle_diagnostics import ParticleDiagnostics, particle_diagnostics
 from pyro_lvebm.penalties import energy_l2, spectral_norm, weight_decay
 from pyro_lvebm.persistent_pool import PersistentPool
 from pyro_lvebm.plots import history_figure, plot_elbo
+from pyro_lvebm.pool_diagnostics import PoolDiagnostics, pool_diagnostics
 from pyro_lvebm.quadratic import QuadraticEnergy
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.schedules import half_cosine
 from pyro_lvebm.sites import lvebm
 from pyro_lvebm.tempered_pool import TemperedPool
+from pyro_lvebm.traversal import Traversal, traverse
 from pyro_lvebm.validation import TrainingWarning
 
 __all__ = [
@@ -49,6 +55,9 @@ __all__ = [
     "AutoPerDatumMultivariateNormal",
     "ConditionalLogPartition",
     "ContextPool",
+    "ConvergenceRate",
+    "Disentanglement",
+    "Dissipativity",
     "ElboTable",
     "ImportanceWeighted",
     "ImportanceWeightedELBO",
@@ -57,14 +66,20 @@ __all__ = [
     "LogEvidence",
     "LogPartition",
     "MLPEnergy",
+    "ParticleDiagnostics",
     "PersistentPool",
+    "PoolDiagnostics",
     "PriorProposal",
     "QuadraticEnergy",
     "Saddle",
     "TemperedPool",
     "TrainingWarning",
+    "Traversal",
+    "check_dissipativity",
     "compare_elbo",
     "conditional_log_partition",
+    "convergence_rate",
+    "disentanglement",
     "energy_l2",
     "half_cosine",
     "history_figure",
@@ -73,8 +88,11 @@ __all__ = [
     "log_evidence_of",
     "log_partition",
     "lvebm",
+    "particle_diagnostics",
     "plot_elbo",
+    "pool_diagnostics",
     "spectral_norm",
     "to_arviz",
+    "traverse",
     "weight_decay",
 ]

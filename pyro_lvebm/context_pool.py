@@ -10,12 +10,10 @@ from torch import Tensor
 
 from pyro_lvebm.langevin import LangevinState
 from pyro_lvebm.pool import ResidualEnergy
-from pyro_lvebm.preconditioning import inverse_root
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tempering import (
     SNAPSHOT_STRIDE,
     adapt_ladder,
-    num_gradients,
     running_fisher,
     temper,
 )
@@ -176,7 +174,7 @@ class ContextPool(TemperedPool):
             state,
             betas,
             self.step_size[1:],
-            inverse_root(self.fisher, num_gradients(self.num_chains)),
+            self.scales(),
             kernel=self.kernel,
             num_moves=self.num_moves,
             generator=generator,

@@ -178,7 +178,15 @@ def given_observed(
     return evaluate
 
 
-def _given_z(ebm: LVEBM, w_z: Tensor, context: Tensor | None) -> ValueAndGrad:
+def given_z(ebm: LVEBM, w_z: Tensor, context: Tensor | None = None) -> ValueAndGrad:
+    """Residual energy of whitened x at fixed whitened z, with its gradient in x.
+
+    Args:
+        ebm: The LVEBM.
+        w_z: Whitened z (*b, z_dim), whose batch shape expands to that of x.
+        context: Contexts (*b, *context_shape) of a conditional LVEBM.
+    """
+
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
         value, grad = ebm.residual_and_grad(u, context)
@@ -345,7 +353,7 @@ class ObservedSite(TorchDistribution):
         w_z = self.ebm.base_z.whiten(z)
         shape = w_z.shape[:-1]
         context = _as_problems(self.context, self.ebm, shape)
-        f = _given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]), context)
+        f = given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]), context)
         v = _draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
         return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)
 

@@ -92,7 +92,7 @@ class TemperedPool(Pool):
             state,
             betas,
             self.step_size[1:],
-            inverse_root(self.fisher, num_gradients(self.num_chains)),
+            self.scales(),
             kernel=self.kernel,
             num_moves=self.num_moves,
             generator=generator,
@@ -120,9 +120,13 @@ class TemperedPool(Pool):
         steps = self.kernel.adapt(self.step_size[1:], acceptance)
         self.step_size = torch.cat([self.step_size[:1], steps])
 
+    def scales(self) -> Tensor:
+        """Return the scales (L − 1, d, d) of MALA moves at the levels above the base."""
+        return inverse_root(self.fisher, num_gradients(self.num_chains))
+
     def draw_scale(self) -> Tensor | None:
         """Return the scale (d, d) of MALA moves on p_θ."""
-        return inverse_root(self.fisher[-1], num_gradients(self.num_chains))
+        return self.scales()[-1]
 
     @property
     def log_partition_std_error(self) -> Tensor:

@@ -57,17 +57,9 @@ def temper(
     acceptance = torch.zeros_like(step_size)
     snapshots = []
     for move in range(num_moves):
-        moved, accepted = kernel.step(
-            f,
-            LangevinState(*(part[1:] for part in state)),
-            step_size,
-            inverse_temperature=betas[1:, None],
-            scale=scale,
-            generator=generator,
+        state, accepted = move_levels(
+            f, state, betas, step_size, scale, kernel=kernel, generator=generator
         )
-        fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
-        base = init_state(f, fresh)
-        state = LangevinState(*map(torch.cat, zip(base, moved, strict=True)))
         acceptance += accepted.mean(-1, keepdim=True) / num_moves
         state, swapped = exchange(state, betas, generator)
         swap_rate += swapped / num_moves
@@ -75,6 +67,34 @@ def temper(
             snapshots.append(state)
     check_finite(state.f, state.grad)
     return Tempered(state, snapshots, acceptance, swap_rate)
+
+
+def move_levels(
+    f: ValueAndGrad,
+    state: LangevinState,
+    betas: Tensor,
+    step_size: Tensor,
+    scale: Tensor,
+    *,
+    kernel: MALA,
+    generator: torch.Generator,
+) -> tuple[LangevinState, Tensor]:
+    """Draw level 0 afresh and move all others once; arguments as in `temper`.
+
+    Returns:
+        The new state, and the acceptance probability (L − 1, n) of the levels above the base.
+    """
+    moved, accepted = kernel.step(
+        f,
+        LangevinState(*(part[1:] for part in state)),
+        step_size,
+        inverse_temperature=betas[1:, None],
+        scale=scale,
+        generator=generator,
+    )
+    fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
+    base = init_state(f, fresh)
+    return LangevinState(*map(torch.cat, zip(base, moved, strict=True))), accepted
 
 
 def running_fisher(fisher: Tensor, state: LangevinState, betas: Tensor) -> Tensor:

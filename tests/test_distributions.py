@@ -295,7 +295,7 @@ def conditional_p_value() -> float:
     return min(1.0, 2.0 * min(variance, mean_p_value(white, 0.0)))
 
 
-def test_x_given_z_has_the_exact_moments() -> None:
+def test_xgiven_z_has_the_exact_moments() -> None:
     """Chi-square and Student's test. False alarms: 1e-3."""
     assert conditional_p_value() > ALPHA
 
@@ -311,7 +311,7 @@ def test_conditional_check_fails_for_the_gradient_of_the_other_block(
 
         return evaluate
 
-    monkeypatch.setattr(package, "_given_z", confused)
+    monkeypatch.setattr(package, "given_z", confused)
     assert conditional_p_value() < CERTAIN
 
 

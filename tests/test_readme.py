@@ -57,7 +57,9 @@ def missing_files(text: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/pyro.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/pyro.md", "docs/diagnostics.md"]
+)
 def test_examples_run(page: str) -> None:
     examples = python_examples((ROOT / page).read_text(encoding="utf-8"))
     assert examples.count(">>>") > 10

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of a model and of the Langevin flow towards it, whitened."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_lvebm.annealing import standard_normal
+from pyro_lvebm.langevin import ULA, init_state
+from pyro_lvebm.rng import derive_seed, generator_for
+
+if TYPE_CHECKING:
+    from pyro_lvebm.model import LVEBM
+
+_REFRESHES_PER_SAMPLE = 4
+_DRAW_MOVES = 20
+
+
+def whitened_draws(ebm: LVEBM, draws: Tensor, size: tuple[int, int, int]) -> np.ndarray:
+    """Draws of the model (m, dim) as whitened samples (*size, d).
+
+    Raises:
+        ValueError: If they are too few, or of another shape.
+    """
+    needed = math.prod(size)
+    if draws.dim() != 2 or draws.shape[1] != ebm.dim or len(draws) < needed:
+        raise ValueError(
+            f"draws has shape {tuple(draws.shape)}; expected (m, {ebm.dim}) with m at least "
+            f"2 num_replicates num_chains = {needed}"
+        )
+    k = ebm.base_x.dim
+    x = draws[:needed, :k].reshape(needed, *ebm.x_shape)
+    z = draws[:needed, k:].reshape(needed, *ebm.z_shape)
+    return to_numpy(ebm.whiten(x, z)).reshape(*size, ebm.dim)
+
+
+def model_draws(
+    ebm: LVEBM, size: tuple[int, int, int], num_refreshes: int, seed: int
+) -> np.ndarray:
+    """Draw (*size, d) from a copy of the pool, each sample from refreshes of its own."""
+    pool = copy.deepcopy(ebm.pool)
+    pool.seed = derive_seed(seed, 50, pool.seed)
+    generator = generator_for(seed, 51, device=ebm.base_x.loc.device)
+    for _ in range(num_refreshes):
+        pool.refresh(ebm)
+    samples = []
+    for _ in range(size[0] * size[1]):
+        parts = []
+        for _ in range(_REFRESHES_PER_SAMPLE):
+            pool.refresh(ebm)
+            count = -(-size[2] // _REFRESHES_PER_SAMPLE)
+            parts.append(pool.draw(ebm, count, num_moves=_DRAW_MOVES, generator=generator))
+        samples.append(torch.cat(parts)[: size[2]])
+    return to_numpy(torch.stack(samples)).reshape(*size, ebm.dim)
+
+
+def langevin_flow(
+    ebm: LVEBM,
+    size: tuple[int, int, int],
+    num_times: int,
+    stride: int,
+    step_size: float,
+    seed: int,
+) -> list[np.ndarray]:
+    """Positions (*size, d) of chains from the base at each time, `stride` steps apart.
+
+    Raises:
+        ValueError: If chains diverge.
+    """
+    generator, kernel = generator_for(seed, 52, device=ebm.base_x.loc.device), ULA()
+    u = standard_normal((*size, ebm.dim), ebm.base_x.loc, generator)
+    state, flow = init_state(ebm.residual_and_grad, u), [to_numpy(u)]
+    for k in range(1, num_times):
+        for _ in range(stride):
+            state, _ = kernel.step(ebm.residual_and_grad, state, step_size, generator=generator)
+        bad = int((~torch.isfinite(state.u).all(-1)).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {math.prod(size)} chains diverged by t = {k * stride * step_size:g}; "
+                "lower step_size, or see check_dissipativity"
+            )
+        flow.append(to_numpy(state.u))
+    return flow
+
+
+def to_numpy(u: Tensor) -> np.ndarray:
+    """Return a tensor as a NumPy array in double precision."""
+    return u.detach().cpu().double().numpy()
