@@ -96,9 +96,8 @@ class _Energies(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], ObservedSite):
             ebm = msg["fn"].ebm
-            w = torch.tensor([-0.5, 0.5]).to(ebm.base_x.loc)
-            pairs = [w.reshape(2, *[1] * len(s)).expand(2, *s) for s in (ebm.x_shape, ebm.z_shape)]
-            self.values[msg["name"]] = ebm.energy(*pairs).detach().clone()
+            u = torch.tensor([[-0.5], [0.5]]).to(ebm.base_x.loc).expand(2, ebm.dim)
+            self.values[msg["name"]] = ebm.energy(*ebm.unwhiten(u)).detach().clone()
 
 
 def _check_energies(

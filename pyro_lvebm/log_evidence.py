@@ -88,7 +88,8 @@ def log_evidence(
         Estimates and their standard errors, in nats.
 
     Raises:
-        ValueError: If x is empty, infinite or of another shape, or a number is out of range.
+        ValueError: If x is empty, infinite, of another shape or outside its support, or a number is
+            out of range.
         RuntimeError: If the energy is too rough for the pilot run.
 
     Source:
@@ -105,6 +106,7 @@ def log_evidence(
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
     check_rows(x, ebm.x_shape, missing=True)
+    ebm.base_x.support.check(x)
     if log_z is None:
         log_z = log_partition(ebm, seed=seed)
     values, errors = [], []

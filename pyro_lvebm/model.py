@@ -11,6 +11,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import JointEnergy, Posterior
@@ -18,6 +19,7 @@ from pyro_lvebm.energies import WhitenedEnergy
 from pyro_lvebm.imputation import impute
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.pool import Pool
+from pyro_lvebm.supports import Support
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
 
@@ -35,12 +37,14 @@ class LVEBM(nn.Module):
     Args:
         energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
             z (*b, *z_shape) to (*b).
-        base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`.
+        base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`. Where x has
+            bounds, a `TransformedDistribution` of one, such as `LogNormal(...).to_event(k)`.
         base_z: Gaussian over z.
         pool: `TemperedPool(...)` (the default) or `PersistentPool(...)`.
 
     Raises:
-        ValueError: If a base is not a Gaussian, or the energy returns the wrong shape or NaN.
+        ValueError: If a base is not a Gaussian, the transform of base_x is not that of `biject_to`,
+            or the energy returns the wrong shape or NaN.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447.
@@ -54,6 +58,8 @@ class LVEBM(nn.Module):
         torch.Size([100])
     """
 
+    base_x: GaussianBase
+    base_z: GaussianBase
     expects_missing: Tensor  # whether the data of `from_data` had missing entries
 
     def __init__(
@@ -66,7 +72,7 @@ class LVEBM(nn.Module):
         super().__init__()
         if not isinstance(energy, nn.Module):
             raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
-        base_x = GaussianBase.from_distribution(base_x, "base_x")
+        base_x = GaussianBase.from_bounded(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
         _check_energy(energy, base_x, base_z)
         if isinstance(energy, WhitenedEnergy):
@@ -80,7 +86,13 @@ class LVEBM(nn.Module):
 
     @classmethod
     def from_data(
-        cls, energy: nn.Module, x: Tensor, *, z_dim: int, pool: Pool | None = None
+        cls,
+        energy: nn.Module,
+        x: Tensor,
+        *,
+        z_dim: int,
+        support: Constraint | None = None,
+        pool: Pool | None = None,
     ) -> LVEBM:
         """Start from a Gaussian fitted to the data and a standard normal latent.
 
@@ -93,17 +105,32 @@ class LVEBM(nn.Module):
             x: Data (N, *x_shape), floating point, more rows than dimensions; NaN where an entry
                 is missing.
             z_dim: Number of latent dimensions.
+            support: Where x lies, one of `torch.distributions.constraints`, such as
+                `constraints.positive`, of single entries or of the trailing axes of a row; the
+                real vectors if None. The Gaussian is then one of y = T⁻¹(x), T = `biject_to`
+                (support), and so are the whitened coordinates; f(x, z) still gets x.
             pool: The pool of negatives; `TemperedPool()` if None.
 
         Raises:
             ValueError: If x is empty, infinite or not floating point, has too few rows or
-                constant columns, z_dim < 1, or the energy does not fit.
+                constant columns, does not lie inside the support, or has entries missing on one
+                that ties entries together; if z_dim < 1, no bijection to the support is known, or
+                the energy does not fit.
+
+        Example:
+            >>> import torch
+            >>> from torch.distributions import constraints
+            >>> from pyro_lvebm import LVEBM, MLPEnergy
+            >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).exp()
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1, support=constraints.positive)
+            >>> bool((ebm.unwhiten(torch.randn(50, 3))[0] > 0).all())
+            True
         """
         if z_dim < 1:
             raise ValueError(f"z_dim must be at least 1; got {z_dim}")
         check_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
-        base_x = GaussianBase.fit(x)
+        base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
         energy.to(device=x.device, dtype=x.dtype)
         ebm = cls(energy, base_x, base_z, pool)
         ebm.expects_missing.copy_(x.isnan().any())
@@ -117,7 +144,7 @@ class LVEBM(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Number of entries of x and z together."""
+        """Number of unconstrained entries of x and z together."""
         return self.base_x.dim + self.base_z.dim
 
     @property
@@ -221,6 +248,7 @@ class LVEBM(nn.Module):
     def posterior(self, x: Tensor) -> Posterior:
         """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin."""
         check_data(x, self.x_shape)
+        self.base_x.support.check(x)
         return Posterior(self, x)
 
     def impute(
@@ -242,8 +270,9 @@ class LVEBM(nn.Module):
             Completed observations (num_samples, N, *x_shape).
 
         Raises:
-            ValueError: If x is infinite, of another shape, or NaN where it is said to be observed,
-                `observed` is no boolean mask of a shape that fits, or nothing is missing.
+            ValueError: If x is infinite, of another shape, outside its support or NaN where it is
+                said to be observed, `observed` is no boolean mask of a shape that fits, nothing is
+                missing, or the support ties entries of x together.
 
         Example:
             >>> import torch
