@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
@@ -76,4 +76,5 @@ class PairTransform(Transform):
         return (*shape[:-1], shape[-1] - added)
 
 
-biject_to.register(PairSupport, PairTransform)
+for _registry in (biject_to, transform_to):  # starting points of NUTS come from the second
+    _registry.register(PairSupport, PairTransform)

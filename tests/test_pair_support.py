@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import pyro
 import pytest
 import torch
 from bounded_models import CONSTRAINTS, twins
+from pyro.infer import MCMC, NUTS
 from referee import normal
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
@@ -45,6 +47,20 @@ def test_draws_lie_on_the_support_and_other_values_do_not(constraint: Constraint
     wrong[:10, 0] = -1.0
     wrong[10:15, -1] = torch.nan
     assert joint.support.check(wrong).tolist() == [False] * 15 + [True] * 5
+
+
+def test_nuts_starts_and_stays_on_the_support() -> None:
+    """Its density is exact above; here Pyro has to find the bijection, and a starting point."""
+    _, bounded = twins(CONSTRAINTS[-1], 1)
+
+    def model() -> None:
+        pyro.sample("pair", bounded.joint())
+
+    with isolated_rng(0), bounded.frozen():
+        mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=10, disable_progbar=True)
+        mcmc.run()
+    draws = mcmc.get_samples()["pair"]
+    assert bounded.joint().support.check(draws).all() and len(draws.unique(dim=0)) > 10
 
 
 def test_without_bounds_the_joint_is_a_real_vector() -> None:
