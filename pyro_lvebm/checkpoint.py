@@ -60,7 +60,10 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
     header = {
         "format": FORMAT,
         "settings": settings,
-        "pools": [{"seed": e.pool.seed, "fresh": e.pool_is_fresh()} for e in ebms],
+        "pools": [
+            {"seed": e.pool.seed, "fresh": e.pool_is_fresh(), "support": str(e.base_x.support)}
+            for e in ebms
+        ],
         "optim": _pull_tensors(state, "optim", tensors),
         "average": average.count,
         "history": columns,
@@ -123,6 +126,11 @@ class Checkpoint:
             for k, v in targets.items()
             if k in saved and v.dtype != saved[k].dtype
         ]
+        problems += [
+            f"x has support {ebm.base_x.support}, in the file {pool['support']}"
+            for ebm, pool in zip(ebms, self.pools, strict=False)
+            if str(ebm.base_x.support) != pool["support"]
+        ]
         problems += [f"the optimiser's '{k}' is no parameter" for k in self.optim.keys() - targets]
         problems += [f"the average of '{k}' is of no parameter" for k in averaged.keys() - targets]
         if problems:
@@ -167,7 +175,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"'{path}' has format {found!r}; expected {FORMAT!r}")
     try:
         settings = {name: header["settings"][name] for name in SETTINGS}
-        pools = [{"seed": int(p["seed"]), "fresh": bool(p["fresh"])} for p in header["pools"]]
+        pools = [
+            {
+                "seed": int(p["seed"]),
+                "fresh": bool(p["fresh"]),
+                "support": str(p.get("support", "Real()")),
+            }
+            for p in header["pools"]
+        ]
         optim = _push_tensors(header["optim"], tensors)
         average, columns = int(header["average"]), [str(name) for name in header["history"]]
         if tensors["history"].shape[-1] != len(columns):

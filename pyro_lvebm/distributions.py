@@ -19,6 +19,7 @@ from pyro_lvebm.annealing import Schedule, anneal, pick_draws, pilot, standard_n
 from pyro_lvebm.conditional import context_rows, expand_context
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.missing import Completion
+from pyro_lvebm.pair_support import PairSupport
 
 if TYPE_CHECKING:
     from pyro_lvebm.model import LVEBM
@@ -35,6 +36,7 @@ _MAX_RUNS = 1024
 class JointEnergy(TorchDistribution):
     """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
 
+    x is in data coordinates, also where its support is bounded; `support` says so to Pyro.
     `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
     from the pool and moves the draws on by MALA; draws are as good as the pool has converged.
 
@@ -52,21 +54,27 @@ class JointEnergy(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
 
     def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
         if ebm.context_shape is not None:
             raise ValueError("a conditional LVEBM has a joint for each context: ebm.at(c).joint()")
         self.ebm = ebm
-        super().__init__(torch.Size(batch_shape), torch.Size((ebm.dim,)), validate_args=False)
+        shape = torch.Size((ebm.x_shape.numel() + ebm.z_shape.numel(),))
+        super().__init__(torch.Size(batch_shape), shape, validate_args=False)
+
+    @constraints.dependent_property(event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Real vectors, or pairs of an x on its support and a real z."""
+        x = self.ebm.base_x.support
+        return constraints.real_vector if x.is_real else PairSupport(x, self.ebm.z_shape.numel())
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> JointEnergy:
         """Return the distribution with another batch shape."""
         return JointEnergy(self.ebm, torch.Size(batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return −E_θ (*b,) for values (*b, dim), in nats, without log Z."""
-        k = self.ebm.base_x.dim
+        """Return −E_θ (*b,) for values (*b, entries), in nats, without log Z."""
+        k = self.ebm.x_shape.numel()
         x = value[..., :k].reshape(*value.shape[:-1], *self.ebm.x_shape)
         z = value[..., k:].reshape(*value.shape[:-1], *self.ebm.z_shape)
         log_prob = -self.ebm.energy(x, z)
@@ -77,7 +85,7 @@ class JointEnergy(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         u = self.ebm.pool.draw(self.ebm, shape.numel())
         x, z = self.ebm.unwhiten(u)
-        return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, self.ebm.dim)
+        return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, *self.event_shape)
 
 
 class Posterior(TorchDistribution):
@@ -335,8 +343,8 @@ class ObservedSite(TorchDistribution):
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
-        """Real events of the shape of x."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        """That of the base of x."""
+        return self.ebm.base_x.support.constraint
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> ObservedSite:
         """Return the distribution with another batch shape."""

@@ -21,7 +21,7 @@ class WhitenedEnergy(nn.Module):
     it is an energy like any other; an `LVEBM` skips that detour in its inner loops.
 
     Args:
-        x_dim: Number of entries of x.
+        x_dim: Number of entries of x, unconstrained: K − 1 on a simplex with K entries.
         z_dim: Number of entries of z.
 
     Raises:
@@ -49,7 +49,7 @@ class WhitenedEnergy(nn.Module):
         if (base_x.dim, base_z.dim) != (self.x_dim, self.z_dim):
             raise ValueError(
                 f"the energy has x_dim={self.x_dim} and z_dim={self.z_dim}, but the bases have "
-                f"{base_x.dim} and {base_z.dim} dimensions"
+                f"{base_x.dim} and {base_z.dim} (unconstrained) dimensions"
             )
         if self._bound and not (_same(self.base_x, base_x) and _same(self.base_z, base_z)):
             raise ValueError(
@@ -76,11 +76,13 @@ class WhitenedEnergy(nn.Module):
 
 
 def _same(a: GaussianBase, b: GaussianBase) -> bool:
+    w = torch.linspace(-1.0, 1.0, a.dim).to(a.loc)  # tells supports apart
     return (
         a.event_shape == b.event_shape
         and a.diagonal == b.diagonal
         and torch.equal(a.loc, b.loc)
         and torch.equal(a.scale, b.scale)
+        and torch.equal(a.unwhiten(w), b.unwhiten(w))
     )
 
 

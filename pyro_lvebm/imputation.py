@@ -29,7 +29,8 @@ def impute(
     check_rows(x, ebm.x_shape, missing=True)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
-    observed = observed_entries(x, observed, ebm.x_shape).flatten(1)
+    observed = observed_entries(x, observed, ebm.x_shape)
+    ebm.base_x.support.check(x, observed)
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):
         raise ValueError("nothing is missing: every entry of x is observed")
@@ -55,4 +56,5 @@ def _complete(
         state = anneal(f, start, schedule, num_moves=4, generator=generator).state
     v = x.new_zeros(len(x), 1, completion.dim)
     v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
-    return completion.complete(completion.unwhiten(v))[:, 0]
+    values = ebm.base_x.support.constrain(completion.unwhiten(v))
+    return completion.complete(values)[:, 0]

@@ -97,13 +97,11 @@ class _Energies(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], ObservedSite):
             ebm = msg["fn"].ebm
-            w = torch.tensor([-0.5, 0.5]).to(ebm.base_x.loc)
+            u = torch.tensor([[-0.5], [0.5]]).to(ebm.base_x.loc).expand(2, ebm.dim)
             rows = context_rows(msg["fn"].context, ebm.context_shape)
-            x, z = (
-                w.reshape(2, *[1] * (len(rows) + len(s))).expand(2, *rows, *s)
-                for s in (ebm.x_shape, ebm.z_shape)
-            )
-            self.values[msg["name"]] = ebm.energy(x, z, msg["fn"].context).detach().clone()
+            u = u.reshape(2, *[1] * len(rows), ebm.dim).expand(2, *rows, ebm.dim)
+            energy = ebm.energy(*ebm.unwhiten(u), msg["fn"].context)
+            self.values[msg["name"]] = energy.detach().clone()
 
 
 def _check_energies(

@@ -43,11 +43,14 @@ class LatentColumns:
 
     def log_abs_det(self, columns: Tensor) -> Tensor:
         """Return log |dz/dv| (*b,), in nats."""
+        total = columns.new_zeros(())
         if self.gaussian is not None:
-            return self.gaussian.log_det.expand(columns.shape[:-1])
+            total = self.gaussian.log_det.expand(columns.shape[:-1])
+            if self.gaussian.support.is_real:
+                return total
         value = self.from_columns(columns)
         jacobian: Tensor = self.transform.log_abs_det_jacobian(value, self.transform(value))
-        return jacobian.reshape(*columns.shape[:-1], -1).sum(-1)
+        return total + jacobian.reshape(*columns.shape[:-1], -1).sum(-1)
 
 
 def whitening(fn: Any, nesting: int) -> GaussianBase | Completion | None:

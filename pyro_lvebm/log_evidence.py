@@ -94,8 +94,8 @@ def log_evidence(
         Estimates and their standard errors, in nats.
 
     Raises:
-        ValueError: If x is empty, infinite or of another shape, a context is missing, too much or
-            of another shape, or a number is out of range.
+        ValueError: If x is empty, infinite, of another shape or outside its support, a context is
+            missing, too much or of another shape, or a number is out of range.
         RuntimeError: If the energy is too rough for the pilot run.
 
     Source:
@@ -112,6 +112,7 @@ def log_evidence(
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
     check_rows(x, ebm.x_shape, missing=True)
+    ebm.base_x.support.check(x)
     context_rows(context, ebm.context_shape)
     if context is not None:
         check_context(context, x)

@@ -11,6 +11,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.conditional import AtContext, check_context, expand_context
@@ -20,6 +21,7 @@ from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy
 from pyro_lvebm.imputation import impute
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.pool import Pool
+from pyro_lvebm.supports import Support
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
 
@@ -44,15 +46,17 @@ class LVEBM(nn.Module):
     Args:
         energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
             z (*b, *z_shape), and a context (*b, *context_shape) if there are any, to (*b).
-        base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`.
+        base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`. Where x has
+            bounds, a `TransformedDistribution` of one, such as `LogNormal(...).to_event(k)`.
         base_z: Gaussian over z.
         pool: `TemperedPool(...)` (the default) or `PersistentPool(...)`; with contexts,
             `ContextPool(...)`.
         context_shape: Shape of one context; None for an LVEBM without contexts.
 
     Raises:
-        ValueError: If a base is not a Gaussian, the energy returns the wrong shape or NaN, or the
-            pool is not one for contexts where there are some, or the other way round.
+        ValueError: If a base is not a Gaussian, the transform of base_x is not that of `biject_to`,
+            the energy returns the wrong shape or NaN, or the pool is not one for contexts where
+            there are some, or the other way round.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447.
@@ -66,6 +70,8 @@ class LVEBM(nn.Module):
         torch.Size([100])
     """
 
+    base_x: GaussianBase
+    base_z: GaussianBase
     expects_missing: Tensor  # whether the data of `from_data` had missing entries
 
     def __init__(
@@ -80,7 +86,7 @@ class LVEBM(nn.Module):
         super().__init__()
         if not isinstance(energy, nn.Module):
             raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
-        base_x = GaussianBase.from_distribution(base_x, "base_x")
+        base_x = GaussianBase.from_bounded(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
         self.context_shape = None if context_shape is None else torch.Size(context_shape)
         if isinstance(energy, WhitenedEnergy):
@@ -101,6 +107,7 @@ class LVEBM(nn.Module):
         x: Tensor,
         *,
         z_dim: int,
+        support: Constraint | None = None,
         context: Tensor | None = None,
         pool: Pool | None = None,
     ) -> LVEBM:
@@ -115,19 +122,34 @@ class LVEBM(nn.Module):
             x: Data (N, *x_shape), floating point, more rows than dimensions; NaN where an entry
                 is missing.
             z_dim: Number of latent dimensions.
+            support: Where x lies, one of `torch.distributions.constraints`, such as
+                `constraints.positive`, of single entries or of the trailing axes of a row; the
+                real vectors if None. The Gaussian is then one of y = T⁻¹(x), T = `biject_to`
+                (support), and so are the whitened coordinates; f(x, z) still gets x.
             context: Contexts (N, *context_shape) of a conditional LVEBM, floating point. An
                 `MLPEnergy` standardises its contexts by their means and standard deviations.
             pool: The pool of negatives; `TemperedPool()` if None, or `ContextPool()`.
 
         Raises:
             ValueError: If x is empty, infinite or not floating point, has too few rows or
-                constant columns, z_dim < 1, or the energy does not fit.
+                constant columns, does not lie inside the support, or has entries missing on one
+                that ties entries together; if z_dim < 1, no bijection to the support is known, or
+                the energy does not fit.
+
+        Example:
+            >>> import torch
+            >>> from torch.distributions import constraints
+            >>> from pyro_lvebm import LVEBM, MLPEnergy
+            >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).exp()
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1, support=constraints.positive)
+            >>> bool((ebm.unwhiten(torch.randn(50, 3))[0] > 0).all())
+            True
         """
         if z_dim < 1:
             raise ValueError(f"z_dim must be at least 1; got {z_dim}")
         check_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
-        base_x = GaussianBase.fit(x)
+        base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
         energy.to(device=x.device, dtype=x.dtype)
         shape = None
         if context is not None:
@@ -146,7 +168,7 @@ class LVEBM(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Number of entries of x and z together."""
+        """Number of unconstrained entries of x and z together."""
         return self.base_x.dim + self.base_z.dim
 
     @property
@@ -319,6 +341,7 @@ class LVEBM(nn.Module):
         With contexts (*b, *context_shape) it is p_θ(z | x, c).
         """
         check_data(x, self.x_shape)
+        self.base_x.support.check(x)
         return Posterior(self, x, context)
 
     def impute(
@@ -340,8 +363,9 @@ class LVEBM(nn.Module):
             Completed observations (num_samples, N, *x_shape).
 
         Raises:
-            ValueError: If x is infinite, of another shape, or NaN where it is said to be observed,
-                `observed` is no boolean mask of a shape that fits, or nothing is missing.
+            ValueError: If x is infinite, of another shape, outside its support or NaN where it is
+                said to be observed, `observed` is no boolean mask of a shape that fits, nothing is
+                missing, or the support ties entries of x together.
 
         Example:
             >>> import torch

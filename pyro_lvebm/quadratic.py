@@ -118,10 +118,11 @@ class QuadraticEnergy(WhitenedEnergy):
         mean = -self.linear_at(*context) @ covariance
         k = self.x_dim
         tril: Tensor = torch.linalg.cholesky(covariance[:k, :k])
-        centred = (self.base_x.whiten(x) - mean[..., :k])[..., None]
+        w = self.base_x.whiten(x)
+        centred = (w - mean[..., :k])[..., None]
         r: Tensor = torch.linalg.solve_triangular(tril, centred, upper=False).squeeze(-1)
         log_norm = 0.5 * k * math.log(2 * math.pi) + tril.diagonal().log().sum()
-        return -0.5 * (r * r).sum(-1) - log_norm - self.base_x.log_det
+        return -0.5 * (r * r).sum(-1) - log_norm - self.base_x.log_abs_det(w)
 
     def posterior(self, x: Tensor, *context: Tensor) -> dist.MultivariateNormal:
         """Return p(z | x), a Gaussian over flattened z, batch shape (*b,), for x (*b, *x_shape)."""

@@ -62,11 +62,12 @@ def lvebm(
         x (*b, *x_shape), completed where entries are missing, and z (*b, *z_shape).
 
     Raises:
-        ValueError: If obs is empty, infinite, not floating point, of another event shape, NaN at
-            an entry that is said to be observed, or its rows are not those of the plates around
-            the call; if `observed` is not boolean or of another shape; if a parameter of the
-            energy is a sample site, or `poutine.do` sets z where x is observed; if a context is
-            missing, not finite, of another shape, or too much.
+        ValueError: If obs is empty, infinite, not floating point, of another event shape, outside
+            the support of x, NaN at an entry that is said to be observed, or its rows are not
+            those of the plates around the call; if entries are missing on a support that ties
+            them together; if `observed` is not boolean or of another shape; if a parameter of the
+            energy is a sample site, or `poutine.do` sets z where x is observed; if a context
+            is missing, not finite, of another shape, or too much.
 
     Source:
         docs/maths.md, "Two sites".
@@ -96,6 +97,8 @@ def lvebm(
         _check_do(name)
         if observed is not None or ebm.expects_missing or obs.isnan().any():
             completion = Completion(ebm.base_x, obs, observed_entries(obs, observed, ebm.x_shape))
+        else:
+            ebm.base_x.support.check(obs)
     elif observed is not None:
         raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
     _check_not_random(name, ebm.f)
