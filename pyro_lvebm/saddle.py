@@ -19,6 +19,7 @@ from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.averaging import ParameterAverage
 from pyro_lvebm.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
 from pyro_lvebm.fitting import run_fit
+from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import find_particles
 from pyro_lvebm.history import History
 from pyro_lvebm.inspection import Anatomy, inspect
@@ -474,8 +475,9 @@ class Saddle(SVI):
         kwargs: dict[str, Any],
     ) -> Ascent:
         """Take one optimiser step on the chosen minibatch."""
-        guide = at_minibatch(self.guide, choices) if choices else self.guide
-        model = at_minibatch(self.model, choices) if choices else self.model
+        guide, model = GivenRows()(self.guide), GivenRows()(self.model)
+        if choices:
+            guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
 
         def loss_and_grads() -> float:
             with SamePlates():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
 from pyro_lvebm.missing import Completion, MissingSite, observed_entries
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import DataError, check_data
 
 
 def lvebm(
@@ -103,7 +103,7 @@ def _check_plates(name: str, obs: Tensor, ebm: LVEBM) -> None:
     for axis, size in zip(range(-len(rows), 0), rows, strict=True):
         plate = sizes.get(axis, 1)
         if size not in (1, plate):
-            raise ValueError(
+            raise DataError(
                 f"obs of '{name}' has {size} rows on batch axis {axis}, where the plates around "
                 f"the call have {plate}. Call lvebm inside pyro.plate(...) of that size, with the "
                 "rows of its minibatch"

@@ -18,7 +18,7 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import LatentSite
 from pyro_lvebm.guides.networks import as_pyro_params
-from pyro_lvebm.guides.rows import KnownRows
+from pyro_lvebm.guides.rows import KnownRows, open_plates
 from pyro_lvebm.rng import isolated_rng
 
 
@@ -92,7 +92,6 @@ class AmortisedGuide(AutoGuide):
             self._rows.check(self, args, kwargs)  # the plates are those of the list
         elif self._rows.changed(self, args, kwargs):
             self._read_plates(*args, **kwargs)
-            self._rows.forget()
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """Return q(z | x), of batch shape (*b,), for x (*b, *x_shape)."""
@@ -101,10 +100,11 @@ class AmortisedGuide(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the latent of every row of the minibatch."""
+        rows = self._rows.given(self, args, kwargs)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._follow_rows(args, kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = open_plates(self, rows, args, kwargs)
         x = self._observations(*args, **kwargs)
         with ExitStack() as stack:
             for frame in self._site["cond_indep_stack"]:

@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_lvebm.guides.full_size import draw_full_size
-from pyro_lvebm.guides.rows import KnownRows
+from pyro_lvebm.guides.rows import KnownRows, open_plates
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """Name of the plate that Pyro's ELBOs open for vectorised particles."""
@@ -110,8 +110,8 @@ class AutoParticles(AutoGuide):
         """Index tuple of a minibatch into the batch axes of a site's buffer."""
         site = self.prototype_trace.nodes[name]
         batch_shape = site["fn"].batch_shape
-        by_dim = {frame.dim: indices[frame.name] for frame in site["cond_indep_stack"]}
         device = getattr(self, _key(name)).device
+        by_dim = {f.dim: indices[f.name].to(device) for f in site["cond_indep_stack"]}
         axes = [
             by_dim.get(axis - len(batch_shape), torch.arange(size, device=device))
             for axis, size in enumerate(batch_shape)
@@ -134,10 +134,11 @@ class AutoParticles(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site at its particles."""
+        rows = self._rows.given(self, args, kwargs)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._rows.check(self, args, kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = open_plates(self, rows, args, kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             with ExitStack() as stack:
