@@ -296,7 +296,8 @@ class Saddle(SVI):
 
         Returns:
             For each site, (num_particles, num_samples, *batch_shape, *event_shape): ArviZ's
-            order, a particle being a chain.
+            order, a particle being a chain. Where the model is given rows, as in
+            `pyro.plate(..., subsample=ids)`, these are the data, in their order.
 
         Raises:
             ValueError: If the guide has no `AutoParticles`, a latent lies outside a plate that
