@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_lvebm.elbo_table import ElboTable
+from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import (
@@ -81,7 +82,7 @@ def to_arviz(
     if num_predictive is None:
         num_predictive = min(num_samples, len(first))
     with isolated_rng(seed, 30, device=device), poutine.block(), torch.no_grad():
-        prototype = poutine.trace(saddle.model).get_trace(*args, **kwargs)
+        prototype = poutine.trace(GivenRows()(saddle.model)).get_trace(*args, **kwargs)
         with frozen(energy_modules(prototype)):
             last = {name: value[:, -num_predictive:] for name, value in draws.samples.items()}
             observed, predictive = _observed_sites(saddle.model, prototype, last, args, kwargs)

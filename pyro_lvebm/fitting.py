@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def run_fit(
     kwargs: dict[str, Any],
     *,
     num_steps: int,
+    batches: Iterable[Sequence[Any]] | None,
     schedule: Schedule,
     held_out: tuple[Any, ...] | None,
     patience: int | None,
@@ -44,6 +46,14 @@ def run_fit(
 ) -> list[float]:
     """Take steps, and end with averaged parameters; see `Saddle.fit`."""
     _check(num_steps, held_out, patience, evaluate_every)
+    if batches is not None and args:
+        raise ValueError(
+            f"give batches, or arguments of the model, and not both; got {len(args)} arguments "
+            "beside batches"
+        )
+    stream = itertools.repeat(args) if batches is None else endless(batches)
+    args = next(stream)
+    stream = itertools.chain([args], stream)
     losses: list[float] = []
     best: _Best | None = None
     if held_out is not None:
@@ -52,7 +62,7 @@ def run_fit(
         best = _Best(value, start, pool_snapshot(saddle.ebms))
     with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
         for t in bar:
-            losses.append(saddle.scaled_step(schedule(t / num_steps), args, kwargs))
+            losses.append(saddle.scaled_step(schedule(t / num_steps), next(stream), kwargs))
             if progress and t % 10 == 0:
                 bar.set_postfix(_status(saddle, losses), refresh=False)
             if best is None or held_out is None:
@@ -75,6 +85,34 @@ def run_fit(
     for ebm in saddle.ebms:
         ebm.settle()
     return losses
+
+
+def endless(batches: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    """Go through batches again and again.
+
+    Args:
+        batches: Tuples or lists of arguments; every new iteration starts again, as that of a
+            `DataLoader`.
+
+    Raises:
+        ValueError: If an iteration has nothing, as the second one of a generator, or an item is
+            no tuple or list.
+    """
+    for epoch in itertools.count():
+        empty = True
+        for batch in batches:
+            if not isinstance(batch, tuple | list):
+                raise ValueError(
+                    "every item of batches must be a tuple or list of arguments of the model, as "
+                    f"from DataLoader(TensorDataset(x, ids)); got {type(batch).__name__}"
+                )
+            empty = False
+            yield tuple(batch)
+        if empty:
+            raise ValueError(
+                f"batches had nothing at pass {epoch + 1}, before the last step. Give an iterable "
+                "that starts again, such as a DataLoader or a list, and not a generator"
+            )
 
 
 def _check(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.conditional import context_rows
 from pyro_lvebm.distributions import ObservedSite
+from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import check_guide
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import device_of, isolated_rng
@@ -50,11 +51,11 @@ def inspect(
             its own x and z, or parameters are not in Pyro's store.
     """
     with torch.no_grad(), poutine.block():
-        model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
         check_guide(guide, model_trace)
         with isolated_rng(0, device=device_of(args, kwargs)):
             _check_energies(model, model_trace, args, kwargs)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        guide_trace = poutine.trace(GivenRows()(guide)).get_trace(*args, **kwargs)
     sites = {
         id(node["fn"].ebm): name
         for name, node in reversed(all_nodes(model_trace).items())

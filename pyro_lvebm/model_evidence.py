@@ -19,6 +19,7 @@ from pyro_lvebm.conditional import expand_context
 from pyro_lvebm.conditional_partition import conditional_log_partition
 from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.enumeration import will_be_enumerated
+from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks
@@ -78,7 +79,7 @@ class Sweep:
     @classmethod
     def of(cls, model: Model, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sweep:
         """Run the model once, and name its latents."""
-        prototype = poutine.trace(model).get_trace(*args, **kwargs)
+        prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
         probe = AutoParticles(poutine.block(model, hide_fn=will_be_enumerated), 1)
         probe(*args, **kwargs)
         return cls(model, prototype, probe, seed, args, kwargs)

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_lvebm.given_rows import GIVEN, GivenRows
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import Kernel
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
@@ -48,6 +49,8 @@ def draw_posterior(
 ) -> PosteriorDraws:
     """Run the particles of every datum on, minibatch by minibatch, at frozen θ.
 
+    Where the model is given the rows of its data, these are the data.
+
     Raises:
         ValueError: If a count is too small, or a global latent shares a model with subsampling,
             for which no exact chain exists on minibatches.
@@ -60,7 +63,7 @@ def draw_posterior(
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     with torch.no_grad(), poutine.block():
-        prototype = poutine.trace(model).get_trace(*args, **kwargs)
+        prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
     nesting = plate_nesting(prototype)
     samples: dict[str, Tensor] = {}
     stats: dict[str, Tensor] = {}
@@ -93,7 +96,8 @@ def draw_posterior(
                 thinning=thinning,
                 generator=generator_for(seed, 3, number, device=device),
             )
-            _collect(samples, stats, blocks[0], chain, particles)
+            given = {name for name, node in batch.nodes.items() if GIVEN in node["infer"]}
+            _collect(samples, stats, blocks[0], chain, particles, given)
     return PosteriorDraws(samples, stats)
 
 
@@ -103,24 +107,30 @@ def _collect(
     block: LatentBlock,
     chain: Chain,
     particles: AutoParticles,
+    given: set[str],
 ) -> None:
-    """Write the draws of a minibatch into tensors over all data."""
+    """Write the draws of a minibatch into tensors over all data, or over those of given rows."""
+    first = block.columns[0].name
+    batch_dim = chain.energy.dim() - 2
+    full = list(particles.particles(first).shape[1 : 1 + batch_dim])
+    rows = dict(block.indices)
+    for frame in particles.prototype_trace.nodes[first]["cond_indep_stack"]:
+        if frame.name in given:
+            full[frame.dim] = len(rows[frame.name])
+            rows[frame.name] = torch.arange(full[frame.dim])
+    index = (slice(None), slice(None), *particles.index(first, rows))
+
+    def write(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
+        part = value.transpose(0, 1)  # (K, num_samples, *B, *event)
+        if name not in tensors:
+            tensors[name] = part.new_empty(*part.shape[:2], *full, *part.shape[2 + batch_dim :])
+        tensors[name][index] = part
+
     values = block.constrain(chain.v)
     for column in block.columns:
-        name = column.name
-        value = values[name]
+        value = values[column.name]
         if isinstance(column.gaussian, Completion):
             value = column.gaussian.complete(value)  # rather than noise at observed entries
-        part = value.transpose(0, 1)  # (K, num_samples, *B, *event)
-        if name not in samples:
-            full = particles.particles(name).shape
-            samples[name] = part.new_empty(part.shape[:2] + full[1:])
-        samples[name][(slice(None), slice(None), *particles.index(name, block.indices))] = part
-    first = block.columns[0].name
-    for key, value in (("energy", chain.energy), ("acceptance_rate", chain.acceptance)):
-        part = value.transpose(0, 1)
-        if key not in stats:
-            batch_dim = value.dim() - 2
-            full = particles.particles(first).shape[1 : 1 + batch_dim]
-            stats[key] = part.new_empty(part.shape[:2] + full)
-        stats[key][(slice(None), slice(None), *particles.index(first, block.indices))] = part
+        write(samples, column.name, value)
+    write(stats, "energy", chain.energy)
+    write(stats, "acceptance_rate", chain.acceptance)

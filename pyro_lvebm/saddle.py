@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.averaging import ParameterAverage
 from pyro_lvebm.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
 from pyro_lvebm.fitting import run_fit
+from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import find_particles
 from pyro_lvebm.history import History
 from pyro_lvebm.inspection import Anatomy, inspect
@@ -168,6 +169,7 @@ class Saddle(SVI):
         self,
         *args: Any,
         num_steps: int,
+        batches: Iterable[Sequence[Any]] | None = None,
         schedule: Schedule = half_cosine,
         held_out: tuple[Any, ...] | None = None,
         patience: int | None = None,
@@ -185,6 +187,9 @@ class Saddle(SVI):
         Args:
             args: Arguments of the model and the guide.
             num_steps: Number of steps.
+            batches: Arguments of the model for each step in turn, such as a `DataLoader` of rows
+                and their ids, gone through again and again; `args` are then empty. An epoch is
+                `len(batches)` steps.
             schedule: Maps the part of the fit that is done, from 0 to 1, to a factor on each
                 update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`
                 leaves the updates as the optimiser made them.
@@ -201,14 +206,16 @@ class Saddle(SVI):
             The loss of every step.
 
         Raises:
-            ValueError: As in `step` and `log_evidence`; if a number is out of range, or
-                `patience` is given without `held_out`.
+            ValueError: As in `step` and `log_evidence`; if a number is out of range, `patience`
+                is given without `held_out`, or `batches` beside other arguments; if `batches`
+                end early or are not tuples or lists of arguments.
         """
         return run_fit(
             self,
             args,
             kwargs,
             num_steps=num_steps,
+            batches=batches,
             schedule=schedule,
             held_out=held_out,
             patience=patience,
@@ -289,7 +296,8 @@ class Saddle(SVI):
 
         Returns:
             For each site, (num_particles, num_samples, *batch_shape, *event_shape): ArviZ's
-            order, a particle being a chain.
+            order, a particle being a chain. Where the model is given rows, as in
+            `pyro.plate(..., subsample=ids)`, these are the data, in their order.
 
         Raises:
             ValueError: If the guide has no `AutoParticles`, a latent lies outside a plate that
@@ -474,8 +482,9 @@ class Saddle(SVI):
         kwargs: dict[str, Any],
     ) -> Ascent:
         """Take one optimiser step on the chosen minibatch."""
-        guide = at_minibatch(self.guide, choices) if choices else self.guide
-        model = at_minibatch(self.model, choices) if choices else self.model
+        guide, model = GivenRows()(self.guide), GivenRows()(self.model)
+        if choices:
+            guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
 
         def loss_and_grads() -> float:
             with SamePlates():

@@ -15,7 +15,7 @@ from pyro_lvebm.conditional import check_contexts_finite, context_rows
 from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
 from pyro_lvebm.missing import Completion, MissingSite, observed_entries
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import DataError, check_data
 
 
 def lvebm(
@@ -128,7 +128,7 @@ def _check_plates(name: str, what: str, rows: torch.Size) -> None:
     for axis, size in zip(range(-len(rows), 0), rows, strict=True):
         plate = sizes.get(axis, 1)
         if size not in (1, plate):
-            raise ValueError(
+            raise DataError(
                 f"{what} of '{name}' has {size} rows on batch axis {axis}, where the plates around "
                 f"the call have {plate}. Call lvebm inside pyro.plate(...) of that size, with the "
                 "rows of its minibatch"

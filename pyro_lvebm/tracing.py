@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_lvebm.distributions import ObservedSite
+from pyro_lvebm.given_rows import GIVEN, is_subsample
 from pyro_lvebm.guides.particles import PARTICLE_PLATE
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.validation import DataError
@@ -31,7 +32,7 @@ def all_nodes(trace: Trace) -> dict[str, Node]:
 
 def subsample_nodes(trace: Trace) -> dict[str, Node]:
     """Return the nodes at which plates choose their minibatch."""
-    return {name: node for name, node in all_nodes(trace).items() if _is_subsample(node)}
+    return {name: node for name, node in all_nodes(trace).items() if is_subsample(node)}
 
 
 def sample_nodes(trace: Trace) -> dict[str, Node]:
@@ -39,12 +40,8 @@ def sample_nodes(trace: Trace) -> dict[str, Node]:
     return {
         name: node
         for name, node in all_nodes(trace).items()
-        if node["type"] == "sample" and not _is_subsample(node)
+        if node["type"] == "sample" and not is_subsample(node)
     }
-
-
-def _is_subsample(node: Node) -> bool:
-    return node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
 
 
 def energy_modules(trace: Trace) -> list[LVEBM]:
@@ -111,16 +108,18 @@ class Minibatch:
 def cover(trace: Trace) -> Iterator[Minibatch]:
     """Yield minibatches that together visit every datum; the last may repeat data of the first.
 
-    Without subsampling there is one, of all data.
+    Without subsampling there is one, of all data; where the model is given its rows, as in
+    `pyro.plate(..., subsample=ids)`, there is one, of these.
 
     Args:
-        trace: A trace of the model, for its plates.
+        trace: A trace of the model, under `GivenRows`, for its plates.
 
     Raises:
         ValueError: If more than one plate subsamples.
     """
     choices = subsample_nodes(trace)
-    small = {k: n for k, n in choices.items() if len(n["value"]) < n["fn"].size}
+    free = {name: node for name, node in choices.items() if GIVEN not in node["infer"]}
+    small = {k: n for k, n in free.items() if len(n["value"]) < n["fn"].size}
     if len(small) > 1:
         raise ValueError(
             f"plates {sorted(small)} all subsample; going through all data needs at most one "
@@ -191,7 +190,7 @@ class SamePlates(Messenger):
         self.sizes: dict[str, int] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not _is_subsample(msg):
+        if not is_subsample(msg):
             return
         name, size = msg["name"], msg["fn"].size
         held = self.sizes.setdefault(name, size)

@@ -584,9 +584,9 @@ def test_impossible_guides_are_refused() -> None:
         pyro.sample("w", dist.Normal(0.0, 1.0))
         model(x)
 
-    with pytest.raises(ValueError, match=r"only latent is the z of one LVEBM; got \['scene_z', 'w"):
+    with pytest.raises(ValueError, match=r"missing entries; got \['scene_z', 'w"):
         AutoAmortisedNormal(two)(x)
-    with pytest.raises(ValueError, match="only latent is the z of one LVEBM"):
+    with pytest.raises(ValueError, match="only latents are the z of one LVEBM"):
         AutoAmortisedNormal(gamma_model)(torch.zeros(3))
 
     both = AutoGuideList(two)

@@ -165,6 +165,50 @@ def test_a_loop_with_an_optimiser_of_torch(make: Any, local: bool) -> None:
                 Saddle(model, guide, adam()).step(x, y)
 
 
+@pytest.mark.parametrize(
+    "make", [AutoParticles, AutoNormal, AutoPerDatumMultivariateNormal, AutoAmortisedNormal]
+)
+def test_module_local_params_change_nothing_for_a_model_that_is_a_function(
+    make: Any, tmp_path: Any
+) -> None:
+    """Every parameter is found and moves as without the setting, and is averaged and saved."""
+    ends = []
+    for local in (False, True):
+        with pyro.settings.context(module_local_params=local):
+            pyro.clear_param_store()
+            ebm = quadratic_ebm()
+            model, x = plate_model(ebm, 4), data_of(ebm, 12)
+            guide = make(model)
+            saddle = Saddle(model, guide, adam())
+            losses = saddle.fit(x, num_steps=4, progress=False)
+            saddle.save(tmp_path / "run")
+            end = snapshot(guide), snapshot(ebm)
+            losses.append(saddle.step(x))
+            pyro.clear_param_store()
+            model = plate_model(quadratic_ebm(), 4)
+            loaded = Saddle.load(tmp_path / "run", model, make(model), adam(), x)
+            assert loaded.step(x) == losses[-1]
+            ends.append((losses, *end))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1]) and same(ends[0][2], ends[1][2])
+
+
+def test_module_local_params_are_refused_for_a_model_that_is_a_module() -> None:
+    """Then the model's parameters are in no store; and Pyro refuses a guide on its own."""
+    with pyro.settings.context(module_local_params=True):
+        ebm = quadratic_ebm()
+        x, y = labelled_data(ebm)
+        before = snapshot(ebm)
+        model = Classifier(ebm)
+        saddle = Saddle(model, AutoParticles(model), adam())
+        with pytest.raises(ValueError, match="is not in Pyro's parameter store"):
+            saddle.step(x, y)
+        assert same(before, snapshot(ebm))
+        alone = AutoParticles(plate_model(ebm))
+        with pytest.raises(NotImplementedError, match=r"global pyro\.param statements"):
+            alone(x)
+
+
 def test_optimisers_of_torch_are_refused_by_saddle() -> None:
     ebm = quadratic_ebm()
     model = plate_model(ebm)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -17,17 +16,20 @@ from torch.distributions.transforms import ReshapeTransform
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.distributions import LatentSite
-from pyro_lvebm.guides.networks import as_pyro_params
-from pyro_lvebm.guides.rows import KnownRows
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.guides.incomplete import features, law_of_entries
+from pyro_lvebm.guides.networks import zero_network
+from pyro_lvebm.guides.rows import KnownRows, open_plates
+from pyro_lvebm.missing import Completion, MissingSite
+from pyro_lvebm.validation import DataError
 
 
 class AmortisedGuide(AutoGuide):
-    """Skeleton of an encoder for the latent site of the one LVEBM in a model.
+    """Skeleton of an encoder for the latent sites of the one LVEBM in a model.
 
     A subclass says how many outputs its encoder has (`_num_outputs`) and what they mean (`_law`),
     in coordinates whitened by base_z. The last layer starts at zero, so q starts where all
-    outputs are zero.
+    outputs are zero. Where entries of x are missing, a second network of the same kind gives
+    their law first, in coordinates whitened by base_x given the observed entries.
     """
 
     prototype_trace: Any  # a `Trace`; None before the first call
@@ -57,34 +59,48 @@ class AmortisedGuide(AutoGuide):
         """Return q (*b,) over events of base_z, for outputs (*b, num_outputs)."""
         raise NotImplementedError
 
+    @staticmethod
+    def _of_missing(missing: Tensor) -> Tensor:
+        """Return which outputs (*b, num_outputs) are about missing entries (*b, d) alone."""
+        raise NotImplementedError
+
     def _read_plates(self, *args: Any, **kwargs: Any) -> None:
         """Learn the latent site and its plates from a run of the model."""
         before = self.prototype_trace, dict(self._prototype_frames)
         super()._setup_prototype(*args, **kwargs)
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         names = [n for n, s in sites.items() if isinstance(s["fn"], LatentSite)]
-        if len(sites) != 1 or not names:
+        missing = [n for n, s in sites.items() if isinstance(s["fn"], MissingSite)]
+        expected = [[n, n.removesuffix("_z") + "_missing"][: len(sites)] for n in names]
+        if [*names, *missing] not in expected or len(sites) != len(names) + len(missing):
             # A trained encoder must not be taken for one that was never built.
             self.prototype_trace, self._prototype_frames = before
             raise ValueError(
-                f"{type(self).__name__} needs a model whose only latent is the z of one LVEBM; got "
-                f"{sorted(sites)}. Hide the others with poutine.block"
+                f"{type(self).__name__} needs a model whose only latents are the z of one LVEBM "
+                f"and its missing entries; got {sorted(sites)}. Hide the others with poutine.block"
             )
-        self._name = names[0]
+        self._name, self._missing = names[0], missing[0] if missing else None
         self._site = sites[self._name]
+        holes = [~sites[name]["fn"].completion.observed for name in missing]
+        x = self._observations(*args, **kwargs)
+        if any(bool(part.any()) for part in holes) and not x.isnan().any():
+            self.prototype_trace, self._prototype_frames = before
+            raise DataError(
+                f"entries of x are missing in the model, and none is NaN in what "
+                f"{type(self).__name__} sees. Give it observations=..., with NaN at missing "
+                "entries, as x.masked_fill(~observed, torch.nan)"
+            )
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._read_plates(*args, **kwargs)
-        ebm = self._site["fn"].ebm
-        widths = [ebm.base_x.dim, *self._hidden]
-        with isolated_rng(self._seed):
-            layers: list[nn.Module] = []
-            for a, b in pairwise(widths):
-                layers += [nn.Linear(a, b), nn.SiLU()]
-            out = nn.Linear(widths[-1], self._num_outputs(ebm.base_z.dim))
-        nn.init.zeros_(out.weight)
-        nn.init.zeros_(out.bias)
-        self.encoder = as_pyro_params(nn.Sequential(*layers, out).to(ebm.base_x.loc))
+        base_x, base_z = self._site["fn"].ebm.base_x, self._site["fn"].ebm.base_z
+        self.encoder = self._network(base_x.dim, base_z.dim).to(base_x.loc)
+        if self._missing is not None:
+            self.completer = self._network(2 * base_x.dim, base_x.dim).to(base_x.loc)
+
+    def _network(self, num_inputs: int, dim: int) -> nn.Module:
+        """Return a network with the outputs of a law in `dim` dimensions, all of them zero."""
+        return zero_network([num_inputs, *self._hidden, self._num_outputs(dim)], self._seed)
 
     def _follow_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the plates of these arguments; the encoder is for any number of rows."""
@@ -92,19 +108,51 @@ class AmortisedGuide(AutoGuide):
             self._rows.check(self, args, kwargs)  # the plates are those of the list
         elif self._rows.changed(self, args, kwargs):
             self._read_plates(*args, **kwargs)
-            self._rows.forget()
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
-        """Return q(z | x), of batch shape (*b,), for x (*b, *x_shape)."""
+        """Return q(z | x), of batch shape (*b,), for complete x (*b, *x_shape).
+
+        Raises:
+            ValueError: If entries of x are NaN.
+        """
+        if x.isnan().any():
+            raise DataError(
+                "x has NaN, and q(z | x) is that of complete rows. Where entries are missing, the "
+                "guide itself draws them and z, if they were missing at its first call too: then "
+                "every minibatch must open the site of missing entries (observed=...)"
+            )
+        return self._law_of_z(x)
+
+    def _law_of_z(self, x: Tensor) -> dist.TorchDistribution:
         ebm = self._site["fn"].ebm
         return self._law(self.encoder(ebm.base_x.whiten(x)), ebm.base_z)
 
+    def encode_missing(self, x: Tensor) -> dist.TorchDistribution:
+        """Return q(x_m | x_o), of batch shape (*b,), for x (*b, *x_shape) with NaN.
+
+        It is the law of the site `{name}_missing`, over events of the shape of x. Where x is
+        observed, it is that of the site itself.
+        """
+        return self._law_of_missing(self._completion(x))
+
+    def _completion(self, x: Tensor) -> Completion:
+        return Completion(self._site["fn"].ebm.base_x, x, ~x.isnan())
+
+    def _law_of_missing(self, completion: Completion) -> dist.TorchDistribution:
+        outputs = self.completer(features(completion))
+        zeros = completion.mean.new_zeros(completion.dim)
+        standard = GaussianBase(zeros, zeros + 1.0)
+        # At observed entries all outputs are zero: the standard normal that the site has there.
+        law = self._law(outputs * self._of_missing(~completion.observed), standard)
+        return law_of_entries(law, completion)
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the latent of every row of the minibatch."""
+        rows = self._rows.given(self, args, kwargs)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._follow_rows(args, kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = open_plates(self, rows, args, kwargs)
         x = self._observations(*args, **kwargs)
         with ExitStack() as stack:
             for frame in self._site["cond_indep_stack"]:
@@ -113,7 +161,12 @@ class AmortisedGuide(AutoGuide):
                 indices = plates[frame.name]._indices
                 if len(indices) != x.shape[axis]:
                     x = x.index_select(axis, indices)
-            return {self._name: pyro.sample(self._name, self.encode(x))}
+            if self._missing is None:
+                return {self._name: pyro.sample(self._name, self.encode(x))}
+            completion = self._completion(x)
+            entries = pyro.sample(self._missing, self._law_of_missing(completion))
+            z = pyro.sample(self._name, self._law_of_z(completion.complete(entries)))
+            return {self._missing: entries, self._name: z}
 
 
 class AutoAmortisedNormal(AmortisedGuide):
@@ -122,17 +175,24 @@ class AutoAmortisedNormal(AmortisedGuide):
         q(z | x) = N(m(x), diag s(x)²),    (m, log s) = MLP(whitened x)
 
     This is the encoder of a variational autoencoder, for the latent site of one LVEBM in the
-    model. x and z are whitened by the bases of the LVEBM, so the first q is base_z.
+    model. x and z are whitened by the bases of the LVEBM, so the first q is base_z. Where entries
+    of x are missing, q(x_m, z | x_o) = q(x_m | x_o) q(z | x): a second network, of the observed
+    entries and of which these are, gives a Gaussian over the missing ones, in coordinates in which
+    base_x(x_m | x_o) is standard normal and where q starts.
 
     Args:
-        model: A Pyro model with exactly one LVEBM, whose z is the only latent.
-        observations: Picks the observations (N, *x_shape) out of the model's arguments; by
-            default the first argument. Minibatches are taken by the indices of the data plate.
+        model: A Pyro model with exactly one LVEBM, whose z is the only latent, beside missing
+            entries of its x.
+        observations: Picks the observations (N, *x_shape) out of the model's arguments, NaN where
+            missing; by default the first argument. Minibatches are taken by the indices of the
+            data plate, unless these are the rows of the minibatch already.
         hidden: Width of each hidden layer.
         seed: Fixes the initial weights.
 
     Raises:
-        ValueError: If hidden is empty, or (at the first call) the model has other latents.
+        ValueError: If hidden is empty; at the first call, if the model has other latents, or
+            entries are missing in it that are not NaN in the observations; later, if entries are
+            missing that were not at the first call.
 
     Source:
         Kingma and Welling (2014), Auto-encoding variational Bayes, section 3.
@@ -157,6 +217,10 @@ class AutoAmortisedNormal(AmortisedGuide):
         return 2 * dim
 
     @staticmethod
+    def _of_missing(missing: Tensor) -> Tensor:
+        return torch.cat([missing, missing], -1)
+
+    @staticmethod
     def _law(outputs: Tensor, base: GaussianBase) -> dist.TorchDistribution:
         mean, log_scale = outputs.chunk(2, -1)
         if not base.diagonal:
@@ -175,17 +239,21 @@ class AutoAmortisedMultivariateNormal(AmortisedGuide):
 
     It is `AutoAmortisedNormal` with correlations: d (d + 3) / 2 outputs for a latent with d
     entries in place of 2 d. x and z are whitened by the bases of the LVEBM, so the first q is
-    base_z.
+    base_z. Missing entries of x are drawn first, as by `AutoAmortisedNormal`, with correlations.
 
     Args:
-        model: A Pyro model with exactly one LVEBM, whose z is the only latent.
-        observations: Picks the observations (N, *x_shape) out of the model's arguments; by
-            default the first argument. Minibatches are taken by the indices of the data plate.
+        model: A Pyro model with exactly one LVEBM, whose z is the only latent, beside missing
+            entries of its x.
+        observations: Picks the observations (N, *x_shape) out of the model's arguments, NaN where
+            missing; by default the first argument. Minibatches are taken by the indices of the
+            data plate, unless these are the rows of the minibatch already.
         hidden: Width of each hidden layer.
         seed: Fixes the initial weights.
 
     Raises:
-        ValueError: If hidden is empty, or (at the first call) the model has other latents.
+        ValueError: If hidden is empty; at the first call, if the model has other latents, or
+            entries are missing in it that are not NaN in the observations; later, if entries are
+            missing that were not at the first call.
 
     Source:
         Kingma and Welling (2019), An introduction to variational autoencoders, section 2.5.1.
@@ -208,6 +276,12 @@ class AutoAmortisedMultivariateNormal(AmortisedGuide):
     @staticmethod
     def _num_outputs(dim: int) -> int:
         return dim * (dim + 3) // 2
+
+    @staticmethod
+    def _of_missing(missing: Tensor) -> Tensor:
+        d = missing.shape[-1]
+        rows, columns = torch.tril_indices(d, d, -1, device=missing.device)
+        return torch.cat([missing, missing, missing[..., rows] & missing[..., columns]], -1)
 
     @staticmethod
     def _law(outputs: Tensor, base: GaussianBase) -> dist.TorchDistribution:

@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_lvebm.guides.full_size import draw_full_size
-from pyro_lvebm.guides.rows import KnownRows
+from pyro_lvebm.guides.rows import KnownRows, open_plates
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """Name of the plate that Pyro's ELBOs open for vectorised particles."""
@@ -30,12 +30,13 @@ class AutoParticles(AutoGuide):
 
         q(z | x_i) = (1/K) Σ_k δ(z − z_k^(i))
 
-    The particles are buffers in unconstrained coordinates, one of shape
-    (K, *full_batch_shape, *event_shape) for each latent site, with plates at their full size even
-    where the model subsamples. `Saddle` moves them; as a guide, each site is a `Delta` at the
-    particles of the present minibatch: all K under a vectorised ELBO with K particles, otherwise
-    one drawn at random for each datum. Being made of deltas it has no entropy, so a loss with
-    this guide is an energy and not an ELBO; `compare_elbo` gives its ELBO.
+    The particles are buffers in unconstrained coordinates, one of shape (K, *full_batch_shape,
+    *event_shape) for each latent site, with plates at their full size even where the model
+    subsamples. A model that is given the rows of its minibatch, as in `pyro.plate("data", size,
+    subsample=ids)`, gets the particles of these. `Saddle` moves them; as a guide, each site is a
+    `Delta` at the particles of the present minibatch: all K under a vectorised ELBO with K
+    particles, otherwise one drawn at random for each datum. Being made of deltas it has no entropy,
+    so a loss with this guide is an energy and not an ELBO; `compare_elbo` gives its ELBO.
 
     Args:
         model: A Pyro model whose latent sites are continuous.
@@ -110,8 +111,8 @@ class AutoParticles(AutoGuide):
         """Index tuple of a minibatch into the batch axes of a site's buffer."""
         site = self.prototype_trace.nodes[name]
         batch_shape = site["fn"].batch_shape
-        by_dim = {frame.dim: indices[frame.name] for frame in site["cond_indep_stack"]}
         device = getattr(self, _key(name)).device
+        by_dim = {f.dim: indices[f.name].to(device) for f in site["cond_indep_stack"]}
         axes = [
             by_dim.get(axis - len(batch_shape), torch.arange(size, device=device))
             for axis, size in enumerate(batch_shape)
@@ -134,10 +135,11 @@ class AutoParticles(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site at its particles."""
+        rows = self._rows.given(self, args, kwargs)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._rows.check(self, args, kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = open_plates(self, rows, args, kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             with ExitStack() as stack:

@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 from torch.distributions.kl import register_kl
 
 from pyro_lvebm.guides.full_size import draw_full_size
-from pyro_lvebm.guides.rows import KnownRows
+from pyro_lvebm.guides.rows import KnownRows, open_plates
 
 
 class PerDatumGuide(AutoGuide):
@@ -83,10 +83,11 @@ class PerDatumGuide(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site."""
+        rows = self._rows.given(self, args, kwargs)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._rows.check(self, args, kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = open_plates(self, rows, args, kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             with ExitStack() as stack:

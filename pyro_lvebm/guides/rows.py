@@ -1,51 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusing data of another size than those a guide has rows for."""
+"""Which rows of a guide the data belong to, and refusing data of another size."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
 
+from pyro_lvebm.given_rows import GivenRows, check_not_replaced, find_rows
 from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.validation import DataError
 
 
 class KnownRows:
-    """Remembers for what arguments the plates of a guide are those of its model.
+    """Remembers the plates of a model, for every form of its arguments.
 
     A guide with rows for every datum opens plates of the size that it saw at its first call, and
     Pyro replays them in the model. For other data the model would then, without a word, run on
-    rows that belong to the data of the first call.
+    rows that belong to the data of the first call. Where the model is given the rows of a
+    minibatch, as in `pyro.plate(..., subsample=ids)`, the guide takes these.
     """
 
     def __init__(self) -> None:
-        self._seen: set[Any] = set()
+        self._seen: dict[Any, tuple[dict[str, int], frozenset[str]]] = {}
+
+    def given(
+        self, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the rows that the model is given, by plate.
+
+        Args:
+            guide: The guide, perhaps before its first call.
+            args: Arguments of the guide.
+            kwargs: Keyword arguments of the guide.
+
+        Raises:
+            DataError: If they are no distinct rows of the plate.
+        """
+        form = _form((args, kwargs))
+        if form in self._seen:
+            plates = self._seen[form][1]
+            return find_rows(guide.model, plates, args, kwargs) if plates else {}
+        if guide.prototype_trace is not None and not (args or kwargs):
+            return {}  # called for draws of what it knows, without the data
+        sizes, rows = _plates(guide, args, kwargs)
+        self._seen[form] = sizes, frozenset(rows)
+        return rows
 
     def changed(
         self, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, tuple[int, int]]:
-        """Run the model where the arguments have a new form, and compare its plates.
-
-        Args:
-            guide: The guide, after its first call.
-            args: Arguments of the guide.
-            kwargs: Keyword arguments of the guide.
+        """Compare the plates of a guide with those of its model for arguments known to `given`.
 
         Returns:
             The sizes in the guide and in the model of every plate that differs.
         """
-        form = _form((args, kwargs))
-        if form in self._seen or not (args or kwargs):
-            return {}
-        sizes = _plate_sizes(guide, args, kwargs)
+        sizes, _ = self._seen.get(_form((args, kwargs)), ({}, frozenset()))
         held = {name: f.full_size or f.size for name, f in guide._prototype_frames.items()}
-        differ = {n: (held[n], sizes[n]) for n in held if sizes.get(n, held[n]) != held[n]}
-        if not differ:
-            self._seen.add(form)
-        return differ
+        return {n: (held[n], sizes[n]) for n in held if sizes.get(n, held[n]) != held[n]}
 
     def check(self, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse arguments for which a plate has another size; see `changed`.
@@ -62,20 +78,50 @@ class KnownRows:
                 "number of rows"
             )
 
-    def forget(self) -> None:
-        """Start again, for a guide that has taken the plates of new arguments."""
-        self._seen.clear()
+
+def open_plates(
+    guide: AutoGuide, rows: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the plates of a guide, at the rows that its model is given.
+
+    Args:
+        guide: The guide, after its first call.
+        rows: The rows that the model is given, by plate.
+        args: Arguments of the guide.
+        kwargs: Keyword arguments of the guide.
+
+    Raises:
+        DataError: If the guide's own `create_plates`, or an `AutoGuideList` around it, has taken
+            other rows.
+    """
+    if rows and guide.master is None and guide.create_plates is None:
+        plates = {}
+        for name, frame in sorted(guide._prototype_frames.items()):
+            ids, size = rows.get(name), frame.full_size or frame.size
+            batch = frame.size if ids is None else None
+            plates[name] = pyro.plate(name, size, batch, subsample=ids, dim=frame.dim)
+        guide.plates = plates
+    else:
+        plates = guide._create_plates(*args, **kwargs)
+    for name, ids in rows.items():
+        if name in plates:
+            check_not_replaced(name, ids, plates[name]._indices)
+    return plates
 
 
-def _plate_sizes(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+def _plates(
+    guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Return the sizes of the model's plates, and the rows that it is given for some of them."""
     # Handlers around the guide, such as a plate of particles, are not for this run.
+    given = GivenRows()
     with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
-        trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
+        trace = poutine.trace(given(guide.model)).get_trace(*args, **kwargs)
     frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
     sizes = {name: getattr(node.get("fn"), "size", None) for name, node in trace.nodes.items()}
     # `poutine.block(expose=...)` hides the sites of plates, but not the plates of other sites.
     sizes |= {frame.name: frame.full_size or frame.size for frame in frames}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+    return {name: n for name, n in sizes.items() if isinstance(n, int)}, given.rows
 
 
 def _form(value: Any) -> Any:
