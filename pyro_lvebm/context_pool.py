@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.langevin import LangevinState
-from pyro_lvebm.pool import ResidualEnergy
+from pyro_lvebm.pool import Pool, ResidualEnergy
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tempering import (
     SNAPSHOT_STRIDE,
@@ -107,10 +107,10 @@ class ContextPool(TemperedPool):
         self.register_buffer("negative_u", torch.empty(n, 0))
         self.register_buffer("negative_f", torch.zeros(n))
 
-    def initialise(self, dim: int, context_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+    def initialise(self, dim: int) -> None:
         """Draw all chains from the base N(0, I) in `dim` dimensions; contexts come later."""
         super().initialise(dim)
-        self.context = self.u.new_zeros(self.num_contexts, *context_shape)
+        self.context = torch.zeros_like(self.context)
         self.age = torch.full_like(self.age, -1)
         self.negative_u = self.u.new_zeros(len(self.log_weights), dim)
 
@@ -222,6 +222,28 @@ class ContextPool(TemperedPool):
         pairs = (f - self.negative_f).reshape(-1, 2, self.num_contexts)
         weights = self.log_weights.exp().reshape(pairs.shape).sum((0, 1))
         return (weights * 0.25 * (pairs[:, 0] - pairs[:, 1]).square().mean(0)).sum()
+
+
+def pool_for(pool: Pool | None, context_shape: torch.Size | None) -> Pool:
+    """Return the pool of an LVEBM, by default the usual one, with room for its contexts.
+
+    Args:
+        pool: What the user gave.
+        context_shape: Shape of one context; None where there are none.
+
+    Raises:
+        ValueError: If there are contexts and the pool is none for them, or the other way round.
+    """
+    if pool is None:
+        pool = TemperedPool() if context_shape is None else ContextPool()
+    if isinstance(pool, ContextPool) != (context_shape is not None):
+        raise ValueError(
+            f"a conditional LVEBM needs a ContextPool, and others none; got {type(pool).__name__} "
+            f"with context_shape={context_shape}"
+        )
+    if isinstance(pool, ContextPool) and context_shape is not None:
+        pool.context = torch.zeros(pool.num_contexts, *context_shape)
+    return pool
 
 
 def integrate(f: Tensor, betas: Tensor) -> Tensor:

@@ -86,6 +86,42 @@ def _same(a: GaussianBase, b: GaussianBase) -> bool:
     )
 
 
+def check_energy(
+    energy: nn.Module,
+    base_x: GaussianBase,
+    base_z: GaussianBase,
+    context_shape: torch.Size | None,
+) -> None:
+    """Evaluate f at the means of the bases, and say what is wrong with the answer.
+
+    Args:
+        energy: The residual energy, called as f(x, z) or f(x, z, context).
+        base_x: The base of x.
+        base_z: The base of z.
+        context_shape: Shape of one context; None where there are none.
+
+    Raises:
+        ValueError: If it cannot be called so, or returns the wrong shape or NaN.
+    """
+    x = base_x.unwhiten(torch.stack([base_x.loc.new_zeros(base_x.dim)] * 2))
+    z = base_z.unwhiten(torch.stack([base_z.loc.new_zeros(base_z.dim)] * 2))
+    context = () if context_shape is None else (x.new_zeros(2, *context_shape),)
+    arguments = "energy(x, z, context)" if context else "energy(x, z)"
+    try:
+        with torch.no_grad():
+            value = energy(x, z, *context)
+    except TypeError as error:
+        raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != (2,):
+        raise ValueError(
+            f"{arguments} must return one value for each pair: for x {tuple(x.shape)} and z "
+            f"{tuple(z.shape)} expected shape (2,); got {shape}"
+        )
+    if torch.isnan(value).any():
+        raise ValueError(f"{arguments} is NaN at the mean of the bases")
+
+
 _WHITENED_SCALE, _STANDARDISED_SCALE = 0.5, 2.0
 """Of the inputs u_x and x̃ (measured on wine, breast cancer and digits, docs/training.md)."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
+from pyro_lvebm.conditional import check_context, context_rows
 from pyro_lvebm.distributions import given_observed
 from pyro_lvebm.missing import Completion, observed_entries
 from pyro_lvebm.rng import generator_for
@@ -23,7 +24,13 @@ _MAX_PROBLEMS = 256
 
 
 def impute(
-    ebm: LVEBM, x: Tensor, observed: Tensor | None, *, num_samples: int, seed: int
+    ebm: LVEBM,
+    x: Tensor,
+    observed: Tensor | None,
+    context: Tensor | None,
+    *,
+    num_samples: int,
+    seed: int,
 ) -> Tensor:
     """Draw the missing entries of x; `LVEBM.impute` says how."""
     check_rows(x, ebm.x_shape, missing=True)
@@ -31,6 +38,9 @@ def impute(
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     observed = observed_entries(x, observed, ebm.x_shape)
     ebm.base_x.support.check(x, observed)
+    context_rows(context, ebm.context_shape)
+    if context is not None:
+        check_context(context, x)
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):
         raise ValueError("nothing is missing: every entry of x is observed")
@@ -38,19 +48,26 @@ def impute(
     draws = []
     for index in torch.arange(num_samples * len(x), device=x.device).split(_MAX_PROBLEMS):
         rows = index % len(x)
-        draws.append(_complete(ebm, x[rows], observed[rows], columns, generator))
+        given = None if context is None else context[rows]
+        draws.append(_complete(ebm, x[rows], observed[rows], given, columns, generator))
     return torch.cat(draws).reshape(num_samples, *x.shape)
 
 
 def _complete(
-    ebm: LVEBM, x: Tensor, observed: Tensor, columns: Tensor, generator: torch.Generator
+    ebm: LVEBM,
+    x: Tensor,
+    observed: Tensor,
+    context: Tensor | None,
+    columns: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
     """Complete every row (n, *x_shape) once, by a run of its own."""
     completion = Completion(ebm.base_x, x[:, None], observed[:, None])
     k = ebm.base_z.dim
     shape = (1, len(x), _NUM_PARTICLES, k + len(columns))
     with ebm.frozen(), torch.no_grad():
-        f = given_observed(ebm, completion, columns)
+        given = None if context is None else context[:, None]
+        f = given_observed(ebm, completion, columns, given)
         schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
         start = standard_normal(shape, x, generator)
         state = anneal(f, start, schedule, num_moves=4, generator=generator).state

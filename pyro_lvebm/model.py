@@ -15,9 +15,9 @@ from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.conditional import AtContext, check_context, expand_context
-from pyro_lvebm.context_pool import ContextPool
+from pyro_lvebm.context_pool import ContextPool, pool_for
 from pyro_lvebm.distributions import JointEnergy, Posterior
-from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy
+from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy, check_energy
 from pyro_lvebm.imputation import impute
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.pool import Pool
@@ -91,12 +91,11 @@ class LVEBM(nn.Module):
         self.context_shape = None if context_shape is None else torch.Size(context_shape)
         if isinstance(energy, WhitenedEnergy):
             energy.bind(base_x, base_z)
-        _check_energy(energy, base_x, base_z, self.context_shape)
+        check_energy(energy, base_x, base_z, self.context_shape)
         self.f, self.base_x, self.base_z = energy, base_x, base_z
-        if pool is None:
-            pool = TemperedPool() if self.context_shape is None else ContextPool()
+        pool = pool_for(pool, self.context_shape)
         self.pool = pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
-        _initialise(self.pool, self.dim, self.context_shape)
+        self.pool.initialise(self.dim)
         self.pool_theta: list[Tensor] = []
         self.register_buffer("expects_missing", torch.tensor(False))
 
@@ -345,7 +344,13 @@ class LVEBM(nn.Module):
         return Posterior(self, x, context)
 
     def impute(
-        self, x: Tensor, observed: Tensor | None = None, *, num_samples: int = 1, seed: int = 0
+        self,
+        x: Tensor,
+        observed: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
     ) -> Tensor:
         """Draw the missing entries of x, jointly with z, from p_θ(x_m | x_o).
 
@@ -356,6 +361,7 @@ class LVEBM(nn.Module):
             x: Observations (N, *x_shape), NaN where missing.
             observed: Which entries are observed, boolean, of the shape of x, or of x_shape for all
                 rows alike; what x holds elsewhere does not matter. By default all but NaN.
+            context: Contexts (N, *context_shape) of a conditional LVEBM.
             num_samples: Draws for each row.
             seed: Fixes every random number.
 
@@ -377,7 +383,7 @@ class LVEBM(nn.Module):
             >>> draws.shape, bool(draws.isnan().any())
             (torch.Size([5, 3, 2]), False)
         """
-        return impute(self, x, observed, num_samples=num_samples, seed=seed)
+        return impute(self, x, observed, context, num_samples=num_samples, seed=seed)
 
 
 def _all_equal(a: list[nn.Parameter], b: list[Tensor]) -> bool:
@@ -385,41 +391,3 @@ def _all_equal(a: list[nn.Parameter], b: list[Tensor]) -> bool:
         p.shape == q.shape and p.device == q.device and p.dtype == q.dtype and torch.equal(p, q)
         for p, q in zip(a, b, strict=True)
     )
-
-
-def _initialise(pool: Pool, dim: int, context_shape: torch.Size | None) -> None:
-    if isinstance(pool, ContextPool) != (context_shape is not None):
-        raise ValueError(
-            f"a conditional LVEBM needs a ContextPool, and others none; got "
-            f"{type(pool).__name__} with context_shape={context_shape}"
-        )
-    if isinstance(pool, ContextPool) and context_shape is not None:
-        pool.initialise(dim, context_shape)
-    else:
-        pool.initialise(dim)
-
-
-def _check_energy(
-    energy: nn.Module,
-    base_x: GaussianBase,
-    base_z: GaussianBase,
-    context_shape: torch.Size | None,
-) -> None:
-    """Evaluate f once at two base draws and say what is wrong with the answer."""
-    x = base_x.unwhiten(torch.stack([base_x.loc.new_zeros(base_x.dim)] * 2))
-    z = base_z.unwhiten(torch.stack([base_z.loc.new_zeros(base_z.dim)] * 2))
-    context = () if context_shape is None else (x.new_zeros(2, *context_shape),)
-    arguments = "energy(x, z, context)" if context else "energy(x, z)"
-    try:
-        with torch.no_grad():
-            value = energy(x, z, *context)
-    except TypeError as error:
-        raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
-    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if shape != (2,):
-        raise ValueError(
-            f"{arguments} must return one value for each pair: for x {tuple(x.shape)} and z "
-            f"{tuple(z.shape)} expected shape (2,); got {shape}"
-        )
-    if torch.isnan(value).any():
-        raise ValueError(f"{arguments} is NaN at the mean of the bases")

@@ -388,6 +388,28 @@ def test_log_evidence_is_that_of_the_conditional() -> None:
     assert float(z.abs().max()) < stats.t(7).ppf(1 - ALPHA / 2 / len(z))
 
 
+def test_imputation_follows_the_context() -> None:
+    """The mean of the missing entry given the other and c, against Gaussian conditioning."""
+    ebm, x, c = linear_ebm()
+    rows = x.clone()
+    rows[:, 0] = torch.nan
+    draws = ebm.impute(rows, context=c, num_samples=60, seed=1)
+    tril = ebm.base_x.scale
+    inverse = torch.linalg.inv(ebm.f.precision)
+    covariance = tril @ inverse[:X_DIM, :X_DIM] @ tril.T
+    location = ebm.base_x.loc - (ebm.f.linear_at(c) @ inverse)[:, :X_DIM] @ tril.T
+    slope = covariance[0, 1] / covariance[1, 1]
+    exact = location[:, 0] + slope * (x[:, 1] - location[:, 1])
+    std = (covariance[0, 0] - slope * covariance[0, 1]).sqrt()
+    z = ((draws[..., 0] - exact) / std).detach().numpy()
+    assert stats.kstest(z.ravel(), "norm").pvalue > ALPHA
+    other = ebm.impute(rows, context=c.flip(0), num_samples=60, seed=1)
+    wrong = ((other[..., 0] - exact) / std).detach().numpy()
+    assert stats.kstest(wrong.ravel(), "norm").pvalue < CERTAIN
+    with pytest.raises(ValueError, match="conditional: give context"):
+        ebm.impute(rows)
+
+
 # --- inside Pyro ----------------------------------------------------------------------------
 
 
