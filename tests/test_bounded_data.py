@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,25 @@ def shifted(ebm: LVEBM, y: Tensor) -> MultivariateNormal:
     return condition(full, list(range(len(law.mean), len(lift))), y)
 
 
-def nuts_of_x_p_value(stretch: float) -> float:
+Sampler = Callable[[Callable[[], None], LVEBM], dict[str, Tensor]]
+
+
+def run_nuts(model: Callable[[], None], ebm: LVEBM) -> dict[str, Tensor]:
+    with isolated_rng(0), ebm.frozen():
+        mcmc = MCMC(NUTS(model), num_samples=60, warmup_steps=30, disable_progbar=True)
+        mcmc.run()
+    return mcmc.get_samples()
+
+
+def run_particles(model: Callable[[], None], ebm: LVEBM) -> dict[str, Tensor]:
+    with ebm.frozen():
+        saddle = Saddle(model, AutoParticles(model, 8), Adam({"lr": 1e-3}), seed=0)
+        saddle.fit(num_steps=30, progress=False)
+        kept = saddle.sample_posterior(num_samples=60, num_warmup=60, thinning=3)
+    return {name: value.flatten(0, 1) for name, value in kept.items()}
+
+
+def posterior_of_x_p_value(sampler: Sampler) -> float:
     """p-value of chain averages of log x and z, whitened by the exact posterior; 24 data."""
     plain, ebm = twins(constraints.positive, 1)
     y = normal((24, 1), 7)
@@ -341,26 +360,26 @@ def nuts_of_x_p_value(stretch: float) -> float:
             x, _ = lvebm("scene", ebm)
             pyro.sample("y", dist.Normal(x.log(), 0.5).to_event(1), obs=y)
 
-    with isolated_rng(0), ebm.frozen():
-        mcmc = MCMC(NUTS(model), num_samples=100, warmup_steps=40, disable_progbar=True)
-        mcmc.run()
-    draws = mcmc.get_samples()
+    draws = sampler(model, ebm)
     law = shifted(plain, y)
     pairs = torch.cat([draws["scene"].log(), draws["scene_z"]], -1) - law.mean
     tril = torch.linalg.cholesky(law.covariance_matrix)
     white = torch.linalg.solve_triangular(tril, pairs[..., None], upper=False)[..., 0].detach()
-    white = white * stretch
     return mean_p_value(torch.cat([white.mean(0), (white**2).mean(0)], -1), [0.0] * 3 + [1.0] * 3)
 
 
-def test_nuts_finds_the_exact_posterior_of_an_unobserved_x() -> None:
+@pytest.mark.parametrize("sampler", [run_nuts, run_particles])
+def test_the_exact_posterior_of_an_unobserved_x(sampler: Sampler) -> None:
     """Student's test over data. False alarm ALPHA."""
-    assert nuts_of_x_p_value(1.0) > ALPHA
+    assert posterior_of_x_p_value(sampler) > ALPHA
 
 
-def test_the_check_of_nuts_fails_without_the_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sampler", [run_nuts, run_particles])
+def test_that_check_fails_without_the_jacobian(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_jacobian(monkeypatch)
-    assert nuts_of_x_p_value(1.0) < CERTAIN
+    assert posterior_of_x_p_value(sampler) < CERTAIN
 
 
 # --- refusals -------------------------------------------------------------------------------
