@@ -17,11 +17,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_lvebm.annealing import log_mean_exp
+from pyro_lvebm.block_axes import sum_other_axes
 from pyro_lvebm.distributions import LatentSite
 from pyro_lvebm.enumeration import will_be_enumerated
 from pyro_lvebm.guides import AutoParticles, check_guide, find_particles, own_parameters
 from pyro_lvebm.laplace import laplace_log_weights
-from pyro_lvebm.local_energy import LatentBlock, sum_other_axes
+from pyro_lvebm.local_energy import LatentBlock
 from pyro_lvebm.model_evidence import Sweep
 from pyro_lvebm.particle_elbo import annealed_elbo, posterior_draws
 from pyro_lvebm.saddle import Saddle

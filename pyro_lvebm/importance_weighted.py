@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_lvebm.annealing import log_mean_exp
+from pyro_lvebm.block_axes import sum_other_axes
 from pyro_lvebm.guides.particles import PARTICLE_PLATE
-from pyro_lvebm.local_energy import sum_other_axes
 from pyro_lvebm.tracing import Node, sample_nodes
 
 Nodes = dict[str, Node]

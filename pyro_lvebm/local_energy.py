@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,13 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_lvebm.block_axes import BlockAxes, depends_on
 from pyro_lvebm.distributions import LatentSite, ObservedSite, given_observed, given_x
-from pyro_lvebm.enumeration import check_enumerated, check_latents_held, sum_out
+from pyro_lvebm.enumeration import check_latents_held, is_enumerated
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad, value_and_grad
 from pyro_lvebm.latent_columns import LatentColumns, whitening
-from pyro_lvebm.tracing import Model, ModelAt, Node, all_nodes, sample_nodes, subsample_nodes
+from pyro_lvebm.tracing import Model, ModelAt, all_nodes, sample_nodes, subsample_nodes
 
 
 @dataclass(frozen=True)
@@ -134,66 +136,47 @@ def _block(
     indices = {f.name: choices[f.name]["value"] for f in proto["cond_indep_stack"]}
     v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
     subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
-    axes = _Axes(columns[0].name, proto, at.nesting)
-    direct = _energy_alone(columns, at, trace, axes)
-    f, offset = direct or (_traced_energy(columns, at, axes), v.new_zeros(()))
+    axes = BlockAxes(columns[0].name, proto, at.nesting)
+    f, offset, is_direct = _energy(columns, at, trace, axes)
     is_global = bool(subsampled - set(indices))
-    return LatentBlock(columns, indices, v, f, offset, is_global, at, direct is not None)
+    return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)
 
 
-class _Axes:
-    """The batch axes of a block, and how the log probabilities of sites reduce to them."""
+def _energy(
+    columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes
+) -> tuple[ValueAndGrad, Tensor, bool]:
+    """Return f, its offset, and whether f is that of an LVEBM alone.
 
-    def __init__(self, latent: str, proto: Node, nesting: int) -> None:
-        self.latent, self.nesting = latent, nesting
-        self.batch_shape = proto["fn"].batch_shape
-        self.plates = {frame.name for frame in proto["cond_indep_stack"]}
-        self.own = {frame.dim for frame in proto["cond_indep_stack"]} | {
-            axis - len(self.batch_shape) for axis, size in enumerate(self.batch_shape) if size > 1
-        }
-
-    def lead(self, num_particles: int, batch: torch.Size) -> tuple[int, ...]:
-        """Shape (K, 1, …, *B) with as many axes as the vectorised model has."""
-        return (num_particles, *(1,) * (self.nesting - len(batch)), *batch)
-
-    def total_log_prob(
-        self, nodes: dict[str, Node], v: Tensor, num_particles: int, batch: torch.Size
-    ) -> Tensor:
-        """Sum log probabilities of the sites inside the plates, (K, *B), without scale.
-
-        Raises:
-            ValueError: If the log probability of a site outside the plates depends on v.
-        """
-        terms = {"": v.new_zeros(())}
-        for name, node in nodes.items():
-            missing = self.plates - {frame.name for frame in node["cond_indep_stack"]}
-            if not missing:
-                terms[name] = sum_other_axes(node["log_prob"], self.own, self.nesting)
-            elif _depends_on(node["log_prob"], v):
-                raise ValueError(
-                    f"site '{name}' depends on the local latent '{self.latent}' but lies outside "
-                    f"its plate {sorted(missing)}, so that the particles of one datum cannot move "
-                    "without those of the others. Move the site into the plate"
-                )
-        check_enumerated(nodes, terms.values(), self.plates, self.latent)
-        total = sum_out(terms, nodes, self.nesting + 1)
-        return total.expand(self.lead(num_particles, batch)).reshape(num_particles, *batch)
-
-
-def _depends_on(value: Tensor, v: Tensor) -> bool:
-    if not value.requires_grad or not v.requires_grad:
-        return False
-    (grad,) = torch.autograd.grad(value.sum(), v, allow_unused=True, retain_graph=True)
-    return grad is not None
-
-
-def _energy_alone(
-    columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: _Axes
-) -> tuple[ValueAndGrad, Tensor] | None:
-    """Return f and offset straight from the LVEBM, where nothing else depends on the latent.
-
-    A trace of the model at every Langevin step would double the time of a step.
+    The part of an LVEBM comes straight from its energy, and what else depends on the latents from
+    a trace of the model. Where there is nothing else the model is not run at all: a trace at every
+    Langevin step would double its time.
     """
+    names = [c.name for c in columns]
+    own = _own_part(columns, at, trace)
+    if own is None:
+        zero = all_nodes(trace)[names[0]]["value"].new_zeros(())
+        return _traced_energy(columns, at, axes), zero, False
+    others = set(sample_nodes(trace)) - {*names, own.x_name}
+    depending, log_rest = _split_others(names, others, at, axes)
+    offset = own.log_base + log_rest / own.scale
+    if not depending:
+        return own.f, offset, True
+    log_prob = _traced_log_prob(columns, at, axes, depending)
+    return _sum(own.f, value_and_grad(lambda v: -log_prob(v))), offset, False
+
+
+@dataclass(frozen=True)
+class _OwnPart:
+    """What a block of the latents of one LVEBM has of that LVEBM."""
+
+    f: ValueAndGrad  # its residual energy at the observations
+    log_base: Tensor  # (*B), nats: with log N(v; 0, I) − f the log density, without log Z
+    x_name: str
+    scale: Tensor | float
+
+
+def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPart | None:
+    """Return the part of an LVEBM if its latents are the block, and nothing alters its sites."""
     nodes = all_nodes(trace)
     names = [c.name for c in columns]
     first = nodes[names[0]]
@@ -211,20 +194,17 @@ def _energy_alone(
         return None
     same_scale = bool(torch.as_tensor(x_node["scale"] == first["scale"]).all())
     plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
-    others = set(sample_nodes(trace)) - {*names, x_name}
-    plain = plain and not _is_moved(x_name, names, at)
-    elsewhere = _independent_log_prob(names, others, at, axes) if plain else None
-    if elsewhere is None:
+    if not plain or _is_moved(x_name, names, at):
         return None
-    elsewhere = elsewhere / first["scale"] - fn.ebm.log_partition
     if completion is None:
         x = x_node["value"]
-        return given_x(fn.ebm, fn.ebm.base_x.whiten(x), fn.context), fn.ebm.base_x.log_prob(
-            x
-        ) + elsewhere
-    entries = torch.arange(completion.dim, device=completion.mean.device)
-    f = given_observed(fn.ebm, completion, entries, fn.context)
-    return f, completion.log_base() + elsewhere
+        f = given_x(fn.ebm, fn.ebm.base_x.whiten(x), fn.context)
+        log_base = fn.ebm.base_x.log_prob(x)
+    else:
+        entries = torch.arange(completion.dim, device=completion.mean.device)
+        f = given_observed(fn.ebm, completion, entries, fn.context)
+        log_base = completion.log_base()
+    return _OwnPart(f, log_base - fn.ebm.log_partition, x_name, first["scale"])
 
 
 def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:
@@ -239,62 +219,85 @@ def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:
     with torch.enable_grad():
         values = {name: value.requires_grad_(True) for name, value in held.items()}
         x = all_nodes(at.trace(len(at.nodes[names[0]]["value"]), **values))[x_name]["value"]
-        return any(_depends_on(x, value) for value in values.values())
+        return any(depends_on(x, value) for value in values.values())
 
 
-def _independent_log_prob(
-    names: list[str], others: set[str], at: ModelAt, axes: _Axes
-) -> Tensor | None:
-    """Log probability (*B) of further sites, or None if it depends on the latents, by autograd."""
+def _split_others(
+    names: list[str], others: set[str], at: ModelAt, axes: BlockAxes
+) -> tuple[set[str], Tensor]:
+    """Return which other sites depend on the latents, by autograd, and log p (*B) of the rest.
+
+    Where a site is enumerated its sum does not split, and all sites count as depending.
+    """
     values: dict[str, Tensor] = {name: at.nodes[name]["value"].detach() for name in names}
     z = values[names[0]]
     if not others:
-        return z.new_zeros(())
+        return set(), z.new_zeros(())
     with torch.enable_grad():
         values = {name: value.requires_grad_(True) for name, value in values.items()}
         trace = at.trace(len(z), **values)
         trace.compute_log_prob(lambda name, _: name in others)
         nodes = {name: node for name, node in sample_nodes(trace).items() if name in others}
-        for node in nodes.values():
-            if any(_depends_on(node["log_prob"], value) for value in values.values()):
-                return None
-    for node in nodes.values():
+        if any(is_enumerated(node) for node in nodes.values()):
+            return others, z.new_zeros(())
+        depending = {
+            name
+            for name, node in nodes.items()
+            if any(depends_on(node["log_prob"], value) for value in values.values())
+        }
+    rest = {name: node for name, node in nodes.items() if name not in depending}
+    for node in rest.values():
         node["log_prob"] = node["log_prob"].detach()
     batch = z.shape[1 + at.nesting - len(axes.batch_shape) : 1 + at.nesting]
-    elsewhere: Tensor = axes.total_log_prob(nodes, z.detach(), len(z), batch)
-    return elsewhere.mean(0)
+    log_rest: Tensor = axes.total_log_prob(rest, z.detach(), len(z), batch)
+    return depending, log_rest.mean(0)
 
 
-def _traced_energy(columns: list[LatentColumns], at: ModelAt, axes: _Axes) -> ValueAndGrad:
-    """Return f from a trace of the model at v."""
+def _traced_log_prob(
+    columns: list[LatentColumns], at: ModelAt, axes: BlockAxes, sites: set[str] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return log p of some sites, by default of all, as a function of v, by tracing the model."""
+    dims = [c.dim for c in columns]
+
+    def log_prob(v: Tensor) -> Tensor:
+        batch = v.shape[1:-1]
+        parts = v.reshape(*axes.lead(len(v), batch), v.shape[-1]).split(dims, -1)
+        pairs = zip(columns, parts, strict=True)
+        trace = at.trace(len(v), **{c.name: c.transform(c.from_columns(p)) for c, p in pairs})
+        with warnings.catch_warnings():
+            # A proposal outside the support is NaN; MALA rejects it, and Pyro need not say so.
+            warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
+            trace.compute_log_prob(lambda name, _: sites is None or name in sites)
+        nodes = sample_nodes(trace)
+        scale = nodes[columns[0].name]["scale"]
+        shown = {name: node for name, node in nodes.items() if sites is None or name in sites}
+        log_p: Tensor = axes.total_log_prob(shown, v, len(v), batch) / scale
+        return log_p
+
+    return log_prob
+
+
+def _traced_energy(columns: list[LatentColumns], at: ModelAt, axes: BlockAxes) -> ValueAndGrad:
+    """Return f of a block from a trace of the model at v."""
+    log_prob = _traced_log_prob(columns, at, axes)
     dims = [c.dim for c in columns]
     log_norm = 0.5 * sum(dims) * math.log(2 * math.pi)
 
     def f(v: Tensor) -> Tensor:
-        batch = v.shape[1:-1]
-        parts = v.reshape(*axes.lead(len(v), batch), v.shape[-1]).split(dims, -1)
-        pairs = list(zip(columns, parts, strict=True))
-        values = {c.name: c.transform(c.from_columns(p)) for c, p in pairs}
-        trace = at.trace(len(v), **values)
-        with warnings.catch_warnings():
-            # A proposal outside the support is NaN; MALA rejects it, and Pyro need not say so.
-            warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-            trace.compute_log_prob()
-        nodes = sample_nodes(trace)
-        log_p: Tensor = axes.total_log_prob(nodes, v, len(v), batch)
-        log_p = log_p / nodes[columns[0].name]["scale"]
-        for c, p in pairs:
-            log_p = log_p + c.log_abs_det(p).reshape(log_p.shape)
+        log_p = log_prob(v)
+        for c, part in zip(columns, v.split(dims, -1), strict=True):
+            log_p = log_p + c.log_abs_det(part)
         return -log_p - 0.5 * (v * v).sum(-1) - log_norm
 
     return value_and_grad(f)
 
 
-def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:
-    """Sum a vectorised log probability over the plate axes (negative) that are not `own`."""
-    axes = range(-min(log_prob.dim(), nesting), 0)
-    extra = [axis for axis in axes if axis not in own and log_prob.shape[axis] != 1]
-    return log_prob.sum(extra, keepdim=True) if extra else log_prob
+def _sum(f: ValueAndGrad, g: ValueAndGrad) -> ValueAndGrad:
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        (a, grad_a), (b, grad_b) = f(v), g(v)
+        return a + b, grad_a + grad_b
+
+    return evaluate
 
 
 def as_problems(f: ValueAndGrad, batch: torch.Size) -> ValueAndGrad:

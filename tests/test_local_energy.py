@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_lvebm import LVEBM, AutoParticles, lvebm
 from pyro_lvebm import local_energy as package
 from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks, sum_other_axes
+from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks
 from pyro_lvebm.tracing import energy_modules, frozen, plate_nesting, vectorise
 
 Model = Callable[..., Any]
@@ -95,7 +95,7 @@ def test_the_fast_path_is_the_traced_path(
     x = data_of(ebm, 10)
     model = plate_model(ebm, size)
     (fast,), _ = blocks_of(model, x)
-    monkeypatch.setattr(package, "_energy_alone", lambda *_: None)
+    monkeypatch.setattr(package, "_own_part", lambda *_: None)
     (traced,), trace = blocks_of(model, x)
     rows = x[traced.indices["data"]]
     assert torch.equal(fast.v, traced.v) and fast.v.shape == (3, size or 10, 2)
@@ -472,21 +472,6 @@ def test_a_site_outside_the_plate_may_depend_on_a_parameter() -> None:
 
 
 # --- small parts ----------------------------------------------------------------------------
-
-
-def test_sum_other_axes_keeps_particles_and_own_plates() -> None:
-    log_prob = normal((4, 3, 2, 5), 1)  # particles, then three plates
-    torch.testing.assert_close(sum_other_axes(log_prob, {-1, -2, -3}, 3), log_prob)
-    torch.testing.assert_close(
-        sum_other_axes(log_prob, {-3}, 3), log_prob.sum((-1, -2), keepdim=True)
-    )
-    torch.testing.assert_close(
-        sum_other_axes(log_prob, {-2}, 3), log_prob.sum((-1, -3), keepdim=True)
-    )
-    row = normal((5,), 2)  # a site that has no particles and few plates
-    torch.testing.assert_close(sum_other_axes(row, set(), 3), row.sum(-1, keepdim=True))
-    torch.testing.assert_close(sum_other_axes(row, {-1}, 3), row)
-    assert sum_other_axes(row.sum(), {-1}, 3).shape == ()
 
 
 @pytest.mark.parametrize("batch", [(6,), (2, 3), ()])

@@ -259,7 +259,7 @@ def test_the_direct_energy_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch)
     arguments = (model, guide, trace, 1, (x,), {})
     with ebm.frozen():
         (direct,), _ = local_energy_module.latent_blocks(*arguments)
-        monkeypatch.setattr(local_energy_module, "_energy_alone", lambda *_: None)
+        monkeypatch.setattr(local_energy_module, "_own_part", lambda *_: None)
         (traced,), _ = local_energy_module.latent_blocks(*arguments)
         v = normal((4, 30, 5), 5)
         (f, grad), (g, slow) = direct.f(v), traced.f(v)
