@@ -34,11 +34,11 @@ from pyro_lvebm import (
     Saddle,
     TemperedPool,
     cli,
-    compare,
     job,
     log_evidence,
     log_partition,
     lvebm,
+    model_evidence,
 )
 from pyro_lvebm.cli import main
 from pyro_lvebm.data import DigitsData, dequantise_logit, read_observations, split
@@ -101,7 +101,7 @@ def quick() -> Iterator[None]:
     """Brackets of log Z with fewer particles: they are half of the time of a short job."""
     cheap = partial(log_partition, num_particles=64, num_runs=4, num_refreshes=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "log_partition", cheap)
+        patch.setattr(model_evidence, "log_partition", cheap)
         patch.setattr(job, "log_partition", cheap)
         yield
 

@@ -50,10 +50,10 @@ from pyro_lvebm import (
     PersistentPool,
     Saddle,
     TemperedPool,
-    compare,
     compare_elbo,
     log_partition,
     lvebm,
+    model_evidence,
     particle_elbo,
 )
 
@@ -66,7 +66,7 @@ N, BATCH = 230, 64  # the last of four minibatches has 38 data of its own
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cheaper bracket of log Z, which no gap depends on, and shorter chains of particles."""
     cheap = partial(log_partition, num_particles=64, num_runs=4, num_refreshes=3)
-    monkeypatch.setattr(compare, "log_partition", cheap)
+    monkeypatch.setattr(model_evidence, "log_partition", cheap)
     run_chains = particle_elbo.run_chains
 
     def shorter(*args: Any, **options: Any) -> Any:
@@ -223,7 +223,7 @@ def test_standard_errors_are_the_spread_over_seeds(
     log Z, which is in no standard error of the table, is held.
     """
     known = bracket(0.5)
-    monkeypatch.setattr(compare, "log_partition", lambda *args, **options: known)
+    monkeypatch.setattr(model_evidence, "log_partition", lambda *args, **options: known)
     names = ["mean field", "particles", "encoder"]
     rows, model, few = [], make_model(ebm), x[:40]
     encoder = AutoAmortisedNormal(model, hidden=(8,))

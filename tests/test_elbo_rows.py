@@ -31,8 +31,8 @@ from pyro_lvebm import (
     LaplaceApproximation,
     PriorProposal,
     TemperedPool,
-    compare,
     compare_elbo,
+    model_evidence,
 )
 from pyro_lvebm.elbo_rows import mean_over_data, pareto_k
 
@@ -64,7 +64,7 @@ def guides(ebm: LVEBM, x: Tensor) -> dict[str, Any]:
 def exact_log_z(monkeypatch: pytest.MonkeyPatch, ebm: LVEBM) -> None:
     """log Z cancels in every gap, and its closed form makes the elbo comparable too."""
     log_z = float(ebm.f.log_partition().detach())
-    monkeypatch.setattr(compare, "log_partition", lambda *args, **kwargs: bracket(log_z))
+    monkeypatch.setattr(model_evidence, "log_partition", lambda *args, **kwargs: bracket(log_z))
     ebm.pool.log_partition = torch.tensor(log_z, dtype=ebm.pool.u.dtype)
 
 

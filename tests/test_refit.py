@@ -15,7 +15,7 @@ from pyro.optim import Adam
 from referee import bracket
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, AutoParticles, Saddle, TemperedPool, compare, compare_elbo
+from pyro_lvebm import LVEBM, AutoParticles, Saddle, TemperedPool, compare_elbo, model_evidence
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -27,7 +27,7 @@ def exact_log_z(monkeypatch: pytest.MonkeyPatch) -> None:
     def exact(ebm: LVEBM, **_: Any) -> Any:
         return bracket(float(ebm.f.log_partition().detach()))
 
-    monkeypatch.setattr(compare, "log_partition", exact)
+    monkeypatch.setattr(model_evidence, "log_partition", exact)
 
 
 def parts() -> tuple[LVEBM, Callable[..., Any], Tensor, Tensor]:

@@ -694,7 +694,7 @@ def test_without_the_gradient_of_log_z_the_energy_collapses(
 ) -> None:
     """The same check fails by far: log p(x) falls below the base, or θ becomes NaN."""
     log_norm = LVEBM.log_norm
-    monkeypatch.setattr(LVEBM, "log_norm", lambda self: log_norm(self).detach())
+    monkeypatch.setattr(LVEBM, "log_norm", lambda self, context=None: log_norm(self).detach())
     make_guide, size = GUIDES["AutoAmortisedNormal"]
     try:
         _, gain = health(train(make_guide, Trace_ELBO(), kind, size))
