@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,12 +16,13 @@ from pyro_lvebm.tracing import Node
 class BlockAxes:
     """The batch axes of a block, and how the log probabilities of sites reduce to them."""
 
-    def __init__(self, latent: str, proto: Node, nesting: int) -> None:
-        self.latent, self.nesting = latent, nesting
-        self.batch_shape = proto["fn"].batch_shape
-        self.plates = {frame.name for frame in proto["cond_indep_stack"]}
-        self.own = {frame.dim for frame in proto["cond_indep_stack"]} | {
-            axis - len(self.batch_shape) for axis, size in enumerate(self.batch_shape) if size > 1
+    def __init__(
+        self, latent: str, batch_shape: torch.Size, frames: Collection[Any], nesting: int
+    ) -> None:
+        self.latent, self.nesting, self.batch_shape = latent, nesting, batch_shape
+        self.plates = {frame.name for frame in frames}
+        self.own = {frame.dim for frame in frames} | {
+            axis - len(batch_shape) for axis, size in enumerate(batch_shape) if size > 1
         }
 
     def lead(self, num_particles: int, batch: torch.Size) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import Any
 
@@ -46,10 +47,11 @@ def to_arviz(
     """Export posterior draws at frozen θ to ArviZ; a chain is a particle, a draw a kept step.
 
     Groups: `posterior`; `sample_stats` with the energy −log p(x, z) and the acceptance rate of
-    each datum's chains; `observed_data`; `posterior_predictive`, replicates of the observed
-    sites given the last `num_predictive` draws of z; and, where a table is given, `elbo_table`,
-    with the table's columns along the dimension `posterior` and the brackets of log Z. There is
-    no `log_likelihood`: the log probability of an x site is not log p(x | z).
+    each datum's chains, or of all together where latents lie in different plates; `observed_data`;
+    `posterior_predictive`, replicates of the observed sites given the last `num_predictive` draws
+    of z; and, where a table is given, `elbo_table`, with the table's columns along the dimension
+    `posterior` and the brackets of log Z. There is no `log_likelihood`: the log probability of an x
+    site is not log p(x | z).
 
     Args:
         saddle: A trained Saddle with `AutoParticles`; unchanged.
@@ -97,7 +99,7 @@ def to_arviz(
         "inference_library_version": version("pyro-lvebm"),
         "num_training_steps": saddle.step_count,
     }
-    idata = _build(groups, _dims(prototype), attrs)
+    idata = _build(groups, _dims(prototype, draws.samples), attrs)
     return idata if table is None else _with_table(idata, table)
 
 
@@ -155,17 +157,21 @@ def _to_numpy(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in values.items()}
 
 
-def _dims(prototype: Trace) -> dict[str, list[str]]:
+def _dims(prototype: Trace, particles: Collection[str]) -> dict[str, list[str]]:
     """Name the axes of each site after its plates, left to right, and its event axes after it."""
-    dims = {}
+    dims: dict[str, list[str]] = {}
+    latent: list[list[str]] = []
     for name, node in sample_nodes(prototype).items():
         frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
         batch = [frame.name for frame in frames if frame.vectorized]
         if len(batch) == len(node["fn"].batch_shape):
             events = range(len(node["fn"].event_shape))
             dims[name] = batch + [f"{name}_dim_{axis}" for axis in events]
-            if not node["is_observed"]:
-                dims["energy"] = dims["acceptance_rate"] = batch
+            if name in particles:
+                latent.append(batch)
+    # Latents in different plates have one energy and one rate together.
+    same = all(batch == latent[0] for batch in latent)
+    dims["energy"] = dims["acceptance_rate"] = latent[0] if same else []
     return dims
 
 

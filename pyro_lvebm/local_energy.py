@@ -133,10 +133,11 @@ def _block(
 ) -> LatentBlock:
     proto = guide.prototype_trace.nodes[columns[0].name]
     choices = subsample_nodes(trace)
-    indices = {f.name: choices[f.name]["value"] for f in proto["cond_indep_stack"]}
+    frames = proto["cond_indep_stack"]
+    indices = {f.name: choices[f.name]["value"] for f in frames}
     v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
     subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
-    axes = BlockAxes(columns[0].name, proto, at.nesting)
+    axes = BlockAxes(columns[0].name, proto["fn"].batch_shape, frames, at.nesting)
     f, offset, is_direct = _energy(columns, at, trace, axes)
     is_global = bool(subsampled - set(indices))
     return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pilot, standard_normal
+from pyro_lvebm.chains import run_chains
 from pyro_lvebm.langevin import MALA, ValueAndGrad
 from pyro_lvebm.local_energy import LatentBlock, as_problems
-from pyro_lvebm.positive import run_chains
 
 NUM_TEMPERATURES = 32
 _PILOT_SAMPLES = 16
@@ -17,9 +17,9 @@ _PILOT_SAMPLES = 16
 
 def posterior_draws(block: LatentBlock, step_size: Tensor, generator: torch.Generator) -> Tensor:
     """Run the particles of each datum on as MALA chains at frozen θ; return draws (n, *B, D)."""
-    chain = run_chains(
-        block,
-        step_size,
+    (chain,) = run_chains(
+        [block],
+        [step_size],
         MALA(),
         num_samples=500,
         num_warmup=200,

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -14,7 +15,7 @@ from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import MALA, Kernel, init_state
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
 from pyro_lvebm.rollback import undo_particles
-from pyro_lvebm.tracing import Model, Node, subsample_nodes, vectorise
+from pyro_lvebm.tracing import Model, Node, at_minibatch, subsample_nodes, vectorise
 
 # With a minibatch estimate of the energy, small steps are stochastic-gradient Langevin dynamics.
 # The test on the same minibatch hardly ever refuses those; it stops a step that is still too large.
@@ -30,6 +31,7 @@ def move_minibatch(
     generator: torch.Generator,
     undo: list[Callable[[], None]],
     nesting: int,
+    guide_noise: Callable[[], AbstractContextManager[None]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[dict[str, Node], dict[str, float]]:
@@ -44,6 +46,8 @@ def move_minibatch(
         generator: Source of randomness.
         undo: Gets an action for every block that puts its particles back.
         nesting: Number of batch dimensions of the model.
+        guide_noise: Seeds the draws of other latents from the guide. With the same seed the loss
+            sees the particles beside the very draws given which they have moved.
         args: Arguments of the model.
         kwargs: Keyword arguments of the model.
 
@@ -51,9 +55,13 @@ def move_minibatch(
         The nodes that fix the minibatch, and the mean acceptance probability of every site.
     """
     acceptance: dict[str, float] = {}
-    vectorised = vectorise(guide, particles.num_particles, nesting)
     with poutine.block(), torch.no_grad():
-        guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
+        if guide is not particles:  # the minibatch has noise of its own
+            prototype = poutine.trace(model).get_trace(*args, **kwargs)
+            guide = at_minibatch(guide, subsample_nodes(prototype))
+        vectorised = vectorise(guide, particles.num_particles, nesting)
+        with guide_noise():
+            guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
         blocks, trace = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
         for block in blocks:
             names = [column.name for column in block.columns]
@@ -61,14 +69,6 @@ def move_minibatch(
             rate = float(move_block(block, particles, kernel, num_moves, generator))
             acceptance |= dict.fromkeys(names, rate)
     return subsample_nodes(trace), acceptance
-
-
-class Chain(NamedTuple):
-    """Draws of one block and their statistics."""
-
-    v: Tensor  # (num_samples, K, *B, D)
-    energy: Tensor  # (num_samples, K, *B), −log p(x, z), nats
-    acceptance: Tensor  # (num_samples, K, *B)
 
 
 def kernel_for(block: LatentBlock, kernel: Kernel) -> Kernel:
@@ -123,44 +123,3 @@ def step_factors(
         return [1.0] * num_moves
     draws = torch.rand((num_moves, 2), generator=generator, device=block.v.device).tolist()
     return [10.0 ** (-3.0 * u) if short < 0.1 else 1.0 for short, u in draws]
-
-
-def run_chains(
-    block: LatentBlock,
-    step_size: Tensor,
-    kernel: Kernel,
-    *,
-    num_samples: int,
-    num_warmup: int,
-    thinning: int,
-    generator: torch.Generator,
-) -> Chain:
-    """Run the particles of a block on as Markov chains, and keep every `thinning`-th position.
-
-    The step size adapts in the warm-up, separately for each datum, and is fixed afterwards.
-
-    Args:
-        block: The block, with all else fixed.
-        step_size: First step size, a scalar.
-        kernel: `MALA()` or `ULA()`.
-        num_samples: Draws to keep.
-        num_warmup: Steps before the first of them.
-        thinning: Steps from one draw to the next.
-        generator: Source of randomness.
-    """
-    kernel = kernel_for(block, kernel)
-    state = init_state(block.f, block.v)
-    steps = step_size.expand(state.f.shape[1:])
-    for _ in range(num_warmup):
-        state, accepted = kernel.step(block.f, state, steps, generator=generator)
-        steps = kernel.adapt(steps, accepted.expand(state.f.shape).mean(0))
-    draws, energies, rates = [], [], []
-    constant = 0.5 * block.v.shape[-1] * torch.log(torch.tensor(2 * torch.pi)).item()
-    for _ in range(num_samples):
-        for _ in range(thinning):
-            state, accepted = kernel.step(block.f, state, steps, generator=generator)
-        draws.append(state.u)
-        base = 0.5 * (state.u**2).sum(-1) + constant
-        energies.append(base + state.f - block.offset + block.log_abs_det(state.u))
-        rates.append(accepted.expand(state.f.shape))
-    return Chain(torch.stack(draws), torch.stack(energies), torch.stack(rates))

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -469,10 +470,17 @@ class Saddle(SVI):
                 generator_for(self.seed, 1, self.step_count, device=device),
                 undo,
                 self.prepare(args, kwargs).nesting,
+                self._guide_noise(device),
                 args,
                 kwargs,
             )
         return choices
+
+    def _guide_noise(self, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+        """What seeds the draws of a guide that holds more than particles, twice in each step."""
+        if self.particles is None or self.particles is self.guide:
+            return nullcontext
+        return partial(isolated_rng, self.seed, 6, self.step_count, device=device)
 
     def _ascend(
         self,
@@ -485,9 +493,10 @@ class Saddle(SVI):
         guide, model = GivenRows()(self.guide), GivenRows()(self.model)
         if choices:
             guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
+        guide_noise = self._guide_noise(device_of(args, kwargs))
 
         def loss_and_grads() -> float:
-            with SamePlates():
+            with SamePlates(), guide_noise():
                 loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
             return loss + add_penalties(self.penalties, self.ebms)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_lvebm import MALA, ULA, AutoParticles, lvebm, positive
 from pyro_lvebm.langevin import init_state
-from pyro_lvebm.positive import kernel_for, move_block, run_chains, step_factors
+from pyro_lvebm.positive import kernel_for, move_block, step_factors
 from pyro_lvebm.tracing import frozen
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -142,21 +142,3 @@ def test_particles_with_moves_of_many_lengths_follow_the_posterior() -> None:
 
 def test_the_check_fails_where_all_moves_are_short() -> None:
     assert moved_p_value(lambda block, kernel, n, generator: [1e-3] * n) < CERTAIN
-
-
-def test_chains_adapt_to_each_datum_in_the_warm_up_only() -> None:
-    """One draw more is the same chain, one step longer."""
-    block, guide, ebm = parts(2, None)
-    step_size = guide.step_size("scene_z")
-    settings = {"num_warmup": 6, "thinning": 1}
-    with frozen([ebm]):
-        short = run_chains(block, step_size, MALA(), num_samples=2, generator=seeded(3), **settings)
-        long = run_chains(block, step_size, MALA(), num_samples=5, generator=seeded(3), **settings)
-        none = run_chains(
-            block, step_size, MALA(), num_samples=1, generator=seeded(3), num_warmup=0, thinning=1
-        )
-    assert short.v.shape == (2, 2, 10, 2) and long.energy.shape == (5, 2, 10)
-    assert torch.equal(short.v, long.v[:2]) and torch.equal(short.energy, long.energy[:2])
-    assert step_size == 0.1 and torch.equal(step_size, guide.step_size("scene_z"))
-    state, _ = MALA().step(block.f, init_state(block.f, block.v), 0.1, generator=seeded(3))
-    torch.testing.assert_close(none.v[0], state.u)

@@ -218,19 +218,19 @@ def test_thinned_draws_are_every_other_one() -> None:
 
 
 def gamma_p_value(shape: float) -> float:
-    """p-value of z | y in z ~ Gamma(2, 1.5), y ~ N(z, 0.5), for 150 data by quadrature.
+    """p-value of z | y in z ~ Gamma(2, 1.5), y ~ N(z, 0.5), for 600 data by quadrature.
 
     One draw of each datum, at its own posterior distribution function, is uniform.
     """
-    y = 0.2 + 4.0 * torch.rand(150, generator=torch.Generator().manual_seed(0))
+    y = 0.2 + 4.0 * torch.rand(600, generator=torch.Generator().manual_seed(0))
 
     def model(y: Tensor) -> None:
-        with pyro.plate("data", len(y), subsample_size=60) as i:
+        with pyro.plate("data", len(y), subsample_size=250) as i:
             z = pyro.sample("z", dist.Gamma(shape, 1.5))
             pyro.sample("y", dist.Normal(z, 0.5), obs=y[i])
 
     saddle = saddle_for(model, 1, seed=4)
-    z = saddle.sample_posterior(y, num_samples=1, num_warmup=120)["z"].reshape(150)
+    z = saddle.sample_posterior(y, num_samples=1, num_warmup=120)["z"].reshape(600)
     assert (z > 0).all()
     grid = torch.linspace(1e-6, 12.0, 4001, dtype=torch.float64)
     log_p = dist.Gamma(2.0, 1.5).log_prob(grid) + dist.Normal(grid, 0.5).log_prob(y[:, None])
@@ -246,7 +246,7 @@ def test_a_latent_on_the_half_line_follows_quadrature() -> None:
 
 def test_half_line_check_fails_without_the_jacobian() -> None:
     """The missing Jacobian of exp is one power of z: Gamma(1, ·) for Gamma(2, ·)."""
-    assert gamma_p_value(1.0) < 1e-4
+    assert gamma_p_value(1.0) < CERTAIN
 
 
 def feeding(ebm: Any, w: Tensor, size: int | None) -> Callable[..., None]:
@@ -347,7 +347,7 @@ def test_a_guide_without_particles_is_sent_to_predictive() -> None:
         saddle.sample_posterior(data_of(ebm, 4), num_samples=1)
 
 
-def test_latents_in_different_plates_are_refused_with_their_names() -> None:
+def test_latents_in_different_plates_are_refused_where_one_subsamples() -> None:
     ebm = warm(quadratic_ebm(), 2)
     x = data_of(ebm, 6)
 
@@ -357,7 +357,7 @@ def test_latents_in_different_plates_are_refused_with_their_names() -> None:
             _, z = lvebm("scene", ebm, obs=x[i])
             pyro.sample("y", dist.Normal(z.sum(-1) * w, 1.0), obs=x[i].sum(-1))
 
-    with pytest.raises(ValueError, match=r"2 groups: \[\['w'\], \['scene_z'\]\]"):
+    with pytest.raises(ValueError, match=r"latents \['w'\] lie outside a plate that subsamples"):
         saddle_for(model).sample_posterior(x, num_samples=1, num_warmup=1)
     # With w in a guide of its own the local particles can be drawn.
     guide = AutoGuideList(model)
@@ -366,6 +366,16 @@ def test_latents_in_different_plates_are_refused_with_their_names() -> None:
     saddle = Saddle(model, guide, Adam({"lr": 0.01}))
     z = saddle.sample_posterior(x, num_samples=2, num_warmup=1)
     assert set(z) == {"scene_z"} and z["scene_z"].shape == (2, 2, 6, 2)
+
+    def nested(x: Tensor) -> None:
+        with pyro.plate("outer", 6, dim=-2, subsample_size=3):
+            u = pyro.sample("u", dist.Normal(torch.zeros(()).double(), 1.0))
+            with pyro.plate("inner", 2, dim=-1):
+                pyro.sample("v", dist.Normal(u, 1.0))
+
+    groups = r"different plates, \[\['u'\], \['v'\]\].*'outer' subsamples"
+    with pytest.raises(ValueError, match=groups):
+        saddle_for(nested).sample_posterior(x, num_samples=1, num_warmup=1)
 
 
 def test_bad_data_are_refused() -> None:

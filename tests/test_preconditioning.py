@@ -6,7 +6,7 @@ import torch
 from referee import normal
 from torch import Tensor
 
-from pyro_lvebm.preconditioning import inverse_root
+from pyro_lvebm.preconditioning import inverse_root, secant_root
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -65,3 +65,43 @@ def test_root_keeps_its_dtype_and_leaves_the_metric(dtype: torch.dtype) -> None:
     kept = metric.clone()
     assert inverse_root(metric, 10).dtype == dtype
     assert torch.equal(metric, kept)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_secant_root_is_that_of_the_precision_from_any_cloud(batch: tuple[int, ...]) -> None:
+    """On a Gaussian, with clouds that have nothing to do with its covariance."""
+    p, c = metrics((*batch, 4), 1), metrics((*batch, 4), 2)
+    root = secant_root(c, p @ c @ p, 10**9)
+    torch.testing.assert_close(torch.linalg.inv(root @ root.mT), p, rtol=1e-5, atol=1e-6)
+    # The outer products of gradients alone would give another metric.
+    alone = inverse_root(p @ c @ p, 10**9)
+    assert (torch.linalg.inv(alone @ alone.mT) - p).abs().max() > 0.1
+
+
+def test_a_secant_root_does_not_depend_on_units() -> None:
+    unit = torch.tensor([1e-6, 1.0, 1e3, 1e8]).double()
+    p, c = metrics((4,), 1), metrics((4,), 2)
+    root = secant_root(c, p @ c @ p, 30)
+    other = secant_root(unit[:, None] * c * unit, p @ c @ p / unit[:, None] / unit, 30)
+    torch.testing.assert_close(other @ other.T, unit[:, None] * (root @ root.T) * unit)
+
+
+def test_few_samples_shrink_a_secant_root_to_units() -> None:
+    p, c = metrics((4,), 1), metrics((4,), 2)
+    g = p @ c @ p
+    root = secant_root(c, g, 0)
+    torch.testing.assert_close(root @ root.T, (c.diagonal() / g.diagonal()).sqrt().diag())
+    # Also of fewer positions than dimensions, whose covariances are singular.
+    row = normal((1, 4), 3)
+    root = secant_root(row.T @ row, (row @ p).T @ (row @ p), 2)
+    assert torch.linalg.eigvalsh(root @ root.T)[0] > 0
+
+
+def test_a_coordinate_that_has_not_moved_keeps_its_unit() -> None:
+    p, c = metrics((4,), 1), metrics((4,), 2)
+    c[2] = c[:, 2] = 0.0
+    g = p @ c @ p
+    g[2] = g[:, 2] = 0.0
+    root = secant_root(c, g, 1000)
+    metric = root @ root.T
+    assert torch.isfinite(metric).all() and float(metric[2, 2]) == pytest.approx(1.0)
