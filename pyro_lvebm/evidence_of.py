@@ -82,7 +82,7 @@ def log_evidence_of(
         sweep = Sweep.of(model, seed, args, kwargs)
         ebms = energy_modules(sweep.prototype)
         log_zs = [log_partition(ebm, seed=seed) for ebm in ebms]
-        _warn_of_unreliable(log_zs)
+        warn_of_unreliable(log_zs)
         with frozen(ebms):
             if saddle is None:
                 terms = model_log_evidence(sweep, num_particles=num_particles, num_runs=num_runs)
@@ -107,7 +107,7 @@ def _from_particles(sweep: Sweep, saddle: Saddle, num_particles: int, num_runs: 
     return Terms.of_runs(sweep.over_data(estimate, 5, particles, saddle.guide))
 
 
-def _warn_of_unreliable(log_zs: list[LogPartition]) -> None:
+def warn_of_unreliable(log_zs: list[LogPartition]) -> None:
     """Warn of each log Z that cannot be relied on: in a sum, others may hide its width."""
     for number, log_z in enumerate(log_zs):
         if not log_z.is_reliable:

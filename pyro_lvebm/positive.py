@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_lvebm.guides.particles import AutoParticles
-from pyro_lvebm.langevin import MALA, Kernel, init_state
+from pyro_lvebm.langevin import MALA, Kernel, LangevinState, init_state
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
 from pyro_lvebm.rollback import undo_particles
 from pyro_lvebm.tracing import Model, Node, subsample_nodes, vectorise
@@ -69,6 +70,15 @@ class Chain(NamedTuple):
     v: Tensor  # (num_samples, K, *B, D)
     energy: Tensor  # (num_samples, K, *B), −log p(x, z), nats
     acceptance: Tensor  # (num_samples, K, *B)
+
+
+class Kept(NamedTuple):
+    """One draw of one block, and what its chains did on the way."""
+
+    v: Tensor  # (K, *B, D)
+    energy: Tensor  # (K, *B), −log p of the sites in the plates of the block, nats
+    acceptance: Tensor  # (K, *B), of the last step
+    step_size: Tensor  # (*B), fixed since the warm-up
 
 
 def kernel_for(block: LatentBlock, kernel: Kernel) -> Kernel:
@@ -148,19 +158,75 @@ def run_chains(
         thinning: Steps from one draw to the next.
         generator: Source of randomness.
     """
-    kernel = kernel_for(block, kernel)
-    state = init_state(block.f, block.v)
-    steps = step_size.expand(state.f.shape[1:])
+    kept = chain_draws(
+        [block],
+        [step_size],
+        kernel,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        thinning=thinning,
+        generator=generator,
+    )
+    draws, energies, rates, _ = zip(*(draw for (draw,) in kept), strict=True)
+    return Chain(torch.stack(draws), torch.stack(energies), torch.stack(rates))
+
+
+def chain_draws(
+    blocks: list[LatentBlock],
+    step_sizes: list[Tensor],
+    kernel: Kernel,
+    *,
+    num_samples: int,
+    num_warmup: int,
+    thinning: int,
+    generator: torch.Generator,
+) -> Iterator[list[Kept]]:
+    """Run blocks on as Markov chains, and yield every `thinning`-th position, one at a time.
+
+    Several blocks take turns, each moving on its law given the others: Metropolis within Gibbs,
+    which leaves the joint law invariant.
+
+    Args:
+        blocks: All blocks of a minibatch; several need energies that follow each other's values.
+        step_sizes: First step size of each block, a scalar.
+        kernel: `MALA()` or `ULA()`.
+        num_samples: Draws to keep.
+        num_warmup: Steps before the first of them, in which step sizes adapt.
+        thinning: Steps from one draw to the next.
+        generator: Source of randomness.
+
+    Source:
+        Tierney (1994), Markov chains for exploring posterior distributions, section 2.4.
+    """
+    kernels = [kernel_for(block, kernel) for block in blocks]
+    states = [init_state(block.f, block.v) for block in blocks]
+    steps = [s.expand(t.f.shape[1:]) for s, t in zip(step_sizes, states, strict=True)]
+    rates = [torch.zeros_like(state.f) for state in states]
+
+    def sweep() -> None:
+        for j, block in enumerate(blocks):
+            if len(blocks) > 1:  # the others have moved since
+                states[j] = init_state(block.f, states[j].u)
+            states[j], accepted = kernels[j].step(block.f, states[j], steps[j], generator=generator)
+            rates[j] = accepted.expand(states[j].f.shape)
+            if len(blocks) > 1:
+                block.fix(states[j].u)
+
     for _ in range(num_warmup):
-        state, accepted = kernel.step(block.f, state, steps, generator=generator)
-        steps = kernel.adapt(steps, accepted.expand(state.f.shape).mean(0))
-    draws, energies, rates = [], [], []
-    constant = 0.5 * block.v.shape[-1] * torch.log(torch.tensor(2 * torch.pi)).item()
+        sweep()
+        steps = [k.adapt(s, r.mean(0)) for k, s, r in zip(kernels, steps, rates, strict=True)]
     for _ in range(num_samples):
         for _ in range(thinning):
-            state, accepted = kernel.step(block.f, state, steps, generator=generator)
-        draws.append(state.u)
-        base = 0.5 * (state.u**2).sum(-1) + constant
-        energies.append(base + state.f - block.offset + block.log_abs_det(state.u))
-        rates.append(accepted.expand(state.f.shape))
-    return Chain(torch.stack(draws), torch.stack(energies), torch.stack(rates))
+            sweep()
+        yield [
+            Kept(state.u, _energy(block, state, len(blocks) > 1), rate, step)
+            for block, state, rate, step in zip(blocks, states, rates, steps, strict=True)
+        ]
+
+
+def _energy(block: LatentBlock, state: LangevinState, moved: bool) -> Tensor:
+    """−log p (K, *B) at a state; where other blocks have moved since, at their new values."""
+    f = block.f(state.u)[0] if moved else state.f
+    constant = 0.5 * block.v.shape[-1] * math.log(2 * math.pi)
+    base = 0.5 * (state.u**2).sum(-1) + constant
+    return base + f - block.offset + block.log_abs_det(state.u)

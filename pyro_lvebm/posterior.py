@@ -9,14 +9,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_lvebm.guide_draws import held_latents
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import Kernel
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
 from pyro_lvebm.missing import Completion
-from pyro_lvebm.positive import Chain, run_chains
+from pyro_lvebm.positive import Kept, chain_draws
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.tracing import (
+    FullData,
     Model,
+    Node,
     at_minibatch,
     cover,
     energy_modules,
@@ -27,10 +30,16 @@ from pyro_lvebm.tracing import (
 
 
 class PosteriorDraws(NamedTuple):
-    """Draws of every latent site, and what the chains did on the way."""
+    """Draws of every latent site of the particles, and what the chains did on the way.
+
+    The statistics are `energy`, `acceptance_rate` and `step_size`. Where latents lie in several
+    groups of plates, each group has its own, and their names end in `_<first site>`.
+    """
 
     samples: dict[str, Tensor]  # site -> (num_particles, num_samples, *batch, *event)
     sample_stats: dict[str, Tensor]  # name -> (num_particles, num_samples, *batch)
+    held: dict[str, Tensor]  # latents of other guides, one value a chain: (num_particles, *batch…)
+    sites: dict[str, str]  # statistic -> a site in the same plates
 
 
 def draw_posterior(
@@ -48,6 +57,9 @@ def draw_posterior(
 ) -> PosteriorDraws:
     """Run the particles of every datum on, minibatch by minibatch, at frozen θ.
 
+    Latents outside the plates and inside them take turns (`chain_draws`). Latents that other
+    guides hold beside the particles are drawn once for every chain, and stay.
+
     Raises:
         ValueError: If a count is too small, or a global latent shares a model with subsampling,
             for which no exact chain exists on minibatches.
@@ -62,65 +74,87 @@ def draw_posterior(
     with torch.no_grad(), poutine.block():
         prototype = poutine.trace(model).get_trace(*args, **kwargs)
     nesting = plate_nesting(prototype)
-    samples: dict[str, Tensor] = {}
-    stats: dict[str, Tensor] = {}
+    draws = PosteriorDraws({}, {}, {}, {})
+    step_sizes: dict[str, Tensor] = {}
+    held, fixed_nodes = FullData(), dict[str, Node]()
     with torch.no_grad(), poutine.block(), frozen(energy_modules(prototype)):
         for number, batch in enumerate(cover(prototype)):
-            fixed = at_minibatch(guide, batch.nodes)
+            fixed = at_minibatch(guide, fixed_nodes | batch.nodes)
             vectorised = vectorise(fixed, particles.num_particles, nesting)
             guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
+            moving = frozenset(particles.prototype_trace.stochastic_nodes)
+            fixed_nodes |= held_latents(
+                guide_trace, prototype, batch, held, particles.num_particles, moving
+            )
             blocks, _ = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
+            _check_exact(blocks)
             if len(blocks) > 1:
-                groups = [[c.name for c in b.columns] for b in blocks]
-                raise ValueError(
-                    "sample_posterior needs all particle latents in the same plates; this model "
-                    f"has them in {len(blocks)} groups: {groups}"
-                )
-            if blocks[0].is_global:
-                names = [c.name for c in blocks[0].columns]
-                raise ValueError(
-                    f"the latents {names} lie outside a plate that subsamples, so chains on "
-                    "minibatches do not follow their posterior. Run the model with the plate at "
-                    "its full size, as with subsample_size=len(x)"
+                blocks, _ = latent_blocks(
+                    model, particles, guide_trace, nesting, args, kwargs, traced=True
                 )
             device = blocks[0].v.device
-            chain = run_chains(
-                blocks[0],
-                particles.step_size(blocks[0].columns[0].name),
+            kept = chain_draws(
+                blocks,
+                [particles.step_size(block.columns[0].name) for block in blocks],
                 kernel,
                 num_samples=num_samples,
                 num_warmup=num_warmup,
                 thinning=thinning,
                 generator=generator_for(seed, 3, number, device=device),
             )
-            _collect(samples, stats, blocks[0], chain, particles)
-    return PosteriorDraws(samples, stats)
+            for draw, parts in enumerate(kept):
+                for block, part in zip(blocks, parts, strict=True):
+                    suffix = f"_{block.columns[0].name}" if len(blocks) > 1 else ""
+                    _collect(draws, step_sizes, num_samples, draw, block, part, particles, suffix)
+    lead = (particles.num_particles, num_samples)
+    stats = {name: value.expand(*lead, *value.shape) for name, value in step_sizes.items()}
+    return draws._replace(sample_stats=draws.sample_stats | stats, held=held.joined())
+
+
+def _check_exact(blocks: list[LatentBlock]) -> None:
+    for block in blocks:
+        if block.is_global:
+            names = [c.name for c in block.columns]
+            raise ValueError(
+                f"the latents {names} lie outside a plate that subsamples, so chains on "
+                "minibatches do not follow their posterior. Run the model with the plate at "
+                "its full size, as with subsample_size=len(x)"
+            )
 
 
 def _collect(
-    samples: dict[str, Tensor],
-    stats: dict[str, Tensor],
+    draws: PosteriorDraws,
+    step_sizes: dict[str, Tensor],
+    num_samples: int,
+    draw: int,
     block: LatentBlock,
-    chain: Chain,
+    kept: Kept,
     particles: AutoParticles,
+    suffix: str,
 ) -> None:
-    """Write the draws of a minibatch into tensors over all data."""
-    values = block.constrain(chain.v)
+    """Write one draw of a minibatch into tensors over all data.
+
+    Each draw is written at once, for a list of all draws would take as much memory again.
+    """
+    values = block.constrain(kept.v)
     for column in block.columns:
         name = column.name
         value = values[name]
         if isinstance(column.gaussian, Completion):
             value = column.gaussian.complete(value)  # rather than noise at observed entries
-        part = value.transpose(0, 1)  # (K, num_samples, *B, *event)
-        if name not in samples:
-            full = particles.particles(name).shape
-            samples[name] = part.new_empty(part.shape[:2] + full[1:])
-        samples[name][(slice(None), slice(None), *particles.index(name, block.indices))] = part
+        full = particles.particles(name).shape
+        if name not in draws.samples:
+            draws.samples[name] = value.new_empty((full[0], num_samples, *full[1:]))
+        draws.samples[name][(slice(None), draw, *particles.index(name, block.indices))] = value
     first = block.columns[0].name
-    for key, value in (("energy", chain.energy), ("acceptance_rate", chain.acceptance)):
-        part = value.transpose(0, 1)
-        if key not in stats:
-            batch_dim = value.dim() - 2
-            full = particles.particles(first).shape[1 : 1 + batch_dim]
-            stats[key] = part.new_empty(part.shape[:2] + full)
-        stats[key][(slice(None), slice(None), *particles.index(first, block.indices))] = part
+    batch = full[1 : 1 + kept.step_size.dim()]
+    rows = particles.index(first, block.indices)
+    for key, value in (("energy", kept.energy), ("acceptance_rate", kept.acceptance)):
+        if key + suffix not in draws.sample_stats:
+            shape = (full[0], num_samples, *batch)
+            draws.sample_stats[key + suffix] = value.new_empty(shape)
+        draws.sample_stats[key + suffix][(slice(None), draw, *rows)] = value
+    sizes = step_sizes.setdefault(f"step_size{suffix}", kept.step_size.new_empty(batch))
+    sizes[rows] = kept.step_size
+    for key in ("energy", "acceptance_rate", "step_size"):
+        draws.sites[key + suffix] = first
