@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,15 @@ class Chain(NamedTuple):
     acceptance: Tensor  # (num_samples, K, *B)
 
 
+class Kept(NamedTuple):
+    """One draw of one block, and what its chains did on the way."""
+
+    v: Tensor  # (K, *B, D)
+    energy: Tensor  # (K, *B), −log p of the block given all others, nats
+    acceptance: Tensor  # (K, *B), mean of the last turn
+    step_size: Tensor  # (*B), fixed since the warm-up
+
+
 def run_chains(
     blocks: Sequence[LatentBlock],
     step_sizes: Sequence[Tensor],
@@ -37,6 +46,32 @@ def run_chains(
     thinning: int,
     generator: torch.Generator,
 ) -> list[Chain]:
+    """Return a chain for each block, of all that `chain_draws` yields."""
+    draws = chain_draws(
+        blocks,
+        step_sizes,
+        kernel,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        thinning=thinning,
+        generator=generator,
+    )
+    return [
+        Chain(*(torch.stack(part) for part in list(zip(*kept, strict=True))[:3]))
+        for kept in zip(*draws, strict=True)
+    ]
+
+
+def chain_draws(
+    blocks: Sequence[LatentBlock],
+    step_sizes: Sequence[Tensor],
+    kernel: Kernel,
+    *,
+    num_samples: int,
+    num_warmup: int,
+    thinning: int,
+    generator: torch.Generator,
+) -> Iterator[list[Kept]]:
     """Run the particles of all blocks on as Markov chains, and keep every `thinning`-th position.
 
     One block takes one move in each step. Several take four moves each in turn, given the present
@@ -54,8 +89,8 @@ def run_chains(
         thinning: Steps from one draw to the next.
         generator: Source of randomness.
 
-    Returns:
-        A chain for each block.
+    Yields:
+        The draws of all blocks, one position at a time.
 
     Source:
         Seyboldt, Carlson and Carpenter (2026), Preconditioning Hamiltonian Monte Carlo by
@@ -68,13 +103,13 @@ def run_chains(
         if step in ends:
             for walk in walks:
                 walk.renew_metric()
-    kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in walks]
     for _ in range(num_samples):
         for _ in range(thinning):
             _sweep(walks, generator, warming=False)
-        for walk, draws in zip(walks, kept, strict=True):
-            draws.append((walk.v, walk.energy(), walk.acceptance.movedim(-1, 0)))
-    return [Chain(*map(torch.stack, zip(*draws, strict=True))) for draws in kept]
+        yield [
+            Kept(walk.v, walk.energy(), walk.acceptance.movedim(-1, 0), walk.steps)
+            for walk in walks
+        ]
 
 
 def window_ends(num_warmup: int) -> list[int]:

@@ -83,7 +83,7 @@ def log_evidence_of(
         ebms = energy_modules(sweep.prototype)
         found = [row_log_z(sweep, ebm, seed) for ebm in ebms]
         log_zs = [log_z.bracket for log_z in found]
-        _warn_of_unreliable(log_zs)
+        warn_of_unreliable(log_zs)
         with frozen(ebms):
             if saddle is None:
                 terms = model_log_evidence(sweep, num_particles=num_particles, num_runs=num_runs)
@@ -109,7 +109,7 @@ def _from_particles(sweep: Sweep, saddle: Saddle, num_particles: int, num_runs: 
     return Terms.of_runs(sweep.over_data(estimate, 5, particles, saddle.guide))
 
 
-def _warn_of_unreliable(log_zs: list[LogPartition]) -> None:
+def warn_of_unreliable(log_zs: list[LogPartition]) -> None:
     """Warn of each log Z that cannot be relied on: in a sum, others may hide its width."""
     for number, log_z in enumerate(log_zs):
         if not log_z.is_reliable:

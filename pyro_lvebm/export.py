@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior draws and ELBO tables for ArviZ: `InferenceData` before ArviZ 1, then `DataTree`."""
+"""Posteriors and ELBO tables for ArviZ: `InferenceData` before ArviZ 1, then `DataTree`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
+import inspect
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,208 +12,257 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from torch import Tensor
+from pyro.poutine.messenger import unwrap
+from torch import Tensor, nn
 
+from pyro_lvebm.arviz_groups import SAMPLE_DIMS, Axes, as_arviz, table_dataset
+from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.elbo_table import ElboTable
+from pyro_lvebm.evidence_of import total, warn_of_unreliable
 from pyro_lvebm.given_rows import GivenRows
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.marginal_likelihood import marginal_likelihood
+from pyro_lvebm.model_evidence import Sweep, row_log_z
+from pyro_lvebm.posterior_of import Draws, Source, model_of, posterior_of
+from pyro_lvebm.replicates import observed_values, posterior_replicates, prior_draws
+from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
-from pyro_lvebm.tracing import (
-    Model,
-    all_nodes,
-    at_minibatch,
-    cover,
-    energy_modules,
-    frozen,
-    plate_nesting,
-    sample_nodes,
-    vectorise,
-)
-
-Groups = dict[str, dict[str, np.ndarray]]
+from pyro_lvebm.tracing import Model, all_nodes, energy_modules, frozen, sample_nodes
 
 
 def to_arviz(
-    saddle: Saddle,
+    source: Source | ElboTable,
     *args: Any,
-    num_samples: int = 100,
+    model: Model | None = None,
+    num_samples: int | None = None,
     num_warmup: int = 200,
     thinning: int = 1,
     num_predictive: int | None = None,
+    num_prior: int = 0,
+    num_log_likelihood: int = 0,
     table: ElboTable | None = None,
+    coords: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> Any:
-    """Export posterior draws at frozen θ to ArviZ; a chain is a particle, a draw a kept step.
+    """Export a posterior at frozen θ to ArviZ.
 
-    Groups: `posterior`; `sample_stats` with the energy −log p(x, z) and the acceptance rate of
-    each datum's chains, or of all together where latents lie in different plates; `observed_data`;
-    `posterior_predictive`, replicates of the observed sites given the last `num_predictive` draws
-    of z; and, where a table is given, `elbo_table`, with the table's columns along the dimension
-    `posterior` and the brackets of log Z. There is no `log_likelihood`: the log probability of an x
-    site is not log p(x | z).
+    | Group | What it is |
+    |---|---|
+    | `posterior` | draws of the latents of all data |
+    | `sample_stats` | of particles, see below; `log_partition`, log Z of the pool, in nats |
+    | `posterior_predictive` | replicates of the observed sites given the last draws |
+    | `prior`, `prior_predictive` | joint draws of the model without data, from the pool |
+    | `log_likelihood` | log p(x_i), see below |
+    | `observed_data` | values of the observed sites, NaN where missing, if no latent moves them |
+    | `constant_data` | numbers among the arguments of the model that are no observed data |
+    | `elbo_table` | the table's columns, and the brackets of log Z |
+
+    **Chains.** Of a `Saddle` with `AutoParticles` a chain is a particle, and a draw a kept step,
+    with θ at rest. Their statistics are energy = −log p(x, z) with the pool's log Z, the
+    acceptance rate and the step size, for each datum. Where latents lie in no plate as well, each
+    group has statistics of its own, whose names end in `_<site>`. Latents that another guide holds
+    beside the particles are drawn once for each chain, and held. A guide gives one chain of
+    independent draws of its own law, which is not the posterior; `MCMC` gives its draws.
+
+    **Log likelihood.** It is marginal in the latents of a datum:
+
+        log p_θ(x_i | w_s) = log ∫ p_θ(x_i, z_i | w_s) dz_i
+
+    with w the latents in no plate, and all observed sites of a datum in one variable. log Z is that
+    of `log_partition`; its error moves all data alike (attributes of the group). The log
+    probability of an x site is not log p(x | z), and appears nowhere.
+
+    Where there are w, `az.loo` and `az.compare` mean what they say for w at this θ: without x_i,
+    the posterior of w is another one. Take all draws. Without w all draws s estimate one number
+    for each datum: elpd_loo is then Σ_i log p_θ(x_i), and p_loo is Monte Carlo error and no number
+    of parameters. Either way θ stays where it is. On data that trained it the figure is
+    in-sample, too high by what fitting gained; to compare models, export data that did not. It
+    belongs to θ and not to a guide: all guides of one θ without w have the same.
 
     Args:
-        saddle: A trained Saddle with `AutoParticles`; unchanged.
+        source: A `Saddle` or other `SVI`, a trained guide, `MCMC` that has run, or an `ElboTable`
+            for its group alone. Unchanged.
         args: Arguments of the model.
-        num_samples: Draws to keep of each particle.
-        num_warmup: Steps before the first of them.
+        model: The Pyro model, where the source does not know it; for a guide made of a part of a
+            model, such as `poutine.block(...)`, the whole.
+        num_samples: Draws of each chain; 100 if None, and all of `MCMC`.
+        num_warmup: Steps of particles before the first of them.
         thinning: Steps from one draw to the next.
-        num_predictive: Draws of each particle that get a replicate, at most `num_samples`; as many
-            as there are particles if None.
+        num_predictive: Draws of each chain that get a replicate, at most `num_samples`; 0 for
+            none, and as many as there are chains if None. Each x given z is annealed.
+        num_prior: Joint draws of the model, each with as many rows as the data.
+        num_log_likelihood: Draws of each chain, the last ones, that get a log likelihood. Each
+            costs an annealing run of 64 particles for each datum, and log Z some seconds.
         table: What `compare_elbo` returned for the model.
-        seed: Fixes the replicates.
+        coords: Labels of axes by name; a plate names its axis.
+        dims: For a variable, names of its last axes.
+        seed: Fixes all draws but those of particles, which the Saddle's seed fixes.
         kwargs: Keyword arguments of the model.
 
     Returns:
-        `arviz.InferenceData` for ArviZ 0.2x, `xarray.DataTree` for ArviZ ≥ 1.
+        `arviz.InferenceData` for ArviZ 0.2x, `xarray.DataTree` for ArviZ ≥ 1, of the same groups.
 
     Raises:
-        ValueError: If the guide has no `AutoParticles`, a number is out of range, or `table` is not
-            an `ElboTable`.
+        ValueError: If the source has no model, or particles and no Saddle; if a number is out of
+            range, a name in coords or dims belongs to nothing or has another length, or `table` is
+            not an `ElboTable`; if a log likelihood is asked of a model without data in plates.
+
+    Source:
+        Vehtari, Gelman and Gabry (2017), Practical Bayesian model evaluation using leave-one-out
+        cross-validation and WAIC, section 2 (PSIS-LOO of pointwise log likelihoods).
+
+    Example:
+        >>> import pyro, torch
+        >>> from pyro.optim import Adam
+        >>> from pyro_lvebm import LVEBM, AutoParticles, QuadraticEnergy, Saddle, lvebm, to_arviz
+        >>> x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(3, 2), x, z_dim=2)
+        >>> def scenes(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         lvebm("scene", ebm, obs=x)
+        >>> saddle = Saddle(scenes, AutoParticles(scenes), Adam({"lr": 1e-3}))
+        >>> idata = to_arviz(saddle, x, num_samples=20, dims={"scene_z": ["factor"]})
+        >>> dict(idata["posterior"]["scene_z"].sizes)
+        {'chain': 4, 'draw': 20, 'data': 8, 'factor': 2}
     """
-    if num_predictive is not None and not 1 <= num_predictive <= num_samples:
-        raise ValueError(f"num_predictive must lie in 1 … {num_samples}; got {num_predictive}")
+    if isinstance(source, ElboTable):
+        return as_arviz({"elbo_table": table_dataset(source)}, _attributes())
     if table is not None and not isinstance(table, ElboTable):
         raise ValueError(f"table must be an ElboTable, of compare_elbo; got {type(table).__name__}")
-    draws = saddle.draw_posterior(
-        *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs
-    )
-    first = next(iter(draws.samples.values()))
-    device = first.device
-    if num_predictive is None:
-        num_predictive = min(num_samples, len(first))
+    model = model_of(source, model)
+    device = device_of(args, kwargs)
     with isolated_rng(seed, 30, device=device), poutine.block(), torch.no_grad():
-        prototype = poutine.trace(GivenRows()(saddle.model)).get_trace(*args, **kwargs)
-        with frozen(energy_modules(prototype)):
-            last = {name: value[:, -num_predictive:] for name, value in draws.samples.items()}
-            observed, predictive = _observed_sites(saddle.model, prototype, last, args, kwargs)
+        prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
+    draws = posterior_of(
+        source,
+        model,
+        prototype,
+        args,
+        kwargs,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        thinning=thinning,
+        seed=seed,
+    )
+    chains, count = draws.shape
+    if num_predictive is None:
+        num_predictive = min(count, chains)
+    for name, value, most in (
+        ("num_predictive", num_predictive, count),
+        ("num_prior", num_prior, None),
+        ("num_log_likelihood", num_log_likelihood, count),
+    ):
+        if value < 0 or (most is not None and value > most):
+            limit = "be at least 0" if most is None else f"lie in 0 … {most}"
+            raise ValueError(f"{name} must {limit}; got {value}")
+    axes = Axes(dims or {}, coords or {})
+    nodes = sample_nodes(prototype)
+    stats = draws.sample_stats | _log_partitions(prototype, draws.shape)
+    sites = nodes | {name: nodes[site] for name, site in draws.sites.items()}
     groups = {
-        "posterior": _to_numpy(draws.samples),
-        "sample_stats": _to_numpy(draws.sample_stats),
-        "observed_data": _to_numpy(observed),
-        "posterior_predictive": _to_numpy(predictive),
+        "posterior": axes.dataset(draws.samples, sites, SAMPLE_DIMS),
+        "sample_stats": axes.dataset(stats, sites, SAMPLE_DIMS),
     }
-    attrs = {
+    with (
+        isolated_rng(seed, 32, device=device),
+        poutine.block(),
+        torch.no_grad(),
+        frozen(energy_modules(prototype)),
+    ):
+        if num_predictive:
+            last = {name: _last(value, num_predictive) for name, value in draws.samples.items()}
+            flat = posterior_replicates(model, prototype, last, args, kwargs)
+            replicates = {
+                n: v.reshape(chains, num_predictive, *v.shape[1:]) for n, v in flat.items()
+            }
+            groups["posterior_predictive"] = axes.dataset(replicates, sites, SAMPLE_DIMS)
+        if num_prior:
+            latent, seen = prior_draws(model, prototype, num_prior, args, kwargs)
+            for group, values in (("prior", latent), ("prior_predictive", seen)):
+                one_chain = {name: value[None] for name, value in values.items()}
+                groups[group] = axes.dataset(one_chain, sites, SAMPLE_DIMS)
+        if num_log_likelihood:
+            sweep = Sweep.of(model, seed, args, kwargs)
+            groups["log_likelihood"] = _log_likelihood(sweep, draws, num_log_likelihood, axes)
+        observed = observed_values(model, prototype, args, kwargs)
+    constant = _constants(model, args, kwargs, observed)
+    if observed:
+        groups["observed_data"] = axes.dataset(observed, sites)
+    if constant:
+        groups["constant_data"] = axes.dataset(constant, {})
+    axes.check_used()
+    if table is not None:
+        groups["elbo_table"] = table_dataset(table)
+    steps = {"num_training_steps": source.step_count} if isinstance(source, Saddle) else {}
+    return as_arviz(groups, _attributes() | steps)
+
+
+def _attributes() -> dict[str, Any]:
+    return {
         "inference_library": "pyro_lvebm",
         "inference_library_version": version("pyro-lvebm"),
-        "num_training_steps": saddle.step_count,
     }
-    idata = _build(groups, _dims(prototype, draws.samples), attrs)
-    return idata if table is None else _with_table(idata, table)
 
 
-def _observed_sites(
-    model: Model,
-    prototype: Trace,
-    latents: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Observed values (N, …) of all data; replicates (K, S, N, …) given latents (K, S, N, …)."""
-    nesting = plate_nesting(prototype)
-    chains_draws = next(iter(latents.values())).shape[:2]
-    blank = vectorise(poutine.uncondition(model), chains_draws.numel(), nesting)
-    observed: dict[str, list[Tensor]] = {}
-    replicates: dict[str, list[Tensor]] = {}
-    axes: dict[str, int] = {}
-    for batch in cover(prototype):
-        nodes = dict(batch.nodes)
-        for name, value in latents.items():
-            node = all_nodes(prototype)[name]
-            part = batch.take_rows(value, len(node["fn"].event_shape)).flatten(0, 1)
-            ones = (1,) * (nesting - len(node["fn"].batch_shape))
-            nodes[name] = {**node, "value": part.reshape(len(part), *ones, *part.shape[1:])}
-        seen = poutine.trace(at_minibatch(model, batch.nodes)).get_trace(*args, **kwargs)
-        drawn = poutine.trace(at_minibatch(blank, nodes)).get_trace(*args, **kwargs)
-        for name, node in sample_nodes(seen).items():
-            if not node["is_observed"]:
-                continue
-            event_dim = len(node["fn"].event_shape)
-            shape = node["fn"].batch_shape + node["fn"].event_shape
-            new = all_nodes(drawn)[name]["value"].reshape(*chains_draws, *shape)
-            old = node["value"].expand(shape)
-            if batch.plate in {frame.name for frame in node["cond_indep_stack"]}:
-                new, old = batch.drop_repeats(new, event_dim), batch.drop_repeats(old, event_dim)
-                axis = batch.dim - event_dim
-            elif name in observed:
-                continue  # outside the subsampled plate: the same in every minibatch
-            else:
-                axis = 0
-            axes[name] = axis
-            observed.setdefault(name, []).append(old)
-            replicates.setdefault(name, []).append(new)
-    return (
-        {name: _join(parts, axes[name]) for name, parts in observed.items()},
-        {name: _join(parts, axes[name]) for name, parts in replicates.items()},
-    )
+def _last(value: Tensor, count: int) -> Tensor:
+    """The last draws of every chain, chain after chain, (chains · count, …)."""
+    return value[:, -count:].flatten(0, 1)
 
 
-def _join(parts: list[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-
-
-def _to_numpy(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.detach().cpu().numpy() for name, value in values.items()}
-
-
-def _dims(prototype: Trace, particles: Collection[str]) -> dict[str, list[str]]:
-    """Name the axes of each site after its plates, left to right, and its event axes after it."""
-    dims: dict[str, list[str]] = {}
-    latent: list[list[str]] = []
+def _log_partitions(prototype: Trace, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return log Z of the pool of each LVEBM; names of all but the first end in `@<site>`."""
+    found: dict[int, tuple[str, float]] = {}
     for name, node in sample_nodes(prototype).items():
-        frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
-        batch = [frame.name for frame in frames if frame.vectorized]
-        if len(batch) == len(node["fn"].batch_shape):
-            events = range(len(node["fn"].event_shape))
-            dims[name] = batch + [f"{name}_dim_{axis}" for axis in events]
-            if name in particles:
-                latent.append(batch)
-    # Latents in different plates have one energy and one rate together.
-    same = all(batch == latent[0] for batch in latent)
-    dims["energy"] = dims["acceptance_rate"] = latent[0] if same else []
-    return dims
+        if isinstance(node["fn"], ObservedSite):
+            suffix = f"@{name}" if found else ""
+            value = float(node["fn"].ebm.log_partition)
+            found.setdefault(id(node["fn"].ebm), (f"log_partition{suffix}", value))
+    return {name: np.broadcast_to(value, shape) for name, value in found.values()}
 
 
-def _build(groups: Groups, dims: dict[str, list[str]], attrs: dict[str, Any]) -> Any:
-    """Call `from_dict` as the installed generation of ArviZ has it."""
-    # Imported here, for ArviZ 0.23 warns once a day on import, which would reach every user of
-    # this package, also those who export nothing.
-    import arviz as az
-
-    from_dict: Any = az.from_dict  # takes other arguments from one generation to the next
-    with warnings.catch_warnings():
-        # Many particles and few draws of each are usual here, and no sign of swapped axes.
-        warnings.filterwarnings("ignore", message="More chains")
-        if int(az.__version__.split(".")[0]) >= 1:
-            return from_dict(groups, dims=dims, attrs={"/": attrs})
-        return from_dict(**groups, dims=dims, attrs=attrs)
-
-
-def _with_table(idata: Any, table: ElboTable) -> Any:
-    """Add the group `elbo_table`, which ArviZ 0.2x knows only as a group of one's own."""
-    import xarray as xr
-
-    brackets = ("estimate", "std_error", "lower", "upper")
-    dataset = xr.Dataset(
-        {name: ("posterior", column.to_numpy()) for name, column in table.rows.items()}
-        | {
-            f"log_partition_{name}": (
-                "log_partition",
-                np.array([getattr(log_z, name) for log_z in table.log_partitions]),
-            )
-            for name in brackets
-        },
-        coords={"posterior": [str(name) for name in table.rows.index]},
-        attrs={
-            "theta": table.theta,
-            "num_data": table.num_data,
-            "log_evidence": table.log_evidence,
-            "log_evidence_se": table.log_evidence_se,
-        },
+def _log_likelihood(sweep: Sweep, draws: Draws, count: int, axes: Axes) -> Any:
+    chains, _ = draws.shape
+    last = {name: _last(value, value.shape[1]) for name, value in draws.samples.items()}
+    given = {name: _last(value, count) for name, value in draws.samples.items()}
+    found = marginal_likelihood(sweep, last, given, chains * count)
+    pairs = [(ebm, row_log_z(sweep, ebm, sweep.seed)) for ebm in energy_modules(sweep.prototype)]
+    log_zs = [log_z.bracket for _, log_z in pairs]
+    warn_of_unreliable(log_zs)
+    log_z, value = total(log_zs), found.value
+    for ebm, row in pairs:
+        value = value + (ebm.log_partition - row.value)
+    name = "+".join(found.sites)
+    dataset = axes.dataset(
+        {name: value.reshape(chains, count, *value.shape[1:])},
+        {name: all_nodes(sweep.prototype)[found.owner]},
+        SAMPLE_DIMS,
     )
-    if isinstance(idata, xr.DataTree):
-        idata["elbo_table"] = xr.DataTree(dataset)
-    else:
-        idata.add_groups({"elbo_table": dataset}, warn_on_custom_groups=False)
-    return idata
+    ends = {f"log_partition_{end}": getattr(log_z, end) for end in ("lower", "upper", "std_error")}
+    return dataset.assign_attrs(log_partition=log_z.estimate, **ends)
+
+
+def _constants(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], observed: dict[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Numbers among the arguments of a model, by name, that are not all of an observed site."""
+    bare = unwrap(model)
+    try:
+        takes = inspect.signature(bare.forward if isinstance(bare, nn.Module) else bare)
+        given = takes.bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # a callable that does not say what it takes
+        return {}
+    data = [value.detach().cpu().numpy() for value in observed.values()]
+    found = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().numpy()
+        if isinstance(value, bool | int | float | np.ndarray):
+            array = np.asarray(value)
+            if not any(_equal(array, seen) for seen in data):
+                found[name] = array
+    return found
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -84,6 +84,8 @@ def latent_blocks(
     nesting: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    traced: bool = False,
 ) -> tuple[list[LatentBlock], Trace]:
     """Group the particle sites of a guide by their plates, each group with its energy.
 
@@ -95,6 +97,8 @@ def latent_blocks(
         nesting: Number of batch dimensions of the model.
         args: Arguments of the model.
         kwargs: Keyword arguments of the model.
+        traced: Run the model at every evaluation, also where an LVEBM stands alone, so that
+            energies follow the values of other latents in all their terms.
 
     Returns:
         The blocks, and a trace of the vectorised model at the particles.
@@ -125,11 +129,11 @@ def latent_blocks(
         )
         frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
         groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
-    return [_block(group, guide, at, trace) for group in groups.values()], trace
+    return [_block(group, guide, at, trace, traced) for group in groups.values()], trace
 
 
 def _block(
-    columns: list[LatentColumns], guide: AutoParticles, at: ModelAt, trace: Trace
+    columns: list[LatentColumns], guide: AutoParticles, at: ModelAt, trace: Trace, traced: bool
 ) -> LatentBlock:
     proto = guide.prototype_trace.nodes[columns[0].name]
     choices = subsample_nodes(trace)
@@ -138,7 +142,10 @@ def _block(
     v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
     subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
     axes = BlockAxes(columns[0].name, proto["fn"].batch_shape, frames, at.nesting)
-    f, offset, is_direct = _energy(columns, at, trace, axes)
+    if traced:
+        f, offset, is_direct = _traced_energy(columns, at, axes), v.new_zeros(()), False
+    else:
+        f, offset, is_direct = _energy(columns, at, trace, axes)
     is_global = bool(subsampled - set(indices))
     return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)
 

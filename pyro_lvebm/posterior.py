@@ -11,16 +11,19 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_lvebm.block_axes import BlockAxes
-from pyro_lvebm.chains import Chain, run_chains
+from pyro_lvebm.chains import Kept, chain_draws
 from pyro_lvebm.given_rows import GIVEN, GivenRows
+from pyro_lvebm.guide_draws import held_latents
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import Kernel
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
 from pyro_lvebm.missing import Completion
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.tracing import (
+    FullData,
     Minibatch,
     Model,
+    Node,
     at_minibatch,
     cover,
     energy_modules,
@@ -36,7 +39,9 @@ class PosteriorDraws(NamedTuple):
 
     samples: dict[str, Tensor]  # site -> (num_particles, num_samples, *batch, *event)
     sample_stats: dict[str, Tensor]  # name -> (num_particles, num_samples, *batch); without batch
-    # where latents lie in different plates: energy of all, mean acceptance rate
+    # where latents lie in different plates: energy of all, mean acceptance rate and step size
+    sites: dict[str, str]  # statistic -> a site in its plates
+    held: dict[str, Tensor]  # latent of another guide -> (num_particles, *batch, *event)
 
 
 def draw_posterior(
@@ -54,7 +59,8 @@ def draw_posterior(
 ) -> PosteriorDraws:
     """Run the particles of every datum on, minibatch by minibatch, at frozen θ.
 
-    Latents in different plates, such as weights and latents of single data, take turns. Where the
+    Latents in different plates, such as weights and latents of single data, take turns. Latents
+    that other guides hold beside the particles are drawn once for every chain, and stay. Where the
     model is given the rows of its data, these are the data.
 
     Raises:
@@ -71,16 +77,20 @@ def draw_posterior(
     with torch.no_grad(), poutine.block():
         prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
     nesting = plate_nesting(prototype)
-    samples: dict[str, Tensor] = {}
-    stats: dict[str, Tensor] = {}
+    draws = PosteriorDraws({}, {}, {}, {})
+    held, fixed_nodes = FullData(), dict[str, Node]()
+    moving = frozenset(particles.prototype_trace.stochastic_nodes)
     with torch.no_grad(), poutine.block(), frozen(energy_modules(prototype)):
         for number, batch in enumerate(cover(prototype)):
-            fixed = at_minibatch(guide, batch.nodes)
+            fixed = at_minibatch(guide, fixed_nodes | batch.nodes)
             vectorised = vectorise(fixed, particles.num_particles, nesting)
             guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
+            fixed_nodes |= held_latents(
+                guide_trace, prototype, batch, held, particles.num_particles, moving
+            )
             blocks, _ = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
             _check_exact(blocks, batch)
-            chains = run_chains(
+            kept = chain_draws(
                 blocks,
                 [particles.step_size(block.columns[0].name) for block in blocks],
                 kernel,
@@ -90,15 +100,12 @@ def draw_posterior(
                 generator=generator_for(seed, 3, number, device=blocks[0].v.device),
             )
             given = {name for name, node in batch.nodes.items() if GIVEN in node["infer"]}
-            for block, chain in zip(blocks, chains, strict=True):
-                target = _Target.of(block, particles, given)
-                _write_samples(samples, block, chain, target)
-                if len(blocks) == 1:
-                    target.write(stats, "energy", chain.energy)
-                    target.write(stats, "acceptance_rate", chain.acceptance)
-            if len(blocks) > 1:
-                stats = _joint_stats(blocks, chains)
-    return PosteriorDraws(samples, stats)
+            targets = [_Target.of(block, particles, given, num_samples) for block in blocks]
+            for draw, parts in enumerate(kept):
+                for block, part, target in zip(blocks, parts, targets, strict=True):
+                    _write_values(draws.samples, draw, block, part, target)
+                _write_stats(draws, draw, blocks, parts, targets)
+    return draws._replace(held=held.joined())
 
 
 def _check_exact(blocks: list[LatentBlock], batch: Minibatch) -> None:
@@ -120,13 +127,19 @@ def _check_exact(blocks: list[LatentBlock], batch: Minibatch) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where the draws of a minibatch belong in tensors over all data, or those of given rows."""
+    """Where the draws of a minibatch belong in tensors over all data, or those of given rows.
 
+    Each draw is written at once, for a list of all draws would take as much memory again.
+    """
+
+    num_samples: int
     full: tuple[int, ...]
     index: tuple[slice | Tensor, ...]
 
     @classmethod
-    def of(cls, block: LatentBlock, particles: AutoParticles, given: set[str]) -> _Target:
+    def of(
+        cls, block: LatentBlock, particles: AutoParticles, given: set[str], num_samples: int
+    ) -> _Target:
         first = block.columns[0].name
         batch_dim = block.v.dim() - 2
         full = list(particles.particles(first).shape[1 : 1 + batch_dim])
@@ -135,43 +148,64 @@ class _Target:
             if frame.name in given:
                 full[frame.dim] = len(rows[frame.name])
                 rows[frame.name] = torch.arange(full[frame.dim])
-        return cls(tuple(full), particles.index(first, rows))
+        return cls(num_samples, tuple(full), particles.index(first, rows))
 
-    def write(self, tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
-        part = value.transpose(0, 1)  # (K, num_samples, *B, *event)
-        event = part.shape[2 + len(self.full) :]
+    def write(self, tensors: dict[str, Tensor], name: str, draw: int, value: Tensor) -> None:
+        """Write value (K, *B, *event), one draw of a variable."""
+        event = value.shape[1 + len(self.full) :]
         if name not in tensors:
-            tensors[name] = part.new_empty(*part.shape[:2], *self.full, *event)
-        tensors[name][(slice(None), slice(None), *self.index)] = part
+            shape = (len(value), self.num_samples, *self.full, *event)
+            tensors[name] = value.new_empty(shape)
+        tensors[name][(slice(None), draw, *self.index)] = value
 
 
-def _write_samples(
-    samples: dict[str, Tensor], block: LatentBlock, chain: Chain, target: _Target
+def _write_values(
+    samples: dict[str, Tensor], draw: int, block: LatentBlock, kept: Kept, target: _Target
 ) -> None:
-    """Write the draws of a minibatch into tensors over all data."""
-    values = block.constrain(chain.v)
+    values = block.constrain(kept.v)
     for column in block.columns:
         value = values[column.name]
         if isinstance(column.gaussian, Completion):
             value = column.gaussian.complete(value)  # rather than noise at observed entries
-        target.write(samples, column.name, value)
+        target.write(samples, column.name, draw, value)
 
 
-def _joint_stats(blocks: list[LatentBlock], chains: list[Chain]) -> dict[str, Tensor]:
-    """Energies (K, num_samples) of all data and latents together, and mean acceptance rates."""
+def _write_stats(
+    draws: PosteriorDraws,
+    draw: int,
+    blocks: list[LatentBlock],
+    parts: list[Kept],
+    targets: list[_Target],
+) -> None:
+    if len(blocks) == 1:
+        (kept,), (target,) = parts, targets
+        step_size = kept.step_size.expand(kept.energy.shape)
+        stats = {
+            "energy": kept.energy,
+            "acceptance_rate": kept.acceptance,
+            "step_size": step_size,
+        }
+        draws.sites.update(dict.fromkeys(stats, blocks[0].columns[0].name))
+    else:
+        target = _Target(targets[0].num_samples, (), ())
+        stats = {"energy": _joint_energy(blocks, parts)}
+        for key, values in (
+            ("acceptance_rate", [kept.acceptance for kept in parts]),
+            ("step_size", [kept.step_size.expand(kept.energy.shape) for kept in parts]),
+        ):
+            means = [value.reshape(len(value), -1).mean(-1) for value in values]
+            stats[key] = torch.stack(means).mean(0)
+    for key, value in stats.items():
+        target.write(draws.sample_stats, key, draw, value)
+
+
+def _joint_energy(blocks: list[LatentBlock], parts: list[Kept]) -> Tensor:
+    """Energies (K,) of all data and latents together, where the chains now are."""
     at, name = blocks[0].at, blocks[0].columns[0].name
     whole = BlockAxes(name, torch.Size(), (), at.nesting)
-    energies = []
-    for positions in zip(*(chain.v for chain in chains), strict=True):
-        for block, v in zip(blocks, positions, strict=True):
-            block.fix(v)
-        trace = at.trace(len(v))
-        trace.compute_log_prob()
-        nodes = sample_nodes(trace)
-        log_p = whole.total_log_prob(nodes, v, len(v), torch.Size())
-        energies.append(-log_p / nodes[name]["scale"])
-    rates = [chain.acceptance.reshape(*chain.acceptance.shape[:2], -1).mean(-1) for chain in chains]
-    return {
-        "energy": torch.stack(energies, 1),
-        "acceptance_rate": torch.stack(rates).mean(0).T,
-    }
+    v = parts[-1].v
+    trace = at.trace(len(v))
+    trace.compute_log_prob()
+    nodes = sample_nodes(trace)
+    log_p = whole.total_log_prob(nodes, v, len(v), torch.Size())
+    return -log_p / torch.as_tensor(nodes[name]["scale"])

@@ -74,6 +74,22 @@ def vectorise(fn: Model, num_particles: int, nesting: int) -> Model:
     return vectorised
 
 
+def unvectorise(value: Tensor, site: Node, num_particles: int, nesting: int) -> Tensor:
+    """Return (num_particles, *batch, *event) for the value of a site of a vectorised model.
+
+    Args:
+        value: The value; a draw that particles or data share may lack axes or have length 1 there.
+        site: The same site in a trace of the plain model.
+        num_particles: Size of the particle plate.
+        nesting: Number of batch dimensions of the plain model.
+    """
+    batch, event = site["fn"].batch_shape, site["fn"].event_shape
+    missing = 1 + nesting + len(event) - value.dim()
+    value = value.reshape(*(1,) * missing, *value.shape)
+    value = value.reshape(len(value), *value.shape[1 + nesting - len(batch) :])
+    return value.expand(num_particles, *batch, *event)
+
+
 def at_minibatch(fn: Model, nodes: dict[str, Node]) -> Model:
     """Run a model or guide with sites, such as the choice of a minibatch, fixed to given nodes."""
     trace = Trace()
@@ -136,6 +152,41 @@ def cover(trace: Trace) -> Iterator[Minibatch]:
         index = torch.arange(start, start + batch, device=node["value"].device) % size
         nodes = {**choices, name: {**node, "value": index}}
         yield Minibatch(nodes, name, dim, index, min(batch, size - start))
+
+
+class FullData:
+    """Collects values of sites, minibatch by minibatch, into values of all data."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+        self._axes: dict[str, int] = {}
+
+    def add(
+        self, batch: Minibatch, node: Node, value: Tensor, event_dim: int | None = None
+    ) -> None:
+        """Add a value (*, *batch, *event) of a site in one minibatch.
+
+        Args:
+            batch: The minibatch.
+            node: The site.
+            value: Its value. Outside the plate that subsamples only the first one is kept.
+            event_dim: Number of event axes; those of the site if None.
+        """
+        name = str(node["name"])
+        event_dim = len(node["fn"].event_shape) if event_dim is None else event_dim
+        parts = self._parts.setdefault(name, [])
+        if batch.plate in {frame.name for frame in node["cond_indep_stack"]}:
+            self._axes[name] = batch.dim - event_dim
+            parts.append(batch.drop_repeats(value, event_dim))
+        elif not parts:
+            parts.append(value)
+
+    def joined(self) -> dict[str, Tensor]:
+        """Return values (*, *full_batch, *event) by site."""
+        return {
+            name: parts[0] if len(parts) == 1 else torch.cat(parts, self._axes[name])
+            for name, parts in self._parts.items()
+        }
 
 
 @dataclass(frozen=True)

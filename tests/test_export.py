@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from linear_gaussian import (
     PlainQuadratic,
     assert_unchanged,
@@ -23,7 +24,6 @@ from linear_gaussian import (
     make_model,
     make_quadratic,
 )
-from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from referee import ALPHA, CERTAIN, mean_p_value, normal, variance_p_value
 from torch import Tensor
@@ -41,7 +41,6 @@ from pyro_lvebm import (
     lvebm,
     to_arviz,
 )
-from pyro_lvebm import export as module
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -125,16 +124,21 @@ def moments_p_value(draws: np.ndarray, ebm: LVEBM, x: Tensor) -> float:
 # --- what is in the file --------------------------------------------------------------------
 
 
-def test_groups_dims_coords_and_attributes(idata: Any, x: Tensor) -> None:
+def test_groups_dims_coords_and_attributes(idata: Any, ebm: LVEBM, x: Tensor) -> None:
     names = set(idata.children) if NEW_API else set(idata.groups())
     assert names == GROUPS  # no log_likelihood: a site's log_prob is not log p(x | z)
     posterior = group(idata, "posterior")["scene_z"]
     assert posterior.dims == ("chain", "draw", "data", "scene_z_dim_0")
     assert posterior.shape == (CHAINS, 120, N, 2)
     sample_stats = group(idata, "sample_stats")
-    assert set(sample_stats) == {"energy", "acceptance_rate"}
-    for stat in sample_stats.values():
+    log_z = sample_stats["log_partition"]
+    assert log_z.dims == ("chain", "draw") and (log_z == float(ebm.log_partition)).all()
+    assert set(sample_stats) == {"energy", "acceptance_rate", "step_size", "log_partition"}
+    for stat in sample_stats.drop_vars("log_partition").values():
         assert stat.dims == ("chain", "draw", "data") and stat.shape == (CHAINS, 120, N)
+    sizes = sample_stats["step_size"].to_numpy()
+    assert (sizes > 0).all() and (sizes == sizes[:1, :1]).all(), "fixed since the warm-up"
+    assert len(np.unique(sizes)) == N, "of each datum its own"
     observed = group(idata, "observed_data")["scene"]
     assert observed.dims == ("data", "scene_dim_0") and observed.shape == (N, 4)
     predictive = group(idata, "posterior_predictive")["scene"]
@@ -339,70 +343,26 @@ def test_only_a_table_is_a_group(saddle: Saddle, x: Tensor) -> None:
         to_arviz(saddle, x, table="elbo")  # type: ignore[arg-type]
 
 
-class Recorder:
-    """Stands for `from_dict` of another ArviZ."""
-
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.options: dict[str, Any] = {}
-
-    def __call__(self, *args: Any, **options: Any) -> str:
-        self.args, self.options = args, options
-        return "a tree"
-
-
-def use_arviz(monkeypatch: pytest.MonkeyPatch, fake: Any) -> None:
-    monkeypatch.setitem(sys.modules, "arviz", fake)
-    if hasattr(module, "az"):
-        monkeypatch.setattr(module, "az", fake)
-
-
 @pytest.mark.parametrize("release", ["1.0.0", "1.2.0rc1", "10.3"])
-def test_arviz_from_1_on_gets_nested_groups(
-    pair: Saddle, x: Tensor, monkeypatch: pytest.MonkeyPatch, release: str
+def test_arviz_from_1_on_gets_a_tree_of_the_same_content(
+    pair: Saddle, x: Tensor, table: ElboTable, monkeypatch: pytest.MonkeyPatch, release: str
 ) -> None:
-    record = Recorder()
-    use_arviz(monkeypatch, SimpleNamespace(__version__=release, from_dict=record))
-    result: Any = to_arviz(pair, x, num_samples=3, num_warmup=1, num_predictive=2)
-    assert result == "a tree"
-    (groups,) = record.args
-    assert set(groups) == GROUPS and set(record.options) == {"dims", "attrs"}
-    assert record.options["attrs"] == {"/": ATTRIBUTES}
-    assert groups["posterior"]["scene_z"].shape == (2, 3, N, 2)
-    assert groups["sample_stats"]["energy"].shape == (2, 3, N)
-    assert groups["observed_data"]["scene"].shape == (N, 4)
-    assert groups["posterior_predictive"]["scene"].shape == (2, 2, N, 4)
-    assert all(type(a) is np.ndarray for g in groups.values() for a in g.values())
-    assert record.options["dims"] == {
-        "scene_z": ["data", "scene_z_dim_0"],
-        "scene": ["data", "scene_dim_0"],
-        "energy": ["data"],
-        "acceptance_rate": ["data"],
-    }
-
-
-def test_arviz_before_1_gets_groups_as_arguments(
-    pair: Saddle, x: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = Recorder()
-    use_arviz(monkeypatch, SimpleNamespace(__version__="0.20.0", from_dict=record))
-    to_arviz(pair, x, num_samples=2, num_warmup=1)
-    assert record.args == ()
-    assert set(record.options) == GROUPS | {"dims", "attrs"}
-    assert record.options["attrs"] == ATTRIBUTES
-
-
-def test_data_tree_of_arviz_base(
-    pair: Saddle, x: Tensor, table: ElboTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What ArviZ 1 does with these arguments; it installs beside 0.23 as `arviz_base`."""
-    base = pytest.importorskip("arviz_base")
-    use_arviz(monkeypatch, SimpleNamespace(__version__="1.0.0", from_dict=base.from_dict))
-    tree: Any = to_arviz(pair, x, num_samples=3, num_warmup=1, table=table)
-    assert set(tree.children) == GROUPS | {"elbo_table"}
+    """What ArviZ 1 has; `arviz_base` reads it, and installs beside 0.23."""
+    settings: dict[str, Any] = {"num_samples": 3, "num_warmup": 1, "table": table, "num_prior": 2}
+    monkeypatch.setitem(sys.modules, "arviz", SimpleNamespace(__version__=release))
+    tree = to_arviz(pair, x, **settings)
+    monkeypatch.undo()
+    assert isinstance(tree, xr.DataTree)
+    assert set(tree.children) == GROUPS | {"elbo_table", "prior", "prior_predictive"}
     check_table(tree["elbo_table"], table)
-    assert tree["posterior"]["scene_z"].dims == ("chain", "draw", "data", "scene_z_dim_0")
-    assert tree.attrs["num_training_steps"] == 0
+    assert tree.attrs == ATTRIBUTES
+    base = pytest.importorskip("arviz_base")
+    assert base.extract(tree).dims == ("data", "scene_z_dim_0", "sample")
+    if not NEW_API:
+        old = to_arviz(pair, x, **settings)
+        assert set(old.groups()) == set(tree.children)
+        for name in tree.children:
+            assert old[name].identical(tree[name].to_dataset())
 
 
 def test_default_settings_give_no_warning(ebm: LVEBM, x: Tensor) -> None:
@@ -509,8 +469,8 @@ def test_observed_sites_outside_the_plate_appear_once(
 
     idata = to_arviz(make_saddle(model, x), x, num_samples=2, num_warmup=1)
     observed = group(idata, "observed_data")["t"].to_numpy()
-    # ArviZ 0.2x gives a scalar an axis of length 1.
-    np.testing.assert_array_equal(observed.reshape(event_shape), seen.numpy())
+    np.testing.assert_array_equal(observed, seen.numpy())
+    assert set(group(idata, "observed_data")) == {"t", "scene"}
     assert group(idata, "posterior_predictive")["t"].shape == (2, 2, *event_shape)
     assert group(idata, "observed_data")["scene"].shape == (N, 4)
 
@@ -537,9 +497,11 @@ def test_a_subsampled_plate_inside_another() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 5, "num_predictive": 6}, r"num_predictive must lie in 1 … 5; got 6"),
-        ({"num_samples": 20, "num_predictive": 0}, r"num_predictive must lie in 1 … 20; got 0"),
-        ({"num_samples": 0, "num_predictive": 0}, "at least 1; got 0|must lie in 1 … 0; got 0"),
+        ({"num_samples": 5, "num_predictive": 6}, r"num_predictive must lie in 0 … 5; got 6"),
+        ({"num_samples": 5, "num_log_likelihood": 6}, r"num_log_likelihood must lie in 0 … 5"),
+        ({"num_samples": 5, "num_predictive": -1}, r"num_predictive must lie in 0 … 5; got -1"),
+        ({"num_samples": 5, "num_prior": -1}, r"num_prior must be at least 0; got -1"),
+        ({"num_samples": 0}, "num_samples must be at least 1; got 0"),
         ({"num_warmup": -1}, "num_warmup must be at least 0; got -1"),
         ({"thinning": 0}, "thinning must be at least 1; got 0"),
     ],
@@ -549,10 +511,3 @@ def test_settings_out_of_range(
 ) -> None:
     with assert_unchanged(ebm, saddle.guide), pytest.raises(ValueError, match=message):
         to_arviz(saddle, x, **options)
-
-
-def test_a_saddle_without_particles(ebm: LVEBM, x: Tensor) -> None:
-    model = make_model(ebm, BATCH)
-    saddle = Saddle(model, AutoNormal(model), Adam({"lr": 1e-3}))
-    with pytest.raises(ValueError, match="no AutoParticles"):
-        to_arviz(saddle, x)

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from pyro_lvebm import MALA, ULA, AutoParticles, Saddle, lvebm
 from pyro_lvebm.langevin import Kernel, LangevinState, ValueAndGrad
+from pyro_lvebm.local_energy import LatentBlock
 
 
 def saddle_for(model: Callable[..., Any], count: int = 2, **settings: Any) -> Saddle:
@@ -286,6 +287,77 @@ def test_feeding_check_fails_where_y_is_forgotten() -> None:
     assert feeding_p_value(True) < CERTAIN
 
 
+def shifted(ebm: Any) -> Callable[..., None]:
+    """Observations moved by a latent of all data, μ ~ N(0, 2.25 I)."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3).double(), 1.5).to_event(1))
+        with pyro.plate("data", len(x)):
+            lvebm("scene", ebm, obs=x - mu)
+
+    return model
+
+
+def turns_p_value(num_warmup: int = 200) -> float:
+    """p-value that μ and the z of one of 2 data have their joint posterior, in 300 chains.
+
+    μ has the precision I / 2.25 + 2 S_xx⁻¹ of its prior and of the marginals of x; given μ, z is
+    the posterior of an LVEBM at x − μ.
+    """
+    ebm = warm(quadratic_ebm(3, 2, seed=11), 3)
+    x = data_of(ebm, 2) + torch.tensor([1.0, 0.0, -1.0]).double()
+    saddle = saddle_for(shifted(ebm), 300, seed=7)
+    draws = saddle.sample_posterior(x, num_samples=1, num_warmup=num_warmup)
+    mu, z = draws["mu"][:, 0], draws["scene_z"][:, 0, 0]
+    joint = exact_joint(ebm)
+    precision = torch.linalg.inv(joint.covariance_matrix[:3, :3])
+    covariance = torch.linalg.inv(torch.eye(3).double() / 2.25 + 2.0 * precision)
+    mean = covariance @ (precision @ (x - joint.mean[:3]).sum(0))
+    given = exact_posterior(ebm, x[0] - mean)
+    slope = -joint.covariance_matrix[3:, :3] @ precision
+    cross = slope @ covariance
+    law = torch.distributions.MultivariateNormal(
+        torch.cat([mean, given.mean]),
+        torch.cat(
+            [
+                torch.cat([covariance, cross.T], 1),
+                torch.cat([cross, given.covariance_matrix + cross @ slope.T], 1),
+            ]
+        ),
+    )
+    white = whitened(torch.cat([mu, z], -1), law)
+    second = variance_p_value(rotations(white), 1.0)
+    return min(1.0, 2.0 * min(second, mean_p_value(white, 0.0)))
+
+
+def test_latents_of_all_data_and_of_single_data_take_turns() -> None:
+    """Chi-square and Student's test. False alarms: 1e-3."""
+    assert turns_p_value() > ALPHA
+
+
+def test_turns_check_fails_where_blocks_do_not_see_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert turns_p_value(num_warmup=0) < CERTAIN
+    monkeypatch.setattr(LatentBlock, "fix", lambda *_: None)
+    assert turns_p_value() < CERTAIN
+
+
+def test_statistics_of_blocks_that_take_turns() -> None:
+    """Energies are those of the kept positions, also where the other block moved last."""
+    ebm = warm(quadratic_ebm(), 3)
+    x = data_of(ebm, 5)
+    draws = saddle_for(shifted(ebm), 2).draw_posterior(x, num_samples=4, num_warmup=20)
+    mu, z = draws.samples["mu"], draws.samples["scene_z"]
+    with torch.no_grad():
+        energy = ebm.energy(x - mu[:, :, None], z) + ebm.log_partition
+        prior = dist.Normal(0.0, 1.5).log_prob(mu).sum(-1)
+    stats = draws.sample_stats
+    assert set(stats) == {"energy", "acceptance_rate", "step_size"} and draws.sites == {}
+    torch.testing.assert_close(stats["energy"], energy.sum(-1) - prior, rtol=1e-7, atol=0.0)
+    assert stats["step_size"].shape == (2, 4) and bool((stats["step_size"] > 0).all())
+
+
 def test_several_latents_of_a_plate_come_back_by_name() -> None:
     ebm = warm(quadratic_ebm(), 2)
     x = data_of(ebm, 9)
@@ -364,8 +436,18 @@ def test_latents_in_different_plates_are_refused_where_one_subsamples() -> None:
     guide.append(AutoNormal(poutine.block(model, expose=["w"])))
     guide.append(AutoParticles(poutine.block(model, hide=["w"]), 2))
     saddle = Saddle(model, guide, Adam({"lr": 0.01}))
-    z = saddle.sample_posterior(x, num_samples=2, num_warmup=1)
-    assert set(z) == {"scene_z"} and z["scene_z"].shape == (2, 2, 6, 2)
+    draws = saddle.draw_posterior(x, num_samples=2, num_warmup=1)
+    assert set(draws.samples) == {"scene_z"} and draws.samples["scene_z"].shape == (2, 2, 6, 2)
+    w = draws.held["w"]
+    assert set(draws.held) == {"w"} and w.shape == (2,) and w[0] != w[1]
+    # Both minibatches have the same w: the energy is that of the model at w.
+    z = draws.samples["scene_z"]
+    with torch.no_grad():
+        energy = ebm.energy(x.expand(2, 2, 6, 3), z) + ebm.log_partition
+        law = dist.Normal(z.sum(-1) * w[:, None, None], 1.0)
+        torch.testing.assert_close(
+            draws.sample_stats["energy"], energy - law.log_prob(x.sum(-1)), rtol=1e-9, atol=0.0
+        )
 
     def nested(x: Tensor) -> None:
         with pyro.plate("outer", 6, dim=-2, subsample_size=3):
