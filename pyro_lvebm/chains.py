@@ -94,7 +94,7 @@ def chain_draws(
 
     Source:
         Seyboldt, Carlson and Carpenter (2026), Preconditioning Hamiltonian Monte Carlo by
-        minimizing Fisher divergence (metric); Stan's warm-up (growing windows).
+        minimizing Fisher divergence, arXiv 2603.18845 (metric); Stan's warm-up (growing windows).
     """
     walks = [_Walk(b, s, kernel) for b, s in zip(blocks, step_sizes, strict=True)]
     ends = window_ends(num_warmup)

@@ -46,7 +46,7 @@ def secant_root(positions: Tensor, gradients: Tensor, num_samples: int) -> Tenso
 
     Source:
         Seyboldt, Carlson and Carpenter (2026), Preconditioning Hamiltonian Monte Carlo by
-        minimizing Fisher divergence.
+        minimizing Fisher divergence, arXiv 2603.18845.
 
     Example:
         >>> import torch

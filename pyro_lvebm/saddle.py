@@ -286,12 +286,13 @@ class Saddle(SVI):
     ) -> dict[str, Tensor]:
         """Run the particles of all data on as Markov chains at frozen θ.
 
-        The stored particles are the starting points and do not change.
+        The stored particles are the starting points and do not change. Latents in different
+        plates, such as weights and latents of single data, take turns, given each other.
 
         Args:
             args: Arguments of the model and the guide.
             num_samples: Draws to keep of each particle.
-            num_warmup: Steps before the first of them, in which step sizes adapt.
+            num_warmup: Steps before the first of them, in which step sizes and metrics adapt.
             thinning: Steps from one draw to the next.
             kwargs: Keyword arguments of the model and the guide.
 
@@ -301,8 +302,9 @@ class Saddle(SVI):
             `pyro.plate(..., subsample=ids)`, these are the data, in their order.
 
         Raises:
-            ValueError: If the guide has no `AutoParticles`, a latent lies outside a plate that
-                subsamples, or a number is out of range.
+            ValueError: If the guide has no `AutoParticles`; a latent lies outside a plate that
+                subsamples, or latents lie in different plates and one subsamples; or a number is
+                out of range.
         """
         return self.draw_posterior(
             *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs

@@ -26,6 +26,8 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal
 from pyro.optim import Adam
 from referee import normal
+from sklearn.datasets import load_breast_cancer
+from sklearn.preprocessing import StandardScaler
 from small_models import exact_joint, exact_posterior, tiny_pool, warm
 from torch import Tensor
 
@@ -238,6 +240,37 @@ def test_on_minibatches_they_have_it_at_any_time_and_wander_together() -> None:
 
 def test_the_check_fails_where_the_likelihood_is_not_scaled_up() -> None:
     assert (minibatch_ratios(50, 50 / 200)[0] > 1.5).all()
+
+
+# --- correlated weights -----------------------------------------------------------------------
+
+
+def worst_r_hat() -> float:
+    """Of 31 weights of a logistic regression on features that nearly repeat each other."""
+    features, labels = load_breast_cancer(return_X_y=True)
+    x = torch.from_numpy(StandardScaler().fit_transform(features))
+    y = torch.from_numpy(labels).double()
+
+    def logistic(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(30).double(), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=(w * x).sum(-1) + b), obs=y)
+
+    with isolated_rng(0):
+        saddle = Saddle(logistic, AutoParticles(logistic, 8), Adam({"lr": 1e-3}))
+        draws = saddle.sample_posterior(x, y, num_samples=500, num_warmup=200)
+    both = torch.cat([draws["w"], draws["b"][..., None]], -1)
+    return float(az.rhat(az.convert_to_dataset({"w": both.numpy()})).w.max())
+
+
+def test_chains_of_correlated_weights_mix() -> None:
+    assert worst_r_hat() < 1.05
+
+
+def test_without_a_metric_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "window_ends", lambda num_warmup: [])
+    assert worst_r_hat() > 1.2
 
 
 # --- what comes back --------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
         "quickstart",
         "comparing_guides",
         "particle_maximum_likelihood",
+        "regression_with_missing_inputs",
         "lorenz63",
         "when_training_goes_wrong",
     ],
