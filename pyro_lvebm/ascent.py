@@ -16,8 +16,17 @@ from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.tracing import PositivePairs, all_nodes
-from pyro_lvebm.trust_region import MAX_HALVINGS, restore, scale_update, shrink_to_trust_region
+from pyro_lvebm.trust_region import (
+    MAX_HALVINGS,
+    lengthening,
+    restore,
+    scale_update,
+    shrink_to_trust_region,
+)
 from pyro_lvebm.validation import DataError
+
+_LEAST = 1.0 / 8.0
+"""How far an update moves the model at least, in units of the radius of the trust region."""
 
 
 class Ascent(NamedTuple):
@@ -28,6 +37,7 @@ class Ascent(NamedTuple):
     before: dict[Tensor, Tensor]  # the values before the update, by parameter
     halvings: int
     kl: float  # KL(p_old ‖ p_new), nats
+    lengthening: float  # factor on the update of the energies, at least 1
 
 
 def ascend(
@@ -37,6 +47,7 @@ def ascend(
     *,
     factor: float,
     max_kl: float | None,
+    min_kl: float | None,
     last_good: dict[Tensor, Tensor],
     step: int,
 ) -> Ascent:
@@ -48,6 +59,7 @@ def ascend(
         ebms: The LVEBMs of the model.
         factor: Multiplies the update.
         max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
+        min_kl: How far an update moves a model at least, in nats; None is an eighth of `max_kl`.
         last_good: For each parameter, the last value whose loss was finite.
         step: Number of this step, for messages.
 
@@ -72,12 +84,12 @@ def ascend(
     try:
         check_finite(loss, params, last_good, step)
         positive = pairs.mean_energies()
-        before, halvings, kl = bounded_step(
-            optim, params, factor=factor, ebms=ebms, max_kl=max_kl, step=step
+        before, halvings, kl, longer = bounded_step(
+            optim, params, factor=factor, ebms=ebms, max_kl=max_kl, min_kl=min_kl, step=step
         )
     finally:
         zero_grads(params)
-    return Ascent(loss, positive, before, halvings, kl)
+    return Ascent(loss, positive, before, halvings, kl, longer)
 
 
 def default_radius(dim: int) -> float:
@@ -128,13 +140,16 @@ def bounded_step(
     factor: float,
     ebms: list[LVEBM],
     max_kl: float | None,
+    min_kl: float | None,
     step: int,
-) -> tuple[dict[Tensor, Tensor], int, float]:
-    """Let the optimiser change parameters, then shrink the change.
+) -> tuple[dict[Tensor, Tensor], int, float, float]:
+    """Let the optimiser change parameters, then shrink or lengthen the change.
 
     Every update is multiplied by `factor`; that of the energies is then halved until
-    KL(p_old ‖ p_new) ≤ `max_kl` for every LVEBM, as its pool sees it. This works on the update,
-    so it holds for any optimiser, with momentum, clipping or a schedule of its own.
+    KL(p_old ‖ p_new) ≤ `max_kl` for every LVEBM, as its pool sees it. One that moves every LVEBM
+    by less than `min_kl` times the square of `factor` is first made longer, up to eightfold. This
+    works on the update, so it holds for any optimiser, with momentum, clipping or a schedule of
+    its own.
 
     Args:
         optim: The optimiser.
@@ -142,11 +157,12 @@ def bounded_step(
         factor: Multiplies the update, such as a schedule between 0 and 1.
         ebms: The LVEBMs whose energies are among the parameters.
         max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
+        min_kl: How far an update moves a model at least, in nats; None is an eighth of `max_kl`.
         step: Number of this step, for the message.
 
     Returns:
-        The values before, by parameter; the number of halvings; and KL(p_old ‖ p_new) in nats, the
-        largest of all LVEBMs.
+        The values before, by parameter; the number of halvings; KL(p_old ‖ p_new) in nats, the
+        largest of all LVEBMs; and the factor by which the update was lengthened.
 
     Raises:
         ValueError: If the update made a parameter NaN or infinite; it is undone then.
@@ -156,7 +172,7 @@ def bounded_step(
     scale_update(params, before, factor)
     own = {id(p) for ebm in ebms for p in ebm.f.parameters()}
     energy = [i for i, p in enumerate(params) if id(p) in own]
-    halvings, kl = 0, 0.0
+    halvings, kl, longer = 0, 0.0, 1.0
     if energy:
         radii = torch.tensor([max_kl or default_radius(e.dim) for e in ebms], dtype=torch.float64)
         moved = torch.zeros_like(radii)
@@ -165,9 +181,12 @@ def bounded_step(
             moved.copy_(torch.stack([ebm.kl_of_update() for ebm in ebms]))
             return (moved / radii).max()
 
-        halvings, _ = shrink_to_trust_region(
-            [params[i] for i in energy], [before[i] for i in energy], relative_kl, 1.0
-        )
+        least = radii.new_tensor([math.nan if min_kl is None else min_kl]) / radii
+        least = torch.nan_to_num(least, nan=_LEAST) * factor**2
+        own_params, own_before = [params[i] for i in energy], [before[i] for i in energy]
+        longer = lengthening(float(relative_kl()), float(least.min()))
+        scale_update(own_params, own_before, longer)
+        halvings, _ = shrink_to_trust_region(own_params, own_before, relative_kl, 1.0)
         kl = float(moved.max()) if halvings <= MAX_HALVINGS else 0.0
     if not all(bool(torch.isfinite(p).all()) for p in params):
         restore(params, before)
@@ -175,4 +194,4 @@ def bounded_step(
             f"the update of step {step} made a parameter NaN or infinite; it was undone. Lower "
             "the learning rate"
         )
-    return dict(zip(params, before, strict=True)), halvings, kl
+    return dict(zip(params, before, strict=True)), halvings, kl, longer

@@ -187,11 +187,10 @@ class _Shift(NamedTuple):
     @classmethod
     def of(cls, sweep: Sweep, ebms: list[LVEBM], seed: int) -> _Shift:
         """Anneal all log Z, those of conditional LVEBMs at the contexts of a sweep."""
-        pairs = [(ebm, row_log_z(sweep, ebm, seed)) for ebm in ebms]
-        log_zs = [log_z.bracket for _, log_z in pairs]
-        to_upper = sum(float(ebm.log_partition) - z.bracket.upper for ebm, z in pairs)
-        to_estimate = sum((ebm.log_partition - z.value for ebm, z in pairs), torch.zeros(()))
-        return cls(to_upper, to_estimate, log_zs)
+        found = [row_log_z(sweep, ebm, seed) for ebm in ebms]
+        log_zs = [log_z.bracket for log_z in found]
+        to_estimate = sum((z.correction for z in found), torch.zeros(()))
+        return cls(sum(z.to_upper for z in found), to_estimate, log_zs)
 
 
 def _row(found: RowTerms, evidence: Terms, shift: float) -> dict[str, float]:

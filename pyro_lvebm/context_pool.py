@@ -79,7 +79,7 @@ class ContextPool(TemperedPool):
         section 4 (thermodynamic integration).
     """
 
-    context: Tensor  # (num_contexts, *context_shape), empty before the first refresh
+    context: Tensor  # (num_contexts, *context_shape), zero before the first refresh
     age: Tensor  # (num_contexts,), refreshes with the present context
     negative_u: Tensor  # (snapshots * 2 * num_contexts, d)
     negative_f: Tensor  # (snapshots * 2 * num_contexts,)
@@ -93,8 +93,8 @@ class ContextPool(TemperedPool):
         step_size: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if num_contexts < 2:
-            raise ValueError(f"num_contexts must be at least 2; got {num_contexts}")
+        if num_contexts < _LIFETIME:
+            raise ValueError(f"num_contexts must be at least {_LIFETIME}; got {num_contexts}")
         super().__init__(
             num_levels, 2 * num_contexts, num_moves=num_moves, step_size=step_size, seed=seed
         )
@@ -114,6 +114,11 @@ class ContextPool(TemperedPool):
         self.age = torch.full_like(self.age, -1)
         self.negative_u = self.u.new_zeros(len(self.log_weights), dim)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the pool has never had contexts."""
+        return bool((self.age < 0).all())
+
     def refresh(self, ebm: ResidualEnergy, context: Tensor | None = None) -> None:
         """Move the chains towards p_θ(· | c) under the present θ.
 
@@ -127,7 +132,7 @@ class ContextPool(TemperedPool):
         """
         before = dict(self.named_buffers())
         try:
-            empty = bool((self.age < 0).all())
+            empty = self.is_empty
             if context is not None:
                 self._take(context.detach(), empty)
             elif empty:
@@ -143,9 +148,11 @@ class ContextPool(TemperedPool):
     def _take(self, context: Tensor, everything: bool) -> None:
         """Replace the oldest contexts, or all of them, by random rows of others."""
         generator = self._generator(2)
-        count = (
-            self.num_contexts if everything else -(-self.num_contexts // (_LIFETIME * self.burn_in))
-        )
+        life, now = _LIFETIME * self.burn_in, int(self.refreshes)
+        due = (now + 1) * self.num_contexts // life - now * self.num_contexts // life
+        count = self.num_contexts if everything else due
+        if not count:
+            return
         # A permutation in rounds, so that few rows are taken equally often.
         rounds = -(-count // len(context))
         rows = torch.cat(
@@ -180,8 +187,6 @@ class ContextPool(TemperedPool):
             generator=generator,
         )
         active = self.age >= self.burn_in
-        if not active.any():
-            active = torch.ones_like(active)
         f = torch.stack([snapshot.f for snapshot in found.snapshots])  # (S, L, 2 n)
         log_z = integrate(f.unflatten(-1, (2, -1))[..., active], betas)
         self.log_z = log_z.mean(-1)

@@ -110,7 +110,7 @@ def check_energy(
     try:
         with torch.no_grad():
             value = energy(x, z, *context)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != (2,):
@@ -179,8 +179,9 @@ class MLPEnergy(WhitenedEnergy):
         if context_dim < 0:
             raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
         self.context_dim = context_dim
-        self.register_buffer("context_loc", torch.zeros(context_dim))
-        self.register_buffer("context_scale", torch.ones(context_dim))
+        if context_dim:
+            self.register_buffer("context_loc", torch.zeros(context_dim))
+            self.register_buffer("context_scale", torch.ones(context_dim))
         if not hidden or any(width < 1 for width in hidden):
             raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
         if fourier_features is None:
@@ -220,9 +221,23 @@ class MLPEnergy(WhitenedEnergy):
     def standardise(self, context: Tensor) -> None:
         """Take mean m and standard deviation s of each entry of contexts (N, context_dim).
 
-        Raises:
-            ValueError: If contexts have another shape, or an entry is the same in all rows.
+        `check_standardise` says which contexts it takes.
         """
+        self.context_loc = context.mean(0).detach()
+        self.context_scale = context.std(0, correction=0).detach()
+
+    def check_standardise(self, context: Tensor) -> None:
+        """Refuse contexts that `standardise` cannot take.
+
+        Raises:
+            ValueError: If contexts have another shape, an entry is the same in all rows, or the
+                energy already belongs to an `LVEBM`, which would change with them.
+        """
+        if self._bound:
+            raise ValueError(
+                "this energy already belongs to an LVEBM, whose contexts are standardised; build a "
+                "new energy for the other LVEBM"
+            )
         if context.dim() != 2 or context.shape[1] != self.context_dim:
             raise ValueError(
                 f"contexts have shape {tuple(context.shape)}; expected (N, {self.context_dim}), "
@@ -232,7 +247,6 @@ class MLPEnergy(WhitenedEnergy):
         constant = torch.nonzero(~(scale > 0)).flatten().tolist()
         if constant:
             raise ValueError(f"columns {constant} of the contexts are constant; remove them")
-        self.context_loc, self.context_scale = context.mean(0).detach(), scale.detach()
 
     def _features(self, u: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Return (u_x, t, sin u_x B, cos u_x B, c); `linear` is part of the first layer."""

@@ -90,10 +90,11 @@ def log_evidence_of(
             else:
                 terms = _from_particles(sweep, saddle, num_particles, num_runs)
     log_p, error = terms.value, terms.std_error
-    for ebm, log_z in zip(ebms, found, strict=True):
-        log_p = log_p + (ebm.log_partition - log_z.value)
-        error = torch.hypot(error, torch.as_tensor(log_z.std_error).to(error))
-    return LogEvidence(log_p, error, total(log_zs))
+    for log_z in found:
+        log_p = log_p + log_z.correction
+        error = torch.hypot(error, log_z.std_error.to(error))
+    margin = sum((z.margin for z in found), log_p.new_zeros(()))
+    return LogEvidence(log_p, error, total(log_zs), margin)
 
 
 def _from_particles(sweep: Sweep, saddle: Saddle, num_particles: int, num_runs: int) -> Terms:

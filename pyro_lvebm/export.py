@@ -226,12 +226,12 @@ def _log_likelihood(sweep: Sweep, draws: Draws, count: int, axes: Axes) -> Any:
     last = {name: _last(value, value.shape[1]) for name, value in draws.samples.items()}
     given = {name: _last(value, count) for name, value in draws.samples.items()}
     found = marginal_likelihood(sweep, last, given, chains * count)
-    pairs = [(ebm, row_log_z(sweep, ebm, sweep.seed)) for ebm in energy_modules(sweep.prototype)]
-    log_zs = [log_z.bracket for _, log_z in pairs]
+    rows = [row_log_z(sweep, ebm, sweep.seed) for ebm in energy_modules(sweep.prototype)]
+    log_zs = [row.bracket for row in rows]
     warn_of_unreliable(log_zs)
     log_z, value = total(log_zs), found.value
-    for ebm, row in pairs:
-        value = value + (ebm.log_partition - row.value)
+    for row in rows:
+        value = value + row.correction
     name = "+".join(found.sites)
     dataset = axes.dataset(
         {name: value.reshape(chains, count, *value.shape[1:])},

@@ -38,6 +38,7 @@ def run_fit(
     num_steps: int,
     batches: Iterable[Sequence[Any]] | None,
     schedule: Schedule,
+    min_kl: float | None,
     held_out: tuple[Any, ...] | None,
     patience: int | None,
     evaluate_every: int,
@@ -46,6 +47,8 @@ def run_fit(
 ) -> list[float]:
     """Take steps, and end with averaged parameters; see `Saddle.fit`."""
     _check(num_steps, held_out, patience, evaluate_every)
+    if min_kl is not None and not min_kl >= 0:
+        raise ValueError(f"min_kl must not be negative; got {min_kl}")
     if batches is not None and args:
         raise ValueError(
             f"give batches, or arguments of the model, and not both; got {len(args)} arguments "
@@ -62,7 +65,8 @@ def run_fit(
         best = _Best(value, start, pool_snapshot(saddle.ebms))
     with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
         for t in bar:
-            losses.append(saddle.scaled_step(schedule(t / num_steps), next(stream), kwargs))
+            factor = schedule(t / num_steps)
+            losses.append(saddle.scaled_step(factor, min_kl, next(stream), kwargs))
             if progress and t % 10 == 0:
                 bar.set_postfix(_status(saddle, losses), refresh=False)
             if best is None or held_out is None:

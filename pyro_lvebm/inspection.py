@@ -18,12 +18,14 @@ from pyro_lvebm.distributions import ObservedSite
 from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import check_guide
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.probing import CheapLatents
 from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.tracing import (
     Node,
     all_nodes,
     at_minibatch,
     energy_modules,
+    num_sites,
     plate_nesting,
     sample_nodes,
 )
@@ -50,9 +52,11 @@ def inspect(
         ValueError: If the guide cannot work with the model, an energy depends on a latent beside
             its own x and z, or parameters are not in Pyro's store.
     """
-    with torch.no_grad(), poutine.block():
+    with torch.no_grad(), poutine.block(), CheapLatents():
         model_trace = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
         check_guide(guide, model_trace)
+        for ebm in energy_modules(model_trace):
+            num_sites(model_trace, ebm)
         with isolated_rng(0, device=device_of(args, kwargs)):
             _check_energies(model, model_trace, args, kwargs)
         guide_trace = poutine.trace(GivenRows()(guide)).get_trace(*args, **kwargs)

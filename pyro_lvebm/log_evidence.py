@@ -36,11 +36,14 @@ class LogEvidence:
     value: Tensor  # (N,), log C(x) − log Z with the estimate of log Z
     std_error: Tensor  # (N,), Monte Carlo error of log C and log Z together
     log_partition: LogPartition  # with contexts, of the mean of log Z(c_i) over the rows
+    log_z_margin: (
+        Tensor  # from the estimate of log Z to its upper end, a scalar, or (N,) of log Z(c_i)
+    )
 
     @property
     def lower(self) -> Tensor:
         """Log p(x) (N,) with the upper end of the log Z bracket: low in expectation."""
-        return self.value + (self.log_partition.estimate - self.log_partition.upper)
+        return self.value - self.log_z_margin
 
     @property
     def mean(self) -> float:
@@ -116,6 +119,7 @@ def log_evidence(
     context_rows(context, ebm.context_shape)
     if context is not None:
         check_context(context, x)
+    _check_log_z(log_z, context)
     if log_z is None:
         if context is None:
             log_z = log_partition(ebm, seed=seed)
@@ -141,7 +145,25 @@ def log_evidence(
     value = torch.cat(values) - log_z.estimate
     error = torch.hypot(torch.cat(errors), torch.as_tensor(log_z.std_error).to(value))
     bracket = log_z if isinstance(log_z, LogPartition) else log_z.mean()
-    return LogEvidence(value, error, bracket)
+    return LogEvidence(
+        value, error, bracket, torch.as_tensor(log_z.upper - log_z.estimate).to(value)
+    )
+
+
+def _check_log_z(
+    log_z: LogPartition | ConditionalLogPartition | None, context: Tensor | None
+) -> None:
+    if log_z is None:
+        return
+    if context is None and not isinstance(log_z, LogPartition):
+        raise ValueError("log_z is one of contexts, and there are none; give log_partition(ebm)")
+    if context is not None and (
+        isinstance(log_z, LogPartition) or len(log_z.estimate) != len(context)
+    ):
+        raise ValueError(
+            f"log_z must be a bracket of the {len(context)} contexts; give "
+            "conditional_log_partition(ebm, context)"
+        )
 
 
 def _latent_energy(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,12 @@ class LogPartition:
     num_temperatures: int
     num_runs: int
     max_width: float  # the bracket that was asked for
+
+    def times(self, count: int) -> LogPartition:
+        """Return the bracket of log Z counted so often, as where an LVEBM stands at many sites."""
+        ends = ("estimate", "std_error", "lower", "upper", "forward", "reverse", "reverse_limit")
+        scaled = {name: count * getattr(self, name) for name in ends}
+        return replace(self, **scaled, max_width=count * self.max_width)
 
     @property
     def is_reliable(self) -> bool:

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.conditional import AtContext, check_context, expand_context
+from pyro_lvebm.conditional import (
+    AtContext,
+    check_context,
+    check_contexts_finite,
+    expand_context,
+)
 from pyro_lvebm.context_pool import ContextPool, pool_for
 from pyro_lvebm.distributions import JointEnergy, Posterior
 from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy, check_energy
@@ -89,11 +94,11 @@ class LVEBM(nn.Module):
         base_x = GaussianBase.from_bounded(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
         self.context_shape = None if context_shape is None else torch.Size(context_shape)
+        pool = pool_for(pool, self.context_shape)
         if isinstance(energy, WhitenedEnergy):
             energy.bind(base_x, base_z)
         check_energy(energy, base_x, base_z, self.context_shape)
         self.f, self.base_x, self.base_z = energy, base_x, base_z
-        pool = pool_for(pool, self.context_shape)
         self.pool = pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
         self.pool.initialise(self.dim)
         self.pool_theta: list[Tensor] = []
@@ -154,9 +159,11 @@ class LVEBM(nn.Module):
         if context is not None:
             shape = check_context(context, x)
             if isinstance(energy, MLPEnergy):
-                energy.standardise(context)
+                energy.check_standardise(context)
         ebm = cls(energy, base_x, base_z, pool, context_shape=shape)
         ebm.expects_missing.copy_(x.isnan().any())
+        if context is not None and isinstance(energy, MLPEnergy):
+            energy.standardise(context)
         return ebm
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,6 +235,8 @@ class LVEBM(nn.Module):
     def at(self, context: Tensor) -> LVEBM:
         """Return the LVEBM p_θ(x, z | c) of one context, with the same θ and a pool of its own.
 
+        The pool has followed the present θ. θ and bases are shared: `.to(dtype)` changes both.
+
         Args:
             context: One context c (*context_shape).
 
@@ -250,9 +259,14 @@ class LVEBM(nn.Module):
                 f"at() takes one context of shape {tuple(self.context_shape)}; got "
                 f"{tuple(context.shape)}"
             )
-        energy = AtContext(self, context)
+        check_contexts_finite(context)
         pool = TemperedPool(num_levels=self.pool.num_levels, seed=self.pool.seed)
-        return LVEBM(energy, self.base_x, self.base_z, pool)
+        ebm = LVEBM(AtContext(self, context), self.base_x, self.base_z, pool)
+        ebm.expects_missing.copy_(self.expects_missing)
+        for _ in range(_SETTLING_REFRESHES):
+            pool.refresh(ebm)
+        ebm.mark_pool(fresh=True)
+        return ebm
 
     @property
     def log_partition(self) -> Tensor:
@@ -304,7 +318,9 @@ class LVEBM(nn.Module):
         self.pool_theta = [p.detach().clone() for p in self.f.parameters()] if fresh else []
 
     def settle(self) -> None:
-        """Let the pool catch up with the present θ, unless θ is frozen."""
+        """Let the pool catch up with the present θ, unless θ is frozen or there are no contexts."""
+        if isinstance(self.pool, ContextPool) and self.pool.is_empty:
+            return
         if any(p.requires_grad for p in self.f.parameters()):
             for _ in range(_SETTLING_REFRESHES):
                 self.pool.refresh(self)

@@ -26,12 +26,14 @@ from pyro_lvebm.local_energy import LatentBlock, as_problems, latent_blocks
 from pyro_lvebm.log_evidence import MAX_PARTICLES, anneal_latents
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.probing import CheapLatents
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tracing import (
     Model,
     at_minibatch,
     cover,
+    num_sites,
     plate_nesting,
     sample_nodes,
     vectorise,
@@ -79,9 +81,10 @@ class Sweep:
     @classmethod
     def of(cls, model: Model, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sweep:
         """Run the model once, and name its latents."""
-        prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
-        probe = AutoParticles(poutine.block(model, hide_fn=will_be_enumerated), 1)
-        probe(*args, **kwargs)
+        with CheapLatents():
+            prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
+            probe = AutoParticles(poutine.block(model, hide_fn=will_be_enumerated), 1)
+            probe(*args, **kwargs)
         return cls(model, prototype, probe, seed, args, kwargs)
 
     def over_data(
@@ -146,10 +149,12 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
 
 
 class RowLogZ(NamedTuple):
-    """log Z of an LVEBM at the rows of some data, in nats."""
+    """What annealing says of log Z of an LVEBM, summed over its sites, at the rows of some data."""
 
-    value: float | Tensor  # one for all rows, or log Z(c_i) (N,)
-    std_error: float | Tensor
+    correction: Tensor  # from the pool's log Z to the estimate, a scalar or (N,), nats
+    std_error: Tensor  # of it, a scalar or (N,), nats
+    margin: Tensor  # from the estimate to the upper end, a scalar or (N,), nats
+    to_upper: float  # from the pool's log Z to the upper end of the mean over the rows, nats
     bracket: LogPartition  # of the mean over the rows
 
 
@@ -161,11 +166,17 @@ def row_log_z(sweep: Sweep, ebm: LVEBM, seed: int) -> RowLogZ:
         ebm: One of its LVEBMs.
         seed: Fixes the random numbers.
     """
+    count, pool = num_sites(sweep.prototype, ebm), ebm.log_partition
     if ebm.context_shape is None:
-        bracket = log_partition(ebm, seed=seed)
-        return RowLogZ(bracket.estimate, bracket.std_error, bracket)
-    found = conditional_log_partition(ebm, contexts_of(sweep, ebm), seed=seed)
-    return RowLogZ(found.estimate, found.std_error, found.mean())
+        bracket = log_partition(ebm, seed=seed).times(count)
+        value, error = pool.new_tensor(bracket.estimate), pool.new_tensor(bracket.std_error)
+        margin = pool.new_tensor(bracket.upper - bracket.estimate)
+    else:
+        found = conditional_log_partition(ebm, contexts_of(sweep, ebm), seed=seed)
+        value, error, bracket = found.estimate, found.std_error, found.mean()
+        margin = found.upper - found.estimate
+    to_upper = count * float(pool) - bracket.upper
+    return RowLogZ(count * pool - value, error, margin, to_upper, bracket)
 
 
 def contexts_of(sweep: Sweep, ebm: LVEBM) -> Tensor:
@@ -229,9 +240,8 @@ def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
     like = ebm.base_x.loc
     generator = generator_for(sweep.seed, 22, device=like.device)
     if ebm.context_shape is not None:
-        return _log_z_of_contexts(ebm, contexts_of(sweep, ebm), generator) - float(
-            ebm.log_partition
-        )
+        contexts = contexts_of(sweep, ebm)
+        return _log_z_of_contexts(ebm, contexts, generator) - float(ebm.log_partition)
     log_z = anneal_latents(
         ebm.residual_and_grad,
         (1, 512, ebm.dim),
@@ -245,7 +255,8 @@ def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
     online = float(pool.log_partition_std_error) if isinstance(pool, TemperedPool) else 0.0
     error = math.hypot(float(log_mean_std_error(log_z, 0)), online)
     difference = float(log_mean_exp(log_z, 0)) - float(ebm.log_partition)
-    return difference if difference > 3.0 * error else 0.0
+    missed = difference if difference > 3.0 * error else 0.0
+    return num_sites(sweep.prototype, ebm) * missed
 
 
 def _log_z_of_contexts(ebm: LVEBM, contexts: Tensor, generator: torch.Generator) -> float:

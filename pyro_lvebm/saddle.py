@@ -143,9 +143,9 @@ class Saddle(SVI):
         Columns: `loss`; `positive_energy` and `negative_energy`, the means of E_θ over the
         minibatch and over the weighted negatives; `log_partition` and `log_partition_se`, log Z
         online; `ess`, of the pool; `acceptance_<level>` and `swap_rate_<pair>` of the pool;
-        `latent_acceptance_<site>`; `kl`, of the update in nats; `halvings`; `log_evidence` and
-        `log_evidence_se`, where `fit` evaluated held-out data. In a model with several LVEBMs the
-        columns of all but the first end in `@<site>`.
+        `latent_acceptance_<site>`; `kl`, of the update in nats; `halvings` and `lengthening` of
+        it; `log_evidence` and `log_evidence_se`, where `fit` evaluated held-out data. In a model
+        with several LVEBMs the columns of all but the first end in `@<site>`.
         """
         return self.recorder.frame()
 
@@ -164,7 +164,7 @@ class Saddle(SVI):
                 gradient is NaN or infinite. θ is then back at the last values whose loss was
                 finite, and particles and pools are as before the step.
         """
-        return self.scaled_step(1.0, args, kwargs)
+        return self.scaled_step(1.0, 0.0, args, kwargs)
 
     def fit(
         self,
@@ -172,6 +172,7 @@ class Saddle(SVI):
         num_steps: int,
         batches: Iterable[Sequence[Any]] | None = None,
         schedule: Schedule = half_cosine,
+        min_kl: float | None = None,
         held_out: tuple[Any, ...] | None = None,
         patience: int | None = None,
         evaluate_every: int = 100,
@@ -194,6 +195,10 @@ class Saddle(SVI):
             schedule: Maps the part of the fit that is done, from 0 to 1, to a factor on each
                 update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`
                 leaves the updates as the optimiser made them.
+            min_kl: An update that moves the LVEBMs by less than this many nats, times the square of
+                the schedule's factor, is made up to eight times longer, so that a small learning
+                rate is no slow one. By default an eighth of the radius of the trust region; 0
+                leaves short updates as they are, as `step` does.
             held_out: Arguments of the model for held-out data, as a tuple; keyword arguments are
                 those of the training data. A plate needs as many rows as it subsamples: use
                 `subsample_size=min(256, len(x))`.
@@ -218,6 +223,7 @@ class Saddle(SVI):
             num_steps=num_steps,
             batches=batches,
             schedule=schedule,
+            min_kl=min_kl,
             held_out=held_out,
             patience=patience,
             evaluate_every=evaluate_every,
@@ -436,18 +442,25 @@ class Saddle(SVI):
                 self.elbo.max_plate_nesting = self._anatomy.nesting + extra
         return self._anatomy
 
-    def scaled_step(self, factor: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """Take a `step` whose update is multiplied by a factor, such as that of a schedule."""
+    def scaled_step(
+        self,
+        factor: float,
+        min_kl: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> float:
+        """Take a `step` whose update is multiplied by a factor, and lengthened as in `fit`."""
         device = device_of(args, kwargs)
         anatomy = self.prepare(args, kwargs)
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             with unchanged_on_error(self.ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
-                ascent = self._ascend(factor, choices, args, kwargs)
+                ascent = self._ascend(factor, min_kl, choices, args, kwargs)
         self.average.update(list(ascent.before))
         self._last_good, self.halvings = ascent.before, ascent.halvings
         self.step_count += 1
         row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
+        row["lengthening"] = ascent.lengthening
         row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
         self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
         return ascent.loss
@@ -487,6 +500,7 @@ class Saddle(SVI):
     def _ascend(
         self,
         factor: float,
+        min_kl: float | None,
         choices: dict[str, Node],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -508,6 +522,7 @@ class Saddle(SVI):
             self.ebms,
             factor=factor,
             max_kl=self.max_kl,
+            min_kl=min_kl,
             last_good=self._last_good,
             step=self.step_count,
         )

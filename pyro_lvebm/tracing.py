@@ -51,6 +51,35 @@ def energy_modules(trace: Trace) -> list[LVEBM]:
     return list({id(ebm): ebm for ebm in found}.values())
 
 
+def num_sites(trace: Trace, ebm: LVEBM) -> int:
+    """Return at how many x sites of a trace an LVEBM stands, each with a log Z.
+
+    Raises:
+        ValueError: If the LVEBM is conditional, and stands at several or under a mask or scale
+            that differs from row to row: its pool has contexts of one site, and each counts alike.
+    """
+    nodes = {
+        name: node
+        for name, node in all_nodes(trace).items()
+        if isinstance(node.get("fn"), ObservedSite) and node["fn"].ebm is ebm
+    }
+    if ebm.context_shape is None:
+        return len(nodes)
+    if len(nodes) > 1:
+        raise ValueError(
+            f"a conditional LVEBM stands at the sites {sorted(nodes)}, but its pool has contexts "
+            "of one. Join their rows in one site, or give each an LVEBM of its own"
+        )
+    for name, node in nodes.items():
+        scale = node["scale"]
+        if isinstance(node["mask"], Tensor) or (isinstance(scale, Tensor) and scale.numel() > 1):
+            raise ValueError(
+                f"the conditional site '{name}' has a mask or scale of its own for each row, which "
+                "log Z of its contexts would not follow. Leave out the rows instead"
+            )
+    return len(nodes)
+
+
 def frozen(ebms: list[LVEBM]) -> ExitStack:
     """Return a context in which θ of all these LVEBMs is held fixed."""
     stack = ExitStack()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 MAX_HALVINGS = 20
 """An update that is still too large after as many is undone."""
+
+_MAX_LENGTHENING = 8.0
+"""Largest factor on an update that is too short."""
 
 
 @torch.no_grad()
@@ -25,6 +29,27 @@ def restore(params: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     """Set each parameter to its former value, in place."""
     for p, old in zip(params, before, strict=True):
         p.copy_(old)
+
+
+def lengthening(divergence: float, least: float) -> float:
+    """Return the factor on an update that moves the model by `least`, at most 8.
+
+    How far the model moves grows with the square of a short update.
+
+    Args:
+        divergence: How far the update moves the model, such as KL(p_old ‖ p_new) in nats.
+        least: How far it is to move it.
+
+    Returns:
+        The factor; 1 where the update is long enough, moves nothing, or is NaN.
+
+    Example:
+        >>> lengthening(0.01, 0.04), lengthening(0.05, 0.04), lengthening(1e-9, 0.04)
+        (2.0, 1.0, 8.0)
+    """
+    if not 0.0 < divergence < least:
+        return 1.0
+    return min(math.sqrt(least / divergence), _MAX_LENGTHENING)
 
 
 def shrink_to_trust_region(

@@ -131,7 +131,7 @@ def test_a_constant_schedule_is_plain_steps() -> None:
         ebm = quadratic_ebm()
         saddle, x = make(ebm), data_of(ebm, 20)
         if kind == "fit":
-            saddle.fit(x, num_steps=5, schedule=lambda p: 1.0, progress=False)
+            saddle.fit(x, num_steps=5, schedule=lambda p: 1.0, min_kl=0.0, progress=False)
         else:
             for _ in range(5):
                 saddle.step(x)
@@ -686,6 +686,7 @@ def test_a_step_is_a_row_of_what_happened() -> None:
             "loss": loss,
             "kl": float(ebm.kl_of_update()),
             "halvings": float(saddle.halvings),
+            "lengthening": 1.0,
             "latent_acceptance_scene_z": saddle.acceptance["scene_z"],
             **pool_statistics(ebm),
         }
@@ -748,7 +749,14 @@ def test_columns_of_further_lvebms_name_their_site() -> None:
     saddle, x, y = side_by_side(a, b)
     for _ in range(3):
         saddle.step(x, y)
-    own = {"loss", "kl", "halvings", "latent_acceptance_first_z", "latent_acceptance_second_z"}
+    own = {
+        "loss",
+        "kl",
+        "halvings",
+        "lengthening",
+        "latent_acceptance_first_z",
+        "latent_acceptance_second_z",
+    }
     columns = {f"{name}@second" for name in (*pool_statistics(b), "positive_energy")}
     history = saddle.history
     assert set(history.columns) == {*own, *pool_statistics(a), "positive_energy", *columns}
@@ -772,7 +780,7 @@ def test_an_svi_guide_has_a_history_without_acceptance(guide: str) -> None:
 def test_a_model_without_an_lvebm_has_a_short_history() -> None:
     saddle = Saddle(factor_model, lambda: None, SGD({"lr": 0.5}))
     saddle.fit(num_steps=WINDOW + 1, progress=False)
-    assert list(saddle.history.columns) == ["loss", "kl", "halvings"]
+    assert list(saddle.history.columns) == ["loss", "kl", "halvings", "lengthening"]
     assert len(saddle.history) == WINDOW + 1 and (saddle.history["kl"] == 0.0).all()
 
 
@@ -909,3 +917,34 @@ def test_healthy_training_raises_no_warning(pool: Callable[[], Pool], guide: str
     saddle.fit(x, num_steps=2 * WINDOW, progress=False)
     last = saddle.history.tail(WINDOW).mean()
     assert last["ess"] > 2 * LOW_ESS * len(ebm.pool.log_weights)
+
+
+def test_a_small_learning_rate_is_lengthened_in_a_fit_only() -> None:
+    """A rate of 1e-5 moves the model by far less than an eighth of the radius."""
+
+    def moved(how: Callable[[Saddle, Tensor], object]) -> Saddle:
+        ebm = quadratic_ebm()
+        saddle, x = make(ebm, lr=1e-5), data_of(ebm, 20) + 1.0
+        how(saddle, x)
+        return saddle
+
+    flat = {"schedule": lambda _: 1.0, "progress": False}
+    fitted = moved(lambda saddle, x: saddle.fit(x, num_steps=4, **flat)).history
+    assert (fitted["lengthening"] == 8.0).all()
+    plain = moved(lambda saddle, x: saddle.fit(x, num_steps=4, min_kl=0.0, **flat)).history
+    steps = moved(lambda saddle, x: [saddle.step(x) for _ in range(4)]).history
+    assert (plain["lengthening"] == 1.0).all() and (steps["lengthening"] == 1.0).all()
+    assert plain["kl"].iloc[0] == steps["kl"].iloc[0]
+    ratio = fitted["kl"].iloc[0] / plain["kl"].iloc[0]
+    assert ratio == pytest.approx(64.0, rel=0.2)
+    with pytest.raises(ValueError, match="min_kl must not be negative"):
+        moved(lambda saddle, x: saddle.fit(x, num_steps=1, min_kl=-1.0, **flat))
+
+
+def test_a_lengthened_update_reaches_min_kl() -> None:
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm, lr=1e-3), data_of(ebm, 20) + 1.0
+    saddle.fit(x, num_steps=3, schedule=lambda _: 0.5, min_kl=1e-4, progress=False)
+    history = saddle.history
+    longer = history[(history["lengthening"] > 1.0) & (history["lengthening"] < 8.0)]
+    assert len(longer) and longer["kl"].to_numpy() == pytest.approx(2.5e-5, rel=0.1)

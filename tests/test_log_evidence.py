@@ -196,7 +196,9 @@ def test_a_single_run_of_two_particles_and_of_one_row(ebm: LVEBM, x: Tensor) -> 
 def test_summaries_of_the_result() -> None:
     log_z = bracket(1.0, 0.3, 0.8, 1.25)
     value = torch.tensor([-1.0, -2.0, -6.0])
-    result = LogEvidence(value, torch.full((3,), 0.1), log_z)
+    result = LogEvidence(
+        value, torch.full((3,), 0.1), log_z, torch.tensor(log_z.upper - log_z.estimate)
+    )
     torch.testing.assert_close(result.lower, value - 0.25)
     assert result.mean == pytest.approx(-3.0)
     assert result.mean_std_error == pytest.approx(math.hypot(math.sqrt(7.0 / 3.0), 0.3))

@@ -256,7 +256,7 @@ def test_the_loss_is_the_mean_energy_of_the_particles_over_all_data() -> None:
     energy = -dist.Normal(theta, 1.0).log_prob(w)[:, 0] - dist.Normal(w, 1.0).log_prob(y).sum(1)
     assert loss == pytest.approx(float(energy.mean()), rel=1e-12)
     assert saddle.history.loss.iloc[-1] == loss
-    assert list(saddle.history) == ["loss", "kl", "halvings", "latent_acceptance_w"]
+    assert list(saddle.history) == ["loss", "kl", "halvings", "lengthening", "latent_acceptance_w"]
     with saddle.averaged():
         assert abs(float(pyro.param("theta").detach()) - float(y.mean())) < 0.2
 

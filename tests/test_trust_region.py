@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool
 from pyro_lvebm.ascent import default_radius
-from pyro_lvebm.trust_region import restore, scale_update, shrink_to_trust_region
+from pyro_lvebm.trust_region import lengthening, restore, scale_update, shrink_to_trust_region
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -42,6 +42,16 @@ def test_a_factor_of_one_leaves_every_bit() -> None:
     after = [p.detach().clone() for p in params]
     scale_update(params, before, 1.0)
     assert all(torch.equal(p, a) for p, a in zip(params, after, strict=True))
+
+
+@given(st.floats(1e-9, 10.0), st.floats(0.0, 1.0))
+def test_lengthening_of_a_quadratic_reaches_the_least(moved: float, least: float) -> None:
+    factor = lengthening(moved, least)
+    assert 1.0 <= factor <= 8.0
+    if 1.0 < factor < 8.0:
+        assert factor**2 * moved == pytest.approx(least)
+    assert factor > 1.0 or moved >= least
+    assert lengthening(math.nan, least) == lengthening(0.0, least) == 1.0
 
 
 def test_restore_is_exact() -> None:

@@ -20,6 +20,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_lvebm.guides.full_size import draw_full_size
 from pyro_lvebm.guides.rows import KnownRows, open_plates
+from pyro_lvebm.probing import base_draw, is_costly
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """Name of the plate that Pyro's ELBOs open for vectorised particles."""
@@ -75,7 +76,7 @@ class AutoParticles(AutoGuide):
             raise ValueError(f"num_particles must be at least 1; got {num_particles}")
         self.num_particles = num_particles
         self._rows = KnownRows()
-        super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
+        super().__init__(InitMessenger(_first_draw)(model), create_plates=create_plates)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -173,6 +174,12 @@ class AutoParticles(AutoGuide):
         rows = [torch.arange(size, device=v.device) for size in shape]
         grids = torch.meshgrid(*rows, indexing="ij") if rows else ()
         return v[(k, *grids[len(shape) - batch_dim :])]
+
+
+def _first_draw(site: dict[str, Any]) -> Tensor:
+    """Draw a site of the run that finds the latents, whose values are thrown away."""
+    value: Tensor = base_draw(site["fn"]) if is_costly(site["fn"]) else init_to_sample(site)
+    return value
 
 
 def _key(name: str) -> str:

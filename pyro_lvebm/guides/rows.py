@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_lvebm.given_rows import GivenRows, check_not_replaced, find_rows
+from pyro_lvebm.probing import CheapLatents
 from pyro_lvebm.rng import device_of, isolated_rng
 from pyro_lvebm.validation import DataError
 
@@ -116,7 +117,8 @@ def _plates(
     # Handlers around the guide, such as a plate of particles, are not for this run.
     given = GivenRows()
     with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
-        trace = poutine.trace(given(guide.model)).get_trace(*args, **kwargs)
+        with CheapLatents():
+            trace = poutine.trace(given(guide.model)).get_trace(*args, **kwargs)
     frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
     sizes = {name: getattr(node.get("fn"), "size", None) for name, node in trace.nodes.items()}
     # `poutine.block(expose=...)` hides the sites of plates, but not the plates of other sites.
