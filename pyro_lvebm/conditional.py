@@ -12,6 +12,12 @@ from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.energies import WhitenedEnergy
 
 
+class HasContextShape(Protocol):
+    """What tells a conditional LVEBM from others."""
+
+    context_shape: torch.Size | None
+
+
 class ConditionalResidual(Protocol):
     """What is needed of a conditional LVEBM here."""
 
@@ -50,6 +56,23 @@ class AtContext(WhitenedEnergy):
     def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) at u, without a graph."""
         return self._ebm[0].residual_and_grad(u, self.context)
+
+
+def check_unconditional(ebm: HasContextShape, what: str) -> None:
+    """Refuse a conditional LVEBM where one law of (x, z) is needed.
+
+    Args:
+        ebm: The LVEBM.
+        what: Name of the function that needs it.
+
+    Raises:
+        ValueError: If the LVEBM is conditional.
+    """
+    if ebm.context_shape is not None:
+        raise ValueError(
+            f"this LVEBM is conditional, and {what} needs the one law of a context: call it with "
+            f"ebm.at(context), for a context of shape {tuple(ebm.context_shape)}"
+        )
 
 
 def expand_context(

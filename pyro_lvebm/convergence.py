@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_lvebm.conditional import check_unconditional
 from pyro_lvebm.divergences import debiased_squared_w2, free_energy, gaussian_kl, squared_w2
 from pyro_lvebm.flow_samples import langevin_flow, model_draws, to_numpy, whitened_draws
 from pyro_lvebm.model import LVEBM
@@ -111,9 +112,9 @@ def convergence_rate(
         num_replicates: Independent repetitions, at least 3, each with two samples of r_t and of
             p, behind all standard errors.
         estimator: "neighbours" or "gaussian".
-        draws: Independent draws of the model (m, x_dim + z_dim) as `ebm.joint().sample` returns
-            them, at least 2 × `num_replicates` × `num_chains`. If None they come from a copy of
-            the pool, and are as good as the pool has converged.
+        draws: Independent draws of the model (m, entries of x and z) as `ebm.joint().sample`
+            returns them, at least 2 × `num_replicates` × `num_chains`. If None they come from a
+            copy of the pool, and are as good as the pool has converged.
         num_refreshes: Refreshes of that copy before draws are taken.
         seed: Fixes every random number.
 
@@ -121,7 +122,8 @@ def convergence_rate(
         The estimates by time, and the rate. `w2` is 0 where the estimate of W2² is negative.
 
     Raises:
-        ValueError: If a number is out of range, `draws` are too few, or the chains diverge.
+        ValueError: If the LVEBM is conditional, a number is out of range, `draws` are too few, or
+            the chains diverge.
 
     Source:
         Bakry, Gentil and Ledoux (2014), Analysis and geometry of Markov diffusion operators,
@@ -138,6 +140,7 @@ def convergence_rate(
         >>> abs(result.rate - 2.0) < 4.0 * result.std_error
         True
     """
+    check_unconditional(ebm, "convergence_rate")
     stride = _check(duration, num_times, fit_from, step_size, num_chains, num_replicates)
     if estimator not in ("neighbours", "gaussian"):
         raise ValueError(f"estimator must be 'neighbours' or 'gaussian'; got {estimator!r}")

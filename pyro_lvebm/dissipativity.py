@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from pyro_lvebm.annealing import standard_normal
+from pyro_lvebm.conditional import check_unconditional
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import TrainingWarning
@@ -108,7 +109,7 @@ def check_dissipativity(
         finite.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If the LVEBM is conditional, or a number is out of range.
 
     Warns:
         TrainingWarning: If the energy is not dissipative, with the offending points.
@@ -128,6 +129,7 @@ def check_dissipativity(
         >>> result.is_dissipative, round(result.a, 3), round(result.lipschitz, 3)
         (True, 0.5, 2.0)
     """
+    check_unconditional(ebm, "check_dissipativity")
     if not max_radius > 1.0:
         raise ValueError(f"max_radius must exceed 1; got {max_radius}")
     for name, value, least in (("num_radii", num_radii, 2), ("num_rays", num_rays, 1)):

@@ -23,18 +23,19 @@ _DRAW_MOVES = 20
 
 
 def whitened_draws(ebm: LVEBM, draws: Tensor, size: tuple[int, int, int]) -> np.ndarray:
-    """Draws of the model (m, dim) as whitened samples (*size, d).
+    """Draws of the model (m, entries of x and z) as whitened samples (*size, d).
 
     Raises:
         ValueError: If they are too few, or of another shape.
     """
     needed = math.prod(size)
-    if draws.dim() != 2 or draws.shape[1] != ebm.dim or len(draws) < needed:
+    k = ebm.x_shape.numel()  # on a simplex more than whitened x has
+    entries = k + ebm.z_shape.numel()
+    if draws.dim() != 2 or draws.shape[1] != entries or len(draws) < needed:
         raise ValueError(
-            f"draws has shape {tuple(draws.shape)}; expected (m, {ebm.dim}) with m at least "
+            f"draws has shape {tuple(draws.shape)}; expected (m, {entries}) with m at least "
             f"2 num_replicates num_chains = {needed}"
         )
-    k = ebm.base_x.dim
     x = draws[:needed, :k].reshape(needed, *ebm.x_shape)
     z = draws[:needed, k:].reshape(needed, *ebm.z_shape)
     return to_numpy(ebm.whiten(x, z)).reshape(*size, ebm.dim)

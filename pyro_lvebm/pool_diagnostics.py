@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_lvebm.conditional import check_unconditional
 from pyro_lvebm.langevin import LangevinState, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import check_finite
@@ -95,8 +96,8 @@ def pool_diagnostics(
         seed: Fixes every random number.
 
     Raises:
-        ValueError: If the pool has no ladder, a number is out of range, the energy is not finite,
-            or `modes` do not fit.
+        ValueError: If the LVEBM is conditional, the pool has no ladder, a number is out of range,
+            the energy is not finite, or `modes` do not fit or are not on the support of x.
 
     Source:
         Katzgraber, Trebst, Huse and Troyer (2006), Feedback-optimized parallel tempering Monte
@@ -112,6 +113,7 @@ def pool_diagnostics(
         >>> float(result.levels["swap_rate"].iloc[0]), result.round_trips > 0
         (1.0, True)
     """
+    check_unconditional(ebm, "pool_diagnostics")
     if not isinstance(ebm.pool, TemperedPool):
         raise ValueError(
             f"a {type(ebm.pool).__name__} has no ladder to diagnose; look at pool.ess and "
@@ -217,7 +219,11 @@ def _labels(ebm: LVEBM, modes: Tensor | Labels) -> Callable[[Tensor], Tensor]:
                 f"modes has shape {tuple(modes.shape)}; expected (k, *{tuple(ebm.x_shape)}) with k "
                 "at least 2"
             )
-        centres = ebm.base_x.whiten(modes.to(ebm.base_x.loc))
+        centres = modes.to(ebm.base_x.loc)
+        if not torch.isfinite(centres).all():
+            raise ValueError("modes has NaN or infinite entries; expected locations in x")
+        ebm.base_x.support.check(centres)
+        centres = ebm.base_x.whiten(centres)
         return lambda u: torch.cdist(u[:, : ebm.base_x.dim], centres).argmin(1)
 
     def evaluate(u: Tensor) -> Tensor:

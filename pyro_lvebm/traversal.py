@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
+from pyro_lvebm.conditional import check_unconditional
 from pyro_lvebm.distributions import given_z
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for, isolated_rng
@@ -53,8 +54,8 @@ def traverse(
         seed: Fixes every random number.
 
     Raises:
-        ValueError: If x does not fit the model, `dim` is no entry of z, `values` is no vector, or
-            `num_runs` is less than 2.
+        ValueError: If the LVEBM is conditional, x does not fit the model, `dim` is no entry of z,
+            `values` is no vector, or `num_runs` is less than 2.
 
     Source:
         Traversals are those of Higgins et al. (2017), β-VAE, section 4; Del Moral, Doucet and
@@ -72,6 +73,7 @@ def traverse(
         >>> low < high
         True
     """
+    check_unconditional(ebm, "traverse")
     check_rows(x, ebm.x_shape)
     k = ebm.base_z.dim
     if not 0 <= dim < k:
@@ -94,16 +96,18 @@ def traverse(
         ]
         means, draws = (torch.cat(halves, 1) for halves in zip(*parts, strict=True))
         shape = (num_runs, len(x), len(values))
-        means = ebm.base_x.unwhiten(means).reshape(*shape, *ebm.x_shape)
+        means = means.reshape(*shape, *ebm.x_shape)
         draws = ebm.base_x.unwhiten(draws).reshape(*shape, *ebm.x_shape)
     return Traversal(z, means.mean(0), means.std(0) / math.sqrt(num_runs), draws)
 
 
 def _run(ebm: LVEBM, z: Tensor, num_runs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Means and draws of whitened x (runs, P, d) given z (P, *z_shape)."""
+    """Means of x (runs, P, *x_shape) and draws of whitened x (runs, P, d) given z (P, *z_shape)."""
     f = given_z(ebm, ebm.base_z.whiten(z)[:, None])
     shape = (len(z), _NUM_PARTICLES, ebm.base_x.dim)
     schedule = pilot(f, standard_normal((1, *shape), z, generator), generator=generator)
     start = standard_normal((num_runs, *shape), z, generator)
     state = anneal(f, start, schedule, num_moves=4, generator=generator).state
-    return state.u.mean(-2), pick_draws(state, generator)
+    # On a bounded support the map to x is not linear: the mean is taken over x.
+    means = ebm.base_x.unwhiten(state.u).mean(2)
+    return means, pick_draws(state, generator)

@@ -27,13 +27,17 @@ from pyro_lvebm import (
     QuadraticEnergy,
     Saddle,
     TemperedPool,
+    check_dissipativity,
     compare_elbo,
     conditional_log_partition,
     context_pool,
+    convergence_rate,
     log_evidence,
     log_evidence_of,
     log_partition,
     lvebm,
+    pool_diagnostics,
+    traverse,
 )
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -202,6 +206,22 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
         with pyro.plate("data", len(x)):
             call(ebm, x, c)
     assert same(before, snapshot(ebm))
+
+
+def test_functions_of_one_law_name_the_lvebm_of_a_context() -> None:
+    ebm, x, c = linear_ebm()
+    calls: dict[str, Any] = {
+        "traverse": lambda e: traverse(e, x[:1], 0, torch.zeros(1).double(), num_runs=2),
+        "pool_diagnostics": lambda e: pool_diagnostics(e, num_refreshes=20),
+        "check_dissipativity": lambda e: check_dissipativity(e, num_rays=2),
+        "convergence_rate": lambda e: convergence_rate(
+            e, num_chains=8, num_replicates=3, num_times=3, num_refreshes=2
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"conditional, and {name} .* ebm.at\(context\)"):
+            call(ebm)
+        call(ebm.at(c[0]))
 
 
 def test_contexts_of_other_rows_than_the_plate_are_refused() -> None:

@@ -10,10 +10,13 @@ import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+from bounded_models import to_support, twins
 from linear_gaussian import assert_unchanged, make_neural, quadrature_log_partition
 from referee import ALPHA, CERTAIN, gaussian_draws, mean_p_value, plane_grid
 from scipy import stats
+from small_models import exact_joint, warm
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_lvebm import LVEBM, ULA, QuadraticEnergy, TemperedPool, convergence_rate, flow_samples
 from pyro_lvebm.convergence import ConvergenceRate
@@ -240,6 +243,23 @@ def test_fit_ends_where_kl_meets_the_noise() -> None:
     fitted = result.frame["fitted"]
     assert 3 <= fitted.sum() < 13 and not fitted.diff().eq(True).iloc[1:].iloc[fitted.sum() :].any()
     assert (result.frame["kl"][fitted] > result.kl_floor).all()
+
+
+def test_draws_on_a_simplex_have_more_entries_than_whitened_ones() -> None:
+    """The same figures as those of the unconstrained coordinates of x, up to rounding."""
+    plain, ebm = twins(constraints.simplex)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = exact_joint(plain).sample((2 * 3 * 20,))
+        own = warm(ebm, 2).joint().sample((2 * 3 * 20,))
+    x = to_support(ebm, draws[:, :3])
+    settings: dict[str, Any] = {"num_chains": 20, "num_replicates": 3, "num_times": 4}
+    found = convergence_rate(ebm, draws=torch.cat([x, draws[:, 3:]], -1), **settings)
+    expected = convergence_rate(plain, draws=draws, **settings)
+    pd.testing.assert_frame_equal(found.frame, expected.frame, rtol=1e-6)
+    assert convergence_rate(ebm, draws=own, **settings).frame["kl"].notna().all()
+    with pytest.raises(ValueError, match=r"expected \(m, 6\)"):
+        convergence_rate(ebm, draws=draws, **settings)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+from bounded_models import twins
 from linear_gaussian import assert_unchanged
 from pool_models import EYE, LINEAR, PRECISION, equilibrate, frozen_ebm, ladder_draws
 from referee import ALPHA, CERTAIN, mean_p_value, plane_grid
 from scipy import stats
 from small_models import tiny_pool
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_lvebm import LVEBM, PersistentPool, TemperedPool, pool_diagnostics
 from pyro_lvebm.langevin import LangevinState
@@ -207,6 +209,21 @@ def test_the_pool_does_not_move_and_the_seed_decides(dtype: torch.dtype) -> None
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pool_diagnostics(two_wells(num_refreshes=0), **options)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [(-1.0, "support"), (0.0, "support"), (math.nan, "NaN or inf"), (math.inf, "NaN or inf")],
+)
+def test_modes_that_are_no_places_of_x_are_refused(place: float, message: str) -> None:
+    _, ebm = twins(constraints.positive)
+    modes = torch.ones(2, 3).double()
+    modes[1, 0] = place
+    with pytest.raises(ValueError, match=message):
+        pool_diagnostics(ebm, num_refreshes=20, modes=modes)
+    modes[1, 0] = 3.0
+    shares = pool_diagnostics(ebm, num_refreshes=20, modes=modes).modes
+    assert len(shares) == 2 and shares["share"].sum() == pytest.approx(1.0)
 
 
 def test_a_pool_without_a_ladder_is_refused() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bounded_models import twins
 from linear_gaussian import assert_unchanged, make_neural
 from referee import ALPHA, CERTAIN, variance_p_value
 from scipy import stats
 from small_models import condition, data_of, exact_joint, exact_posterior, quadratic_ebm, rotations
 from small_models import whitened as whitened_by
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, constraints
 
 from pyro_lvebm import LVEBM, Traversal, traverse
 from pyro_lvebm.langevin import ValueAndGrad
@@ -120,3 +121,22 @@ def test_wrong_rows_and_counts_are_refused() -> None:
         traverse(ebm, torch.zeros(4, 2).double(), 0, VALUES)
     with pytest.raises(ValueError, match="num_runs must be at least 2; got 1"):
         traverse(ebm, data_of(ebm, 2), 0, VALUES, num_runs=1)
+
+
+def test_means_on_a_bounded_support_are_those_of_x() -> None:
+    """Against E[x | z] = exp(m + s² / 2) of log-normal x. False alarms: ALPHA.
+
+    The map of the mean of log x, which is the median, fails.
+    """
+    plain, ebm = twins(constraints.positive)
+    x = data_of(plain, 3).exp()
+    result = traverse(ebm, x, 1, VALUES, num_runs=24)
+    law = exact(plain, result.z)
+    median = law.mean.exp()
+
+    def p_value(expected: Tensor) -> float:
+        t = ((result.mean - expected) / result.std_error).abs()
+        return min(1.0, t.numel() * 2.0 * float(stats.t(23).sf(float(t.max()))))
+
+    assert p_value(median * (0.5 * law.variance).exp()) > ALPHA
+    assert p_value(median) < CERTAIN
