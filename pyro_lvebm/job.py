@@ -27,6 +27,7 @@ from pyro_lvebm.data import DigitsData, logit_to_levels
 from pyro_lvebm.elbo_table import ElboTable
 from pyro_lvebm.energies import MLPEnergy
 from pyro_lvebm.export import to_arviz
+from pyro_lvebm.figures import save_figure
 from pyro_lvebm.guides import (
     AutoAmortisedNormal,
     AutoParticles,
@@ -35,7 +36,7 @@ from pyro_lvebm.guides import (
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import log_partition
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.plots import image_figure, save_figure, table_figure
+from pyro_lvebm.plots import image_figure, table_figure
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.sites import lvebm

@@ -16,16 +16,11 @@ from pyro.optim import Adam
 from small_models import data_of, plate_model, quadratic_ebm
 
 from pyro_lvebm import AutoParticles, ElboTable, Saddle
-from pyro_lvebm.plots import (
-    SMOOTHING,
-    history_figure,
-    image_figure,
-    plot_elbo,
-    plot_images,
-    plot_pair,
-    save_figure,
-    table_figure,
-)
+from pyro_lvebm.figures import save_figure
+from pyro_lvebm.plots import image_figure, table_figure
+from pyro_lvebm.plots_model import plot_images, plot_pair
+from pyro_lvebm.plots_posterior import plot_elbo
+from pyro_lvebm.plots_training import SMOOTHING, history_figure
 
 ROWS = pd.DataFrame(
     {

@@ -41,10 +41,10 @@ from pyro_lvebm import (
     Saddle,
     TemperedPool,
     TrainingWarning,
+    history_figure,
     log_partition,
     lvebm,
 )
-from pyro_lvebm.plots import history_figure
 
 SMOKE = os.environ.get("PYRO_LVEBM_SMOKE") == "1"  # few steps: runs, but shows no failure
 
