@@ -83,9 +83,17 @@ def expand_context(
     Raises:
         ValueError: As in `context_rows`.
     """
-    context_rows(context, context_shape)
+    rows = context_rows(context, context_shape)
     if context is None or context_shape is None:
         return ()
+    fits = len(rows) <= len(batch) and all(
+        n in (1, m) for n, m in zip(rows[::-1], batch[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"contexts of batch shape {tuple(rows)} do not expand to {tuple(batch)}, that of what "
+            "they belong to"
+        )
     return (context.expand(*batch, *context_shape),)
 
 
@@ -123,7 +131,7 @@ def check_context(context: Tensor, x: Tensor) -> torch.Size:
     Raises:
         ValueError: If contexts are not finite, not floating point, or not one for each row.
     """
-    check_contexts_finite(context)
+    check_contexts_finite(context, x)
     if context.dim() < 2 or len(context) != len(x):
         raise ValueError(
             f"context has shape {tuple(context.shape)}; expected ({len(x)}, *context_shape), one "
@@ -132,13 +140,18 @@ def check_context(context: Tensor, x: Tensor) -> torch.Size:
     return context.shape[1:]
 
 
-def check_contexts_finite(context: Tensor) -> None:
-    """Raise a ValueError unless contexts are a finite floating-point tensor."""
+def check_contexts_finite(context: Tensor, like: Tensor) -> None:
+    """Raise a ValueError unless contexts are a finite tensor of the same dtype as another."""
     if not isinstance(context, Tensor) or not context.is_floating_point():
         what = context.dtype if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(
             f"context must be a floating-point tensor; got {what}. Encode classes one-hot, as by "
             "torch.nn.functional.one_hot(labels).float()"
+        )
+    if context.dtype != like.dtype:
+        raise ValueError(
+            f"context has dtype {context.dtype} where x and the LVEBM have {like.dtype}; convert "
+            f"it by context.to({like.dtype})"
         )
     if not bool(context.isfinite().all()):
         raise ValueError("context has NaN or infinite entries; contexts cannot be missing")

@@ -129,7 +129,7 @@ def conditional_log_partition(
         True
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
-    check_contexts_finite(context)
+    check_contexts_finite(context, ebm.base_x.loc)
     if len(context_rows(context, ebm.context_shape)) != 1:
         raise ValueError(
             f"context has shape {tuple(context.shape)}; expected (N, *{ebm.context_shape}), with "

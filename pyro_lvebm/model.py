@@ -93,6 +93,8 @@ class LVEBM(nn.Module):
             raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
         base_x = GaussianBase.from_bounded(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
+        if context_shape == ():
+            raise ValueError("context_shape must have one axis at least, as (1,) for a number")
         self.context_shape = None if context_shape is None else torch.Size(context_shape)
         pool = pool_for(pool, self.context_shape)
         if isinstance(energy, WhitenedEnergy):
@@ -259,7 +261,7 @@ class LVEBM(nn.Module):
                 f"at() takes one context of shape {tuple(self.context_shape)}; got "
                 f"{tuple(context.shape)}"
             )
-        check_contexts_finite(context)
+        check_contexts_finite(context, self.base_x.loc)
         pool = TemperedPool(num_levels=self.pool.num_levels, seed=self.pool.seed)
         ebm = LVEBM(AtContext(self, context), self.base_x, self.base_z, pool)
         ebm.expects_missing.copy_(self.expects_missing)

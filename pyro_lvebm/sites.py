@@ -88,7 +88,7 @@ def lvebm(
         raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
     completion = None
     if context is not None:
-        check_contexts_finite(context)
+        check_contexts_finite(context, ebm.base_x.loc)
         _check_no_gradient(name, context)
     _check_plates(name, "context", context_rows(context, ebm.context_shape))
     if obs is not None:
