@@ -33,6 +33,7 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
     [
         "quickstart",
         "comparing_guides",
+        "posterior_analysis",
         "particle_maximum_likelihood",
         "lorenz63",
         "when_training_goes_wrong",
