@@ -191,8 +191,9 @@ saddle.draw_posterior(x, num_samples=1, num_warmup=1)
 before, clock = peak(), time.perf_counter()
 idata = to_arviz(saddle, x, num_samples={draws}, num_warmup=20, num_predictive=0)
 seconds = time.perf_counter() - clock
-copies = [idata.posterior.copy(deep=True) for _ in range({copies})]
-own = idata.posterior.nbytes + idata.sample_stats[["energy", "acceptance_rate"]].nbytes
+copies = [idata["posterior"]["scene_z"].copy(deep=True) for _ in range({copies})]
+own = idata["posterior"]["scene_z"].nbytes
+own += sum(idata["sample_stats"][name].nbytes for name in ("energy", "acceptance_rate"))
 print((peak() - before) / own, seconds)
 """
 

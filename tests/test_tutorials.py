@@ -33,6 +33,7 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
     [
         "quickstart",
         "comparing_guides",
+        "posterior_analysis",
         "particle_maximum_likelihood",
         "regression_with_missing_inputs",
         "lorenz63",

@@ -227,8 +227,9 @@ print(table)
 # - `r_hat` well above 1 says that the particles of a datum disagree: it can only be trusted to
 #   find trouble, not to rule it out. `ess_bulk` is the number of independent draws that they are
 #   worth.
-# - There is no `log_likelihood` group: the log probability of the site `moons` is not
-#   $\log p_\theta(x \mid z)$, and would make a wrong LOO.
+# - The log probability of the site `moons` is not $\log p_\theta(x \mid z)$, and is not exported.
+#   With `num_log_likelihood` there is a group with the marginal $\log p_\theta(x_i)$; see the page
+#   on posterior analysis.
 
 # %%
 idata = to_arviz(saddle, x, num_samples=10 if SMOKE else 250, num_warmup=5 if SMOKE else 200)
