@@ -40,7 +40,7 @@ from pyro_lvebm import (
     compare_elbo,
     lvebm,
 )
-from pyro_lvebm.guides import amortised
+from pyro_lvebm.guides import encoder
 from pyro_lvebm.guides.incomplete import features, law_of_entries
 from pyro_lvebm.missing import Completion, MissingSite
 
@@ -154,7 +154,7 @@ def test_the_bound_is_below_the_exact_evidence_and_needs_the_mask(
         seen = features(completion)
         return torch.cat([seen[:, : completion.dim], torch.zeros_like(completion.mean)], -1)
 
-    monkeypatch.setattr(amortised, "features", blind)
+    monkeypatch.setattr(encoder, "features", blind)
     without = gaps(ebm, x, AutoAmortisedMultivariateNormal)
     assert gap.mean() < without.mean() and mean_p_value(without - gap, 0.0) < CERTAIN
 
@@ -242,7 +242,7 @@ def test_entries_that_only_the_model_knows_to_be_missing() -> None:
 
     guide = AutoAmortisedNormal(model, hidden=(5,))
     for _ in range(2):
-        with pytest.raises(ValueError, match="none is NaN in what AutoAmortisedNormal sees"):
+        with pytest.raises(ValueError, match="NaN in what AutoAmortisedNormal sees is not where"):
             guide(x)
     holed = AutoAmortisedNormal(
         model, observations=lambda x: x.masked_fill(~seen, math.nan), hidden=(5,)

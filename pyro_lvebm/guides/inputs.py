@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model gives the site of an LVEBM in a minibatch: contexts, and what of x is observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_lvebm.given_rows import is_subsample
+from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.validation import DataError
+
+
+@dataclass
+class SiteInputs:
+    """What the sites of an LVEBM are given."""
+
+    context: Tensor | None = None  # (*b, *context_shape); None if the LVEBM is not conditional
+    observed: Tensor | None = None  # (*b, d); None where no site of missing entries was read
+    rows: dict[str, Tensor] = field(default_factory=dict)  # of the minibatch, by plate
+
+
+def read_inputs(
+    model: Callable[..., Any],
+    name: str,
+    missing: str | None,
+    rows: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> SiteInputs:
+    """Return what a model gives an LVEBM, from a run that ends at its sites.
+
+    A guide runs before the model, and the model alone knows which contexts belong to its rows.
+
+    Args:
+        model: The model.
+        name: The z site of the LVEBM.
+        missing: The site of its missing entries, if it has one.
+        rows: Rows of the minibatch, by plate; the model chooses those that are not given.
+        args: Arguments of the model.
+        kwargs: Keyword arguments of the model.
+
+    Raises:
+        DataError: If the model hides which rows it takes.
+    """
+    reader = _Reader(name, missing, rows)
+    # Handlers around, such as a plate of particles, are not for this run.
+    with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
+        try:
+            reader(model)(*args, **kwargs)
+        except _Read:
+            pass
+    return reader.found
+
+
+def check_observed(x: Tensor, observed: Tensor, what: str) -> None:
+    """Refuse observations whose NaN are not where the model says that entries are missing.
+
+    Args:
+        x: Observations of the minibatch (*b, *x_shape).
+        observed: Which entries the model observes (*b, d).
+        what: Name of the guide.
+
+    Raises:
+        DataError: If they are not.
+    """
+    seen, observed = torch.broadcast_tensors(
+        ~x.isnan().reshape(*x.shape[: observed.dim() - 1], -1), observed
+    )
+    wrong = int((seen != observed).sum())
+    if wrong:
+        raise DataError(
+            f"NaN in what {what} sees is not where entries of x are missing in the model: "
+            f"{wrong} of {seen.numel()} entries differ, and an encoder would take entries that "
+            "are hidden as observed. Set hidden entries to NaN in the data, or give "
+            "observations=..., as x.masked_fill(~observed, torch.nan)"
+        )
+
+
+class _Read(Exception):
+    """Ends a run of a model whose inputs are known."""
+
+
+class _Reader(Messenger):
+    def __init__(self, name: str, missing: str | None, rows: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.name, self.missing, self.given = name, missing, rows
+        self.found = SiteInputs()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if is_subsample(msg):
+            if msg["value"] is None:
+                msg["value"] = self.given.get(msg["name"])
+        elif msg["name"] == self.name:
+            self._check_rows(msg["cond_indep_stack"])
+            self.found.context = fn.context
+            if self.missing is None:
+                raise _Read
+            # A draw from the pool would be for nothing.
+            msg["value"] = fn.ebm.base_z.loc.new_zeros(fn.shape())
+        elif msg["name"] == self.missing:
+            self.found.observed = fn.completion.observed
+            raise _Read
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            self.found.rows[msg["name"]] = msg["value"]
+
+    def _check_rows(self, frames: Any) -> None:
+        for frame in frames:
+            if frame.name not in self.found.rows and frame.size != frame.full_size:
+                raise DataError(
+                    f"the model of the guide hides which rows of plate '{frame.name}' it takes, "
+                    f"and the guide needs what '{self.name}' is given there. Hide other latents "
+                    "by poutine.block(model, hide=[...]), which leaves plates visible"
+                )
