@@ -33,7 +33,8 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.particle_diagnostics import ParticleDiagnostics, particle_diagnostics
 from pyro_lvebm.penalties import energy_l2, spectral_norm, weight_decay
 from pyro_lvebm.persistent_pool import PersistentPool
-from pyro_lvebm.plots_model import plot_energy, plot_pairs, plot_reconstructions
+from pyro_lvebm.plots_data import plot_pairs, plot_reconstructions
+from pyro_lvebm.plots_energy import plot_energy
 from pyro_lvebm.plots_posterior import plot_elbo, plot_latents, plot_ranks
 from pyro_lvebm.plots_training import history_figure, plot_ladder, plot_log_partition
 from pyro_lvebm.pool_diagnostics import PoolDiagnostics, pool_diagnostics

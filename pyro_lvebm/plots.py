@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from pyro_lvebm.elbo_table import ElboTable
 from pyro_lvebm.figures import new_figure
-from pyro_lvebm.plots_model import plot_images, plot_pair
+from pyro_lvebm.plots_data import plot_images, plot_pair
 from pyro_lvebm.plots_posterior import plot_elbo
 
 

@@ -74,6 +74,13 @@ def plot_latents(
 
     Raises:
         ValueError: If draws have fewer than three axes, or a datum or column does not exist.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyro_lvebm import plot_latents
+        >>> draws = np.random.default_rng(0).normal(size=(4, 100, 10, 2))
+        >>> plot_latents(draws, [0, 3]).get_ylabel()
+        'z[1]'
     """
     array = np.asarray(draws, dtype=float)
     if array.ndim < 3:
@@ -133,6 +140,13 @@ def plot_ranks(
     Source:
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), Validating Bayesian inference
         algorithms with simulation-based calibration, theorem 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyro_lvebm import plot_ranks
+        >>> rng = np.random.default_rng(0)
+        >>> plot_ranks(rng.normal(size=500), rng.normal(size=(19, 500))).get_xlabel()
+        'rank among 19 draws'
     """
     t, s = np.asarray(truth, dtype=float), np.asarray(draws, dtype=float)
     if t.ndim != 1 or s.shape[1:] != t.shape:

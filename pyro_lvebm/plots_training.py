@@ -190,6 +190,15 @@ def plot_log_partition(
 
     Raises:
         ValueError: If the history has no log Z of that site.
+
+    Example:
+        >>> import pandas as pd, torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, log_partition, plot_log_partition
+        >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> log_z = log_partition(LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1))
+        >>> history = pd.DataFrame({"log_partition": [0.1, 0.0]}, index=[1, 2])
+        >>> plot_log_partition(history, log_z).get_xlabel()
+        'step'
     """
     suffix = f"@{site}" if site else ""
     panels = {panel.title: panel for panel in history_panels(history)}
@@ -221,6 +230,15 @@ def plot_ladder(pool: TemperedPool, axes: Axes | None = None) -> Axes:
 
     Raises:
         ValueError: If the pool has no ladder, or has not been refreshed.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool, plot_ladder
+        >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1, pool=TemperedPool(4, 32))
+        >>> ebm.pool.refresh(ebm)
+        >>> plot_ladder(ebm.pool).get_xlabel()
+        'level'
     """
     if not isinstance(pool, TemperedPool):
         raise ValueError(f"only a TemperedPool has a ladder; got {type(pool).__name__}")

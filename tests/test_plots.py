@@ -18,7 +18,7 @@ from small_models import data_of, plate_model, quadratic_ebm
 from pyro_lvebm import AutoParticles, ElboTable, Saddle
 from pyro_lvebm.figures import save_figure
 from pyro_lvebm.plots import image_figure, table_figure
-from pyro_lvebm.plots_model import plot_images, plot_pair
+from pyro_lvebm.plots_data import plot_images, plot_pair
 from pyro_lvebm.plots_posterior import plot_elbo
 from pyro_lvebm.plots_training import SMOOTHING, history_figure
 

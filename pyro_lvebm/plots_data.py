@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a model: its energy, its draws beside data, and reconstructions."""
+"""Figures of data: beside model draws, and beside their reconstructions."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from torch import Tensor
 
-from pyro_lvebm.evidence_of import total
 from pyro_lvebm.figures import axes_or_new, new_figure
-from pyro_lvebm.log_evidence import log_evidence
-from pyro_lvebm.model import LVEBM
-
-SPAN = 3.0
-"""Standard deviations of the base to either side of its mean that an energy is drawn over."""
-
-DEPTH = 12.0
-"""Nats above the minimum at which contours of an energy end."""
 
 
 def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) -> Axes:
@@ -47,93 +36,6 @@ def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) ->
     axes.imshow(canvas, cmap=hidden, interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
-    return axes
-
-
-def plot_energy(
-    ebm: LVEBM,
-    columns: Sequence[int] = (0, 1),
-    *,
-    at: tuple[Tensor, Tensor] | None = None,
-    marginal: bool = False,
-    num_points: int = 60,
-    seed: int = 0,
-    axes: Axes | None = None,
-) -> Axes:
-    """Draw the energy along one or two coordinates, in nats above its minimum there.
-
-        slice:     E(x, z) with all other coordinates at `at`
-        marginal:  F(x) = −log ∫ exp(−E(x, z)) dz, with all other coordinates of x at `at`
-
-    The range is three standard deviations of the base around its mean. Colours of a plane end at
-    12 nats; the probability beyond is next to nothing.
-
-    Args:
-        ebm: The LVEBM; unchanged.
-        columns: One or two coordinates of (x, z), flattened, those of x first.
-        at: Where the others are, x (*x_shape) and z (*z_shape); the means of the bases if None.
-        marginal: Integrate z out, by annealing (`log_evidence`); then only x can vary.
-        num_points: Points on each axis, at least 2.
-        seed: Fixes the annealing.
-        axes: Where to draw; a new figure if None.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If a coordinate does not exist, or is one of z in a marginal.
-    """
-    num_x = ebm.base_x.dim
-    limit = num_x if marginal else ebm.dim
-    if not 1 <= len(columns) <= 2 or len(set(columns)) < len(columns):
-        raise ValueError(f"columns must be one or two different coordinates; got {list(columns)}")
-    if not all(0 <= c < limit for c in columns):
-        of = "x, for z is integrated out" if marginal else "(x, z)"
-        raise ValueError(f"columns must lie in 0 … {limit - 1}, those of {of}; got {list(columns)}")
-    if num_points < 2:
-        raise ValueError(f"num_points must be at least 2; got {num_points}")
-    bases = (ebm.base_x, ebm.base_z)
-    mean = torch.cat([base.loc for base in bases])
-    scales = [base.scale if base.diagonal else base.scale.norm(dim=1) for base in bases]
-    spread = SPAN * torch.cat(scales)
-    centre = mean if at is None else torch.cat([part.reshape(-1).to(mean) for part in at])
-    steps = torch.linspace(-1.0, 1.0, num_points).to(mean)
-    lines = [mean[c] + spread[c] * steps for c in columns]
-    grid = torch.cartesian_prod(*lines).reshape(-1, len(columns))
-    points = centre.expand(len(grid), -1).clone()
-    points[:, list(columns)] = grid
-    x, z = points[:, :num_x], points[:, num_x:]
-    x, z = x.reshape(-1, *ebm.x_shape), z.reshape(-1, *ebm.z_shape)
-    with ebm.frozen(), torch.no_grad():
-        if marginal:
-            # Noise that colours hide would show in a line, which has fewer points.
-            count = 256 if len(columns) == 1 else 32
-            found = log_evidence(ebm, x, seed=seed, num_particles=count, log_z=total([]))
-            energy = -found.value
-        else:
-            energy = ebm.energy(x, z)
-    above = (energy - energy.min()).double().cpu().numpy()
-    names = [f"x[{c}]" if c < num_x else f"z[{c - num_x}]" for c in columns]
-    title = "marginal energy −log ∫ exp(−E) dz" if marginal else "energy E"
-    return _draw_energy(axes, above, [line.cpu().numpy() for line in lines], names, title)
-
-
-def _draw_energy(
-    axes: Axes | None, above: np.ndarray, lines: list[np.ndarray], names: list[str], title: str
-) -> Axes:
-    axes = axes_or_new(axes, 5, 4 if len(lines) == 2 else 3)
-    axes.set_xlabel(names[0])
-    axes.set_title(title, fontsize=10)
-    if len(lines) == 1:
-        axes.plot(lines[0], above)
-        axes.set_ylabel("nats above the minimum")
-        return axes
-    plane = above.reshape(len(lines[0]), len(lines[1])).T
-    levels = np.linspace(0.0, DEPTH, 25)
-    drawn = axes.contourf(*lines, plane, levels=levels, cmap="viridis_r", extend="max")
-    axes.contour(*lines, plane, levels=levels[::4], colors="white", linewidths=0.4)
-    axes.figure.colorbar(drawn, ax=axes, label="nats above the minimum", ticks=levels[::4])
-    axes.set_ylabel(names[1])
     return axes
 
 
@@ -182,6 +84,13 @@ def plot_pairs(
 
     Raises:
         ValueError: If data and draws have other columns, or one that is asked for does not exist.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyro_lvebm import plot_pairs
+        >>> rng = np.random.default_rng(0)
+        >>> plot_pairs(rng.normal(size=(50, 3)), rng.normal(size=(80, 3))).shape
+        (3, 3)
     """
     rows = [np.asarray(values, dtype=float) for values in (data, draws)]
     if any(values.ndim != 2 for values in rows) or rows[0].shape[1] != rows[1].shape[1]:
@@ -250,6 +159,13 @@ def plot_reconstructions(
 
     Raises:
         ValueError: If the shapes do not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyro_lvebm import plot_reconstructions
+        >>> x = np.random.default_rng(0).normal(size=(20, 2))
+        >>> plot_reconstructions(x, x + np.zeros((5, 1, 1))).get_xlabel()
+        'observed'
     """
     seen, drawn = np.asarray(data, dtype=float), np.asarray(replicates, dtype=float)
     if drawn.ndim == seen.ndim + 2:
