@@ -193,8 +193,8 @@ class Saddle(SVI):
                 and their ids, gone through again and again; `args` are then empty. An epoch is
                 `len(batches)` steps.
             schedule: Maps the part of the fit that is done, from 0 to 1, to a factor on each
-                update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`
-                leaves the updates as the optimiser made them.
+                update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`,
+                with `min_kl=0`, leaves the updates as the optimiser made them.
             min_kl: An update that moves the LVEBMs by less than this many nats, times the square of
                 the schedule's factor, is made up to eight times longer, so that a small learning
                 rate is no slow one. By default an eighth of the radius of the trust region; 0

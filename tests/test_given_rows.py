@@ -277,7 +277,7 @@ def test_fit_takes_batches_in_turn_and_ends_at_the_averages() -> None:
         saddle = Saddle(model, AutoParticles(model, 2), ClippedAdam({"lr": 1e-2}))
         batches = loader(x, 4)
         if fitted:
-            kept: dict[str, Any] = {"schedule": lambda progress: 1.0, "progress": False}
+            kept: dict[str, Any] = {"schedule": lambda _: 1.0, "min_kl": 0.0, "progress": False}
             losses.append(saddle.fit(num_steps=6, batches=batches, **kept))
             ends.append(snapshot(ebm.f))
             continue
