@@ -181,12 +181,18 @@ def bounded_step(
             moved.copy_(torch.stack([ebm.kl_of_update() for ebm in ebms]))
             return (moved / radii).max()
 
-        least = radii.new_tensor([math.nan if min_kl is None else min_kl]) / radii
-        least = torch.nan_to_num(least, nan=_LEAST) * factor**2
         own_params, own_before = [params[i] for i in energy], [before[i] for i in energy]
-        longer = lengthening(float(relative_kl()), float(least.min()))
+        least = _LEAST if min_kl is None else float((min_kl / radii).min())
+        known: list[Tensor] = []  # the divergence of the update as it is: each costs a pool
+        if least > 0.0:
+            known = [relative_kl()]
+            longer = lengthening(float(known[0]), least * factor**2)
+            if longer > 1.0:
+                known.clear()
         scale_update(own_params, own_before, longer)
-        halvings, _ = shrink_to_trust_region(own_params, own_before, relative_kl, 1.0)
+        halvings, _ = shrink_to_trust_region(
+            own_params, own_before, lambda: known.pop() if known else relative_kl(), 1.0
+        )
         kl = float(moved.max()) if halvings <= MAX_HALVINGS else 0.0
     if not all(bool(torch.isfinite(p).all()) for p in params):
         restore(params, before)

@@ -292,6 +292,7 @@ def online_errors(num_pools: int) -> np.ndarray:
 
 
 def test_log_partition_is_the_mean_over_the_contexts_of_the_pool() -> None:
+    """Student's test of eight pools, beside 0.02 nats of bias of the rule on four levels."""
     errors = online_errors(8)
     assert abs(errors.mean()) < 0.02 + 3.3 * errors.std(ddof=1) / math.sqrt(len(errors))
     assert errors.std(ddof=1) / math.sqrt(len(errors)) < 0.02
@@ -352,7 +353,11 @@ def test_a_refresh_that_fails_leaves_the_pool_as_it_was() -> None:
 
 
 def test_kl_of_an_update_is_that_of_the_conditionals() -> None:
-    """A change of f by a function of c alone moves no conditional; a shift of b has a known KL."""
+    """A change of f by a function of c alone moves no conditional; a shift of b has a known KL.
+
+    A mean of squares over 200 contexts has a standard error between 5 %, were the four snapshots
+    independent, and 10 %, were they alike.
+    """
     ebm, _, c = linear_ebm(0, ContextPool(4, 200, seed=3))
     for _ in range(30):
         ebm.pool.refresh(ebm, c)
