@@ -66,8 +66,10 @@ def check_unconditional(ebm: HasContextShape, what: str) -> None:
         what: Name of the function that needs it.
 
     Raises:
-        ValueError: If the LVEBM is conditional.
+        ValueError: If the LVEBM is conditional, or is none.
     """
+    if not hasattr(ebm, "context_shape"):
+        raise ValueError(f"{what} needs an LVEBM; got {type(ebm).__name__}")
     if ebm.context_shape is not None:
         raise ValueError(
             f"this LVEBM is conditional, and {what} needs the one law of a context: call it with "

@@ -189,7 +189,7 @@ def plot_log_partition(
         The axes.
 
     Raises:
-        ValueError: If the history has no log Z of that site.
+        ValueError: If the history is none, or has no log Z of that site.
 
     Example:
         >>> import pandas as pd, torch
@@ -200,6 +200,8 @@ def plot_log_partition(
         >>> plot_log_partition(history, log_z).get_xlabel()
         'step'
     """
+    if not isinstance(history, pd.DataFrame):
+        raise ValueError(f"history must be that of a Saddle; got {type(history).__name__}")
     suffix = f"@{site}" if site else ""
     panels = {panel.title: panel for panel in history_panels(history)}
     title = f"log Z online {suffix}".rstrip()

@@ -228,6 +228,14 @@ def test_functions_of_one_law_name_the_lvebm_of_a_context() -> None:
         call(ebm.at(c[0]))
 
 
+def test_diagnostics_of_what_is_no_lvebm_are_refused() -> None:
+    for function in (convergence_rate, check_dissipativity):
+        with pytest.raises(ValueError, match="needs an LVEBM; got Tensor"):
+            function(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="history must be that of a Saddle; got int"):
+        plot_log_partition(3, None)
+
+
 def test_contexts_of_other_rows_than_the_plate_are_refused() -> None:
     ebm, x, c = linear_ebm()
     with pytest.raises(ValueError, match=r"context of 'scene' has 40 rows .* have 10"):
