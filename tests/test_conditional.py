@@ -36,6 +36,7 @@ from pyro_lvebm import (
     log_evidence_of,
     log_partition,
     lvebm,
+    plot_log_partition,
     pool_diagnostics,
     traverse,
 )
