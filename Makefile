@@ -7,6 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 # Extra arguments for installing torch, for example a package index that holds CPU builds.
 TORCH_ARGS ?=
+# ArviZ 1 needs Python 3.12.
+ARVIZ1_PYTHON ?= python3.12
 # Test processes, and extra arguments for pytest.
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -16,10 +18,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test demo lint docs bench bench-training bench-calibration bench-tightness clean
+ARVIZ1_VENV := .venv-arviz1
+ARVIZ1_STAMP := $(ARVIZ1_VENV)/.stamp
+ARVIZ1_PIP := $(ARVIZ1_VENV)/bin/python -m pip --disable-pip-version-check
+ARVIZ1_TESTS = $(shell grep -lE 'arviz|plot' tests/test_*.py) \
+	tests/test_tutorials.py::test_tutorial_runs[posterior_analysis]
+
+.PHONY: help setup setup-arviz1 test test-arviz1 demo lint docs clean
+.PHONY: bench bench-training bench-calibration bench-tightness
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Create .venv and install the package with pinned dependencies.
 
@@ -35,6 +44,19 @@ test: setup ## Run the tests and the doctests of the package.
 	@$(BIN)/python -W ignore -c 'import arviz'
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_ARGS) pyro_lvebm tests
+
+setup-arviz1: $(ARVIZ1_STAMP) ## Create .venv-arviz1 with ArviZ 1 on ARVIZ1_PYTHON, 3.12 or newer.
+
+$(ARVIZ1_STAMP): pyproject.toml constraints-arviz1.txt
+	@$(ARVIZ1_PYTHON) -c 'import sys; sys.exit("Python 3.12 or newer is needed: make setup-arviz1 ARVIZ1_PYTHON=..." if sys.version_info < (3, 12) else 0)'
+	$(ARVIZ1_PYTHON) -m venv $(ARVIZ1_VENV)
+	$(ARVIZ1_PIP) install -c constraints-arviz1.txt $(TORCH_ARGS) torch
+	$(ARVIZ1_PIP) install -c constraints-arviz1.txt -e '.[test]' 'arviz>=1'
+	touch $@
+
+test-arviz1: setup-arviz1 ## Run the tests that touch ArviZ or plots, and the tutorial, on ArviZ 1.
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	$(ARVIZ1_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(ARVIZ1_TESTS)
 
 # One thread: two spend more time waiting for each other on matrices of this size than they save.
 demo: setup ## Fit the digits; write figure, table, ArviZ file and model to demo/.
@@ -62,7 +84,7 @@ bench-calibration: setup ## Check the stated errors of log Z and log C(x); QUICK
 bench-tightness: setup ## Compare particles with restricted guides at one θ; QUICK=1 for a minute.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tightness $(if $(filter-out 0,$(QUICK)),--quick)
 
-clean: ## Remove outputs and caches; keep .venv.
+clean: ## Remove outputs and caches; keep .venv and .venv-arviz1.
 	rm -rf demo docs/_build build dist *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

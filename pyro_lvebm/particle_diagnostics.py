@@ -105,7 +105,8 @@ def particle_diagnostics(draws: Any, *, max_rhat: float = 1.05) -> ParticleDiagn
         columns = {
             "rhat": az.rhat(dataset, method="rank"),
             "ess_bulk": az.ess(dataset, method="bulk"),
-            "ess_tail": az.ess(dataset, method="tail"),
+            # Named, for the quantiles that ArviZ takes by default depend on its version.
+            "ess_tail": az.ess(dataset, method="tail", prob=(0.05, 0.95)),
         }
     frames = []
     for name, (value, event_shape) in arrays.items():
