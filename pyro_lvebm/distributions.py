@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 from torch.distributions.kl import register_kl
 
-from pyro_lvebm.annealing import Schedule, anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.conditional import context_rows, expand_context
-from pyro_lvebm.langevin import ValueAndGrad
+from pyro_lvebm.conditional_energies import draw_conditional, given_x, given_z
 from pyro_lvebm.missing import Completion
 from pyro_lvebm.pair_support import PairSupport
 
@@ -135,7 +134,7 @@ class Posterior(TorchDistribution):
         w_x = self.ebm.base_x.whiten(self.x).expand(*shape, -1)
         context = _as_problems(self.context, self.ebm, shape)
         f = given_x(self.ebm, w_x.reshape(-1, 1, w_x.shape[-1]), context)
-        v = _draw_conditional(f, shape.numel(), self.ebm.base_z.dim, self.num_particles, w_x)
+        v = draw_conditional(f, shape.numel(), self.ebm.base_z.dim, self.num_particles, w_x)
         return self.ebm.base_z.unwhiten(v).reshape(*shape, *self.event_shape)
 
 
@@ -143,74 +142,6 @@ def _as_problems(context: Tensor | None, ebm: LVEBM, shape: torch.Size) -> Tenso
     """Contexts (problems, 1, *context_shape) of as many problems as `shape` has elements."""
     given = expand_context(context, ebm.context_shape, shape)
     return given[0].reshape(-1, 1, *given[0].shape[len(shape) :]) if given else None
-
-
-def given_x(ebm: LVEBM, w_x: Tensor, context: Tensor | None = None) -> ValueAndGrad:
-    """Residual energy of whitened z at fixed whitened x, with its gradient in z.
-
-    Args:
-        ebm: The LVEBM.
-        w_x: Whitened x (*b, x_dim), whose batch shape expands to that of z.
-        context: Contexts (*b, *context_shape) of a conditional LVEBM.
-    """
-
-    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        u = torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1)
-        value, grad = ebm.residual_and_grad(u, context)
-        return value, grad[..., w_x.shape[-1] :]
-
-    return evaluate
-
-
-def given_observed(
-    ebm: LVEBM, completion: Completion, columns: Tensor, context: Tensor | None = None
-) -> ValueAndGrad:
-    """Residual energy of v = (whitened z, missing entries of x) at the observed entries of x.
-
-    Args:
-        ebm: The LVEBM.
-        completion: The observed entries, of a batch shape that expands to that of v.
-        columns: Indices (c,) of entries that are missing in some row; the last c entries of v.
-        context: Contexts of a conditional LVEBM, which expand as the completion does.
-    """
-    u_x, slope = completion.whitened(columns)
-    d, k = u_x.shape[-1], ebm.base_z.dim
-
-    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        # A product of matrices would copy `slope` for every particle.
-        x = u_x + torch.einsum("...c,...cd->...d", v[..., k:], slope)
-        value, grad = ebm.residual_and_grad(torch.cat([x, v[..., :k]], -1), context)
-        by_entries = torch.einsum("...cd,...d->...c", slope, grad[..., :d])
-        return value, torch.cat([grad[..., d:], by_entries], -1)
-
-    return evaluate
-
-
-def given_z(ebm: LVEBM, w_z: Tensor, context: Tensor | None = None) -> ValueAndGrad:
-    """Residual energy of whitened x at fixed whitened z, with its gradient in x.
-
-    Args:
-        ebm: The LVEBM.
-        w_z: Whitened z (*b, z_dim), whose batch shape expands to that of x.
-        context: Contexts (*b, *context_shape) of a conditional LVEBM.
-    """
-
-    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
-        value, grad = ebm.residual_and_grad(u, context)
-        return value, grad[..., : v.shape[-1]]
-
-    return evaluate
-
-
-def _draw_conditional(
-    f: ValueAndGrad, num_problems: int, dim: int, num_particles: int, like: Tensor
-) -> Tensor:
-    """Draw one v (num_problems, dim) of every problem by a run of its own, fixed after a pilot."""
-    shape = (1, num_problems, num_particles, dim)
-    schedule: Schedule = pilot(f, standard_normal(shape, like, None))
-    start = standard_normal(shape, like, None)
-    return pick_draws(anneal(f, start, schedule, num_moves=4).state, None)[0]
 
 
 def _expand_events(a: Tensor, b: Tensor, a_event: torch.Size, b_event: torch.Size) -> Tensor:
@@ -280,7 +211,7 @@ class LatentSite(TorchDistribution):
             return ebm.pool.draw(ebm, shape.numel())
         # A run for each draw would fill the memory if all ran side by side.
         runs = [
-            _draw_conditional(
+            draw_conditional(
                 partial(ebm.residual_and_grad, context=part),
                 len(part),
                 ebm.dim,
@@ -362,7 +293,7 @@ class ObservedSite(TorchDistribution):
         shape = w_z.shape[:-1]
         context = _as_problems(self.context, self.ebm, shape)
         f = given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]), context)
-        v = _draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
+        v = draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
         return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:

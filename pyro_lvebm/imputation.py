@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.conditional import check_context, context_rows
-from pyro_lvebm.distributions import given_observed
+from pyro_lvebm.conditional_energies import given_observed
 from pyro_lvebm.missing import Completion, observed_entries
 from pyro_lvebm.rng import generator_for
 from pyro_lvebm.validation import check_rows

@@ -24,7 +24,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_lvebm.block_axes import BlockAxes, depends_on
-from pyro_lvebm.distributions import LatentSite, ObservedSite, given_observed, given_x
+from pyro_lvebm.conditional_energies import given_observed, given_x
+from pyro_lvebm.distributions import LatentSite, ObservedSite
 from pyro_lvebm.enumeration import check_latents_held, is_enumerated
 from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import ValueAndGrad, value_and_grad

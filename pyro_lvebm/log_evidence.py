@@ -17,8 +17,8 @@ from pyro_lvebm.annealing import (
     standard_normal,
 )
 from pyro_lvebm.conditional import check_context, context_rows
+from pyro_lvebm.conditional_energies import given_observed, given_x
 from pyro_lvebm.conditional_partition import ConditionalLogPartition, conditional_log_partition
-from pyro_lvebm.distributions import given_observed, given_x
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range, log_partition
 from pyro_lvebm.missing import Completion

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.conditional import check_unconditional
-from pyro_lvebm.distributions import given_z
+from pyro_lvebm.conditional_energies import given_z
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import generator_for, isolated_rng
 from pyro_lvebm.validation import check_rows

@@ -590,7 +590,7 @@ def test_fits_with_held_out_data_and_probes_without_annealing(
     def never(*_: Any) -> Any:
         raise AssertionError("a draw at a context, which nobody looks at")
 
-    monkeypatch.setattr(package, "_draw_conditional", never)
+    monkeypatch.setattr(package, "draw_conditional", never)
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 1e-2}), seed=4)
     saddle.fit(
         x[10:],

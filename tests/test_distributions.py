@@ -24,8 +24,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 from pyro_lvebm import LVEBM, JointEnergy, QuadraticEnergy, TemperedPool
 from pyro_lvebm import distributions as package
 from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing, Posterior, given_x
-from pyro_lvebm.langevin import value_and_grad
+from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing, Posterior
 
 
 def shaped_ebm(full_z: bool = False) -> LVEBM:
@@ -126,18 +125,6 @@ def test_posterior_density_broadcasts_one_latent_to_all_data() -> None:
 
 def flat_posterior(ebm: LVEBM, x: Tensor) -> MultivariateNormal:
     return condition(exact_joint(ebm), [0, 1, 2, 3], x)
-
-
-@pytest.mark.parametrize("full_z", [False, True])
-def test_given_x_is_the_residual_at_fixed_x(full_z: bool) -> None:
-    ebm = shaped_ebm(full_z)
-    w_x = normal((3, 4), 1)
-    f = given_x(ebm, w_x)
-    v = normal((5, 3, 2), 2)
-    expected = value_and_grad(lambda v: ebm.residual(torch.cat([w_x.expand(5, 3, 4), v], -1)))
-    for ours, theirs in zip(f(v), expected(v), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert f(v)[1].shape == (5, 3, 2)
 
 
 # --- the latent site ------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from pyro_lvebm import (
     log_partition,
 )
 from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.distributions import given_x
+from pyro_lvebm.conditional_energies import given_x
 from pyro_lvebm.langevin import ValueAndGrad
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
