@@ -33,7 +33,7 @@ from small_models import (
 from torch import Tensor, nn
 
 from pyro_lvebm import LVEBM, MLPEnergy, PersistentPool, QuadraticEnergy, TemperedPool
-from pyro_lvebm import distributions as package_distributions
+from pyro_lvebm import conditional_energies as package_conditionals
 from pyro_lvebm.bases import GaussianBase, cross_validated_shrinkage
 from pyro_lvebm.langevin import value_and_grad
 
@@ -244,13 +244,13 @@ def test_posterior_draws_have_the_exact_moments() -> None:
 
 
 def test_posterior_check_fails_for_a_run_that_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = package_distributions.anneal
+    real = package_conditionals.anneal
 
     def early(f: object, v: Tensor, schedule: tuple, **kwargs: object) -> object:
         cut = type(schedule)(0.7 * schedule.betas, schedule.step_sizes)
         return real(f, v, cut, **kwargs)
 
-    monkeypatch.setattr(package_distributions, "anneal", early)
+    monkeypatch.setattr(package_conditionals, "anneal", early)
     assert posterior_p_value() < CERTAIN
 
 
