@@ -16,7 +16,7 @@ from pyro_lvebm.annealing import (
     pilot,
     standard_normal,
 )
-from pyro_lvebm.bracket import Runs, both_directions, bracket
+from pyro_lvebm.bracket import Runs, both_directions, bracket, surprise
 from pyro_lvebm.langevin import MALA, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import Pool
@@ -221,13 +221,18 @@ def _both_directions(
 
 
 def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
-    """Warn where the pool's own log Z, if it belongs to the present θ, contradicts annealing."""
+    """Warn where the pool's own log Z, if it belongs to the present θ, contradicts annealing.
+
+    They do where they differ by more than three standard errors, and by more where few runs say
+    what that of annealing is (`surprise`).
+    """
     if not ebm.pool_is_fresh():
         return
     pool, online = ebm.pool, float(ebm.log_partition)
     online_error = float(pool.log_partition_std_error) if isinstance(pool, TemperedPool) else 0.0
     error = math.hypot(annealed.std_error, online_error)
-    if abs(online - annealed.estimate) > 3.0 * error:
+    limit = math.hypot(surprise(annealed.num_runs) * annealed.std_error, 3.0 * online_error)
+    if abs(online - annealed.estimate) > limit:
         warnings.warn(
             f"log Z online is {online:.3f}, annealed {annealed.estimate:.3f} ± {error:.3f}: "
             "the pool does not follow the model, and training had a wrong gradient. Use a "

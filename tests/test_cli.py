@@ -99,7 +99,7 @@ def run(*arguments: str | Path, out: Path) -> Run:
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
     """Brackets of log Z with fewer particles: they are half of the time of a short job."""
-    cheap = partial(log_partition, num_particles=64, num_runs=4, num_refreshes=3)
+    cheap = partial(log_partition, num_particles=64, num_runs=8, num_refreshes=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_evidence, "log_partition", cheap)
         patch.setattr(job, "log_partition", cheap)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ from pyro_lvebm import (
     log_partition,
 )
 from pyro_lvebm.pool import Pool
+from pyro_lvebm.validation import TrainingWarning
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -646,6 +648,52 @@ def test_four_modes_in_ten_dimensions(weights: list[float], distance: float, sca
     ebm = four_modes(weights, distance, scale, TemperedPool(6, 64, num_moves=4, seed=1))
     result = log_partition(ebm, seed=2, num_particles=512, num_runs=8, num_refreshes=40)
     assert not result.is_reliable or (holds(result) and result.upper - result.lower < 0.3)
+
+
+# --- beside log Z online --------------------------------------------------------------------
+
+
+def with_online(log_z: float, std_error: float) -> LVEBM:
+    """The linear-Gaussian model with a pool that claims this log Z for the present θ."""
+    ebm = warm(make_quadratic(pool=tempered(0)))
+    ebm.pool.log_partition = torch.tensor(log_z, dtype=torch.float64)
+    ebm.pool.log_z_variance[-1] = std_error**2
+    ebm.mark_pool(fresh=True)
+    return ebm
+
+
+def false_alarms(count: int) -> int:
+    """Warnings of annealing by two runs about an online log Z that is exact."""
+    ebm = with_online(exact(), 0.0)
+    few = CHEAP | {"num_runs": 2, "num_particles": 64}
+    alarms = 0
+    for seed in range(count):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            log_partition(ebm, seed=seed, **few)
+        alarms += len(caught)
+    return alarms
+
+
+def test_an_online_log_z_that_is_right_is_left_alone() -> None:
+    """A normal error is beyond three standard errors in 0.27 % of cases. False alarm 2e-4."""
+    alarms = false_alarms(40)
+    assert stats.binom.sf(alarms - 1, 40, 2 * stats.norm.sf(3.0)) > ALPHA
+
+
+def test_the_check_fails_where_two_runs_count_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student's law with one degree of freedom is beyond 3 in a fifth of cases."""
+    monkeypatch.setattr(MODULE, "surprise", lambda num_runs: 3.0)
+    assert stats.binom.sf(false_alarms(40) - 1, 40, 2 * stats.norm.sf(3.0)) < CERTAIN
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_an_online_log_z_that_is_wrong_is_found(side: float) -> None:
+    ebm = with_online(exact() + 0.6 * side, 0.05)
+    with pytest.warns(TrainingWarning, match="the pool does not follow the model"):
+        log_partition(ebm, seed=1, **CHEAP)
+    ebm.mark_pool(fresh=False)  # a pool of another θ says nothing about this one
+    log_partition(ebm, seed=1, **CHEAP)
 
 
 # --- reproducible, and nothing moves --------------------------------------------------------
