@@ -146,11 +146,16 @@ class BareSaddle:
 
 
 def our_saddle(
-    name: str, x: Tensor, pool: Pool | None, kernel: Kernel | None, num_particles: int | None
+    name: str,
+    x: Tensor,
+    pool: Pool | None,
+    kernel: Kernel | None,
+    num_particles: int | None,
+    kl_penalty: float | None,
 ) -> Callable[[], float]:
     """Return the step of a `Saddle` on rows x; None stands for the package default."""
     base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
-    energy = MLPEnergy(2, 2, fourier_features=0)
+    energy = MLPEnergy(2, 2, fourier_features=0, kl_penalty=kl_penalty)
     energy.out.reset_parameters()
     ebm = LVEBM(energy, base, base, pool=pool)
 
@@ -195,14 +200,17 @@ def saddle_rows() -> Iterator[Row]:
     """Yield saddle steps on an MLP 4-128-128-1, each against the bare saddle step.
 
     The package defaults do other work than the bare step: 8 MALA steps of 4 particles for each
-    row of the batch, and of 8 temperatures with 128 chains each.
+    row of the batch, and of 8 temperatures with 128 chains each. The bare step has no prior on
+    the network, so the row with a bar has none either.
     """
     pyro.clear_param_store()
     x = torch.randn(NUM_ROWS, 2)
-    pool = PersistentPool(NUM_CHAINS, num_moves=NUM_MOVES)
-    ours = our_saddle("plain", x, pool, ULA(), 1)
-    yield Row("Saddle.step, ULA, PersistentPool", ours, BareSaddle(x), SADDLE_BAR, 15.0)
-    ours = our_saddle("default", x, None, None, None)
+    plain = "Saddle.step, ULA, PersistentPool"
+    for name, prior, bar in ((plain, 0.0, SADDLE_BAR), (plain + ", prior", None, None)):
+        pool = PersistentPool(NUM_CHAINS, num_moves=NUM_MOVES)
+        ours = our_saddle(name, x, pool, ULA(), 1, prior)
+        yield Row(name, ours, BareSaddle(x), bar, 15.0)
+    ours = our_saddle("default", x, None, None, None, None)
     yield Row("Saddle.step, package defaults", ours, BareSaddle(x), None, 15.0)
 
 

@@ -31,7 +31,7 @@ from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.particle_diagnostics import ParticleDiagnostics, particle_diagnostics
-from pyro_lvebm.penalties import energy_l2, spectral_norm, weight_decay
+from pyro_lvebm.penalties import energy_l2, kl_to_base, spectral_norm, weight_decay
 from pyro_lvebm.persistent_pool import PersistentPool
 from pyro_lvebm.plots_data import plot_pairs, plot_reconstructions
 from pyro_lvebm.plots_energy import plot_energy
@@ -87,6 +87,7 @@ __all__ = [
     "half_cosine",
     "history_figure",
     "ipla",
+    "kl_to_base",
     "log_evidence",
     "log_evidence_of",
     "log_partition",

@@ -72,15 +72,16 @@ def ascend(
         warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
         try:
             loss = loss_and_grads()
-        except DataError:
-            raise
-        except ValueError as error:
+        except BaseException as error:
+            zero_grads(_params_met(capture.trace))
+            if isinstance(error, DataError) or not isinstance(error, ValueError):
+                raise
             restore_last_good(last_good)
             raise ValueError(
                 f"the loss could not be computed at step {step}; parameters are back at the last "
                 f"values with a finite loss: {error}"
             ) from error
-    params = list({n["value"].unconstrained() for n in all_nodes(capture.trace).values()})
+    params = _params_met(capture.trace)
     try:
         check_finite(loss, params, last_good, step)
         positive = pairs.mean_energies()
@@ -90,6 +91,10 @@ def ascend(
     finally:
         zero_grads(params)
     return Ascent(loss, positive, before, halvings, kl, longer)
+
+
+def _params_met(trace: poutine.Trace) -> list[Tensor]:
+    return list({n["value"].unconstrained() for n in all_nodes(trace).values()})
 
 
 def default_radius(dim: int) -> float:

@@ -224,9 +224,18 @@ class ContextPool(TemperedPool):
         Args:
             f: f_new at the negatives (n,), under other parameters than those of the last refresh.
         """
-        pairs = (f - self.negative_f).reshape(-1, 2, self.num_contexts)
+        return 0.5 * self.variance(f - self.negative_f)
+
+    def variance(self, f: Tensor) -> Tensor:
+        """Return the mean over contexts of Var(f | c) = ½ E[(f_1 − f_2)²], a scalar, with a graph.
+
+        Args:
+            f: f at the negatives (n,), in nats.
+        """
+        pairs = f.reshape(-1, 2, self.num_contexts)
         weights = self.log_weights.exp().reshape(pairs.shape).sum((0, 1))
-        return (weights * 0.25 * (pairs[:, 0] - pairs[:, 1]).square().mean(0)).sum()
+        variance: Tensor = (weights * 0.5 * (pairs[:, 0] - pairs[:, 1]).square().mean(0)).sum()
+        return variance
 
 
 def pool_for(pool: Pool | None, context_shape: torch.Size | None) -> Pool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,16 +24,21 @@ class WhitenedEnergy(nn.Module):
     Args:
         x_dim: Number of entries of x, unconstrained: K − 1 on a simplex with K entries.
         z_dim: Number of entries of z.
+        kl_penalty: Strength of the `kl_to_base` that a `Saddle` adds to its loss, in nats; 0
+            leaves maximum likelihood.
 
     Raises:
-        ValueError: If a dimension is less than 1.
+        ValueError: If a dimension is less than 1, or the strength is negative.
     """
 
-    def __init__(self, x_dim: int, z_dim: int) -> None:
+    def __init__(self, x_dim: int, z_dim: int, *, kl_penalty: float = 0.0) -> None:
         super().__init__()
         for name, size in (("x_dim", x_dim), ("z_dim", z_dim)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1; got {size}")
+        if not 0 <= kl_penalty < math.inf:
+            raise ValueError(f"kl_penalty must be finite and not negative; got {kl_penalty}")
+        self.kl_penalty = kl_penalty
         self.x_dim, self.z_dim = x_dim, z_dim
         self.dim = x_dim + z_dim
         self.base_x = GaussianBase(torch.zeros(x_dim), torch.ones(x_dim))
@@ -122,7 +128,7 @@ def check_energy(
         raise ValueError(f"{arguments} is NaN at the mean of the bases")
 
 
-_WHITENED_SCALE, _STANDARDISED_SCALE = 0.5, 2.0
+_WHITENED_SCALE, _STANDARDISED_SCALE, _KL_PENALTY_PER_DIM = 0.5, 2.0, 8.0
 """Of the inputs u_x and x̃ (measured on wine, breast cancer and digits, docs/training.md)."""
 
 
@@ -146,10 +152,13 @@ class MLPEnergy(WhitenedEnergy):
         fourier_features: Number of columns of B. None chooses 32 where x_dim + z_dim ≤ 8 and
             none above, where they overfit.
         context_dim: Number of entries of a context; 0 for an energy without contexts.
+        kl_penalty: Strength of the `kl_to_base` that a `Saddle` adds to its loss, in nats, so
+            that few rows do not overfit; next to nothing where rows abound. None is
+            8 (x_dim + z_dim), and 0 leaves maximum likelihood.
         seed: Fixes the initial weights and B.
 
     Raises:
-        ValueError: If a size is less than 1, or `fourier_features` is negative.
+        ValueError: If a size is less than 1, or `fourier_features` or `kl_penalty` negative.
 
     Source:
         Rahimi and Recht (2007), Random features for large-scale kernel machines, section 3;
@@ -173,9 +182,12 @@ class MLPEnergy(WhitenedEnergy):
         fourier_features: int | None = None,
         *,
         context_dim: int = 0,
+        kl_penalty: float | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(x_dim, z_dim)
+        if kl_penalty is None:
+            kl_penalty = _KL_PENALTY_PER_DIM * (x_dim + z_dim)
+        super().__init__(x_dim, z_dim, kl_penalty=kl_penalty)
         if context_dim < 0:
             raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
         self.context_dim = context_dim

@@ -3,16 +3,19 @@
 
 Each function here returns a penalty: a function that maps an `LVEBM` to a scalar in nats. The loss
 it is added to is a sum over all data, so a strength per datum is to be multiplied by their number.
-Training does not need penalties; they are for a smoother energy, or fewer effective parameters.
+An `MLPEnergy` brings `kl_to_base` along. Training needs no others; they are for a smoother
+energy, or fewer effective parameters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from pyro_lvebm.energies import WhitenedEnergy
 from pyro_lvebm.model import LVEBM
 
 Penalty = Callable[[LVEBM], Tensor]
@@ -46,6 +49,45 @@ def energy_l2(strength: float) -> Penalty:
     def penalty(ebm: LVEBM) -> Tensor:
         f, log_w = ebm.negative_residuals()
         return strength * (log_w.exp() * f**2).sum()
+
+    return penalty
+
+
+def kl_to_base(strength: float) -> Penalty:
+    """Penalise the divergence of the model from its base: strength · log(1 + 2 KL(p_θ ‖ base)).
+
+    Its exponential is a prior with heavy tails, (1 + 2 KL)^−strength. It holds a model near its
+    base close to it, but the further the rows have taken the model, the less it does. A constant
+    in f costs nothing, nor does a function of the context alone. An `MLPEnergy` brings it along.
+    Its gradient is that of KL as the pool sees it,
+
+        ∇ KL(p_θ ‖ base) = Cov_θ(f, ∇f) = ½ ∇ Var_pool f    with the weights held fixed.
+
+    Args:
+        strength: Factor of the penalty, in nats, finite and not negative.
+
+    Raises:
+        ValueError: If the strength is negative or not finite.
+
+    Source:
+        The penalty of this package (docs/training.md).
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, MLPEnergy
+        >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1)
+        >>> kl_to_base(24.0)(ebm).item()  # an untrained model is its base
+        0.0
+    """
+    _check(strength)
+
+    def penalty(ebm: LVEBM) -> Tensor:
+        f, _ = ebm.negative_residuals()
+        kl = ebm.pool.kl_to(torch.zeros_like(f))
+        variance = ebm.pool.variance(f)
+        scale = 1.0 + 2.0 * kl
+        return strength * (scale.log() + (variance - variance.detach()) / scale)
 
     return penalty
 
@@ -95,14 +137,25 @@ def weight_decay(strength: float) -> Penalty:
 
 
 def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
-    """Add the gradients of penalties on energies that are not frozen, and return their sum."""
+    """Add the gradients of penalties on energies that are not frozen, and return their sum.
+
+    Each energy that has a `kl_penalty` gets its own beside them.
+    """
     total = 0.0
-    for ebm in ebms if penalties else ():
-        if any(p.requires_grad for p in ebm.f.parameters()):
-            penalty = torch.stack([p(ebm) for p in penalties]).sum()
+    first = {id(ebm.f): ebm for ebm in reversed(ebms)}  # one network may serve two LVEBMs
+    for ebm in ebms:
+        chosen = [*penalties, *(_own(ebm) if first[id(ebm.f)] is ebm else [])]
+        if chosen and any(p.requires_grad for p in ebm.f.parameters()):
+            penalty = torch.stack([p(ebm) for p in chosen]).sum()
             penalty.backward()
             total += float(penalty.detach())
     return total
+
+
+def _own(ebm: LVEBM) -> list[Penalty]:
+    if isinstance(ebm.f, WhitenedEnergy) and ebm.f.kl_penalty:
+        return [kl_to_base(ebm.f.kl_penalty)]
+    return []
 
 
 def _matrices(ebm: LVEBM) -> list[Tensor]:
@@ -113,5 +166,5 @@ def _matrices(ebm: LVEBM) -> list[Tensor]:
 
 
 def _check(strength: float) -> None:
-    if not strength >= 0:
-        raise ValueError(f"strength must not be negative; got {strength}")
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be finite and not negative; got {strength}")

@@ -139,6 +139,16 @@ class Pool(nn.Module):
         log_new = torch.log_softmax(log_w - (f - self.negative_residuals()), 0)
         return (log_w.exp() * (log_w - log_new)).sum()
 
+    def variance(self, f: Tensor) -> Tensor:
+        """Return Var f under p_θ as the weighted negatives see it, a scalar, with a graph.
+
+        Args:
+            f: f at the negatives (n,), in nats.
+        """
+        w = self.log_weights.exp()
+        variance: Tensor = (w * (f - (w * f).sum()) ** 2).sum()
+        return variance
+
     def draw(
         self,
         ebm: ResidualEnergy,

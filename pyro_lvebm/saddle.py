@@ -51,7 +51,8 @@ class Saddle(SVI):
     phase), lets each LVEBM refresh its pool of negatives on p_θ(x, z) (the negative phase), and
     takes one optimiser step on θ, halved until KL(p_old ‖ p_new) ≤ `max_kl` as the pools see it.
     With any other guide in place of `AutoParticles` it is SVI for the same model. Without an LVEBM
-    there is no r, and it is particle gradient descent on −log p_θ(x). An exponential
+    there is no r, and it is particle gradient descent on −log p_θ(x). Penalties on the energies
+    are added to the loss (`MLPEnergy` brings one along); `evaluate_loss` has none. An exponential
     average of all parameters is kept beside them, for evaluation (`averaged`).
 
     The global random generator is left as it was; everything drawn in a step, by Pyro too, is
@@ -67,7 +68,8 @@ class Saddle(SVI):
         num_moves: Langevin steps of the positive phase in each step.
         max_kl: Radius of the trust region, in nats; by default 0.02 max(1, √(d / 8)) for an LVEBM
             in d dimensions.
-        penalties: Penalties on the energies, such as `energy_l2(1.0)`, added to the loss.
+        penalties: Penalties on the energies, such as `energy_l2(1.0)`, added to the loss beside
+            those that an energy brings along (`kl_penalty` of an `MLPEnergy`).
         average_decay: Decay of the average of the parameters, in [0, 1).
         seed: Fixes every random number.
 

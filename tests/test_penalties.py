@@ -18,11 +18,28 @@ from referee import ALPHA, CERTAIN, gaussian_draws, gaussian_moments, mean_p_val
 from small_models import data_of, plate_model, quadratic_ebm, tiny_pool, warm
 from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, Saddle, TemperedPool, lvebm
-from pyro_lvebm.penalties import Penalty, energy_l2, spectral_norm, weight_decay
+from pyro_lvebm import (
+    LVEBM,
+    AutoParticles,
+    ContextPool,
+    MLPEnergy,
+    PersistentPool,
+    Saddle,
+    TemperedPool,
+    lvebm,
+)
+from pyro_lvebm.penalties import (
+    Penalty,
+    add_penalties,
+    energy_l2,
+    kl_to_base,
+    spectral_norm,
+    weight_decay,
+)
 
 PENALTIES: dict[str, Callable[[float], Penalty]] = {
     "energy_l2": energy_l2,
+    "kl_to_base": kl_to_base,
     "spectral_norm": spectral_norm,
     "weight_decay": weight_decay,
 }
@@ -56,6 +73,108 @@ def test_energy_l2_is_the_weighted_mean_square_of_f(ebm: LVEBM, strength: float)
     assert weights.max() > 2.0 / len(weights)
     value = energy_l2(strength)(ebm)
     assert value.item() == pytest.approx(strength * (weights * f**2).sum(), rel=1e-9)
+
+
+def on_grid(ebm: LVEBM, half_width: float = 7.0, points: int = 61) -> LVEBM:
+    """Give an LVEBM with one x and one z a pool that is a quadrature of p_θ."""
+    axis = torch.linspace(-half_width, half_width, points, dtype=torch.float64)
+    u = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        f = ebm.residual(u)
+    ebm.pool.u, ebm.pool.f = u[None], f[None]
+    ebm.pool.log_weights = torch.log_softmax(-f - 0.5 * (u * u).sum(-1), 0)
+    return ebm
+
+
+def small_network(scale: float = 1.0) -> LVEBM:
+    """A network with one x and one z on standard normal bases."""
+    base = dist.Normal(torch.zeros(1).double(), torch.ones(1).double()).to_event(1)
+    energy = MLPEnergy(1, 1, hidden=(4,), fourier_features=2, seed=3).double()
+    with torch.no_grad():
+        energy.out.weight += scale * normal((1, 4), 9)
+    return on_grid(LVEBM(energy, base, base, pool=PersistentPool(61**2)))
+
+
+def exact_penalty(ebm: LVEBM) -> float:
+    """log(1 + 2 KL(p_θ ‖ base)) by quadrature."""
+    u = ebm.pool.u[0]
+    with torch.no_grad():
+        f = ebm.residual(u)
+    log_base = torch.log_softmax(-0.5 * (u * u).sum(-1), 0)
+    log_p = torch.log_softmax(log_base - f, 0)
+    return math.log1p(2.0 * float((log_p.exp() * (log_p - log_base)).sum()))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7, 30.0])
+@pytest.mark.parametrize("scale", [2.0, 8.0])
+def test_kl_to_base_is_that_of_quadrature(strength: float, scale: float) -> None:
+    """Near the base and far from it; a constant in f costs nothing."""
+    ebm = small_network(scale)
+    expected = strength * exact_penalty(ebm)
+    assert exact_penalty(ebm) > 0.05
+    assert kl_to_base(strength)(ebm).item() == pytest.approx(expected, rel=1e-9)
+    with torch.no_grad():
+        ebm.f.out.bias += 5.0
+    ebm.pool.f = ebm.pool.f + 5.0
+    assert kl_to_base(strength)(ebm).item() == pytest.approx(expected, rel=1e-9)
+
+
+def slopes_of_kl_to_base(penalty: Penalty) -> tuple[Tensor, Tensor]:
+    """Its gradient along six directions, and finite differences of the exact value."""
+    ebm = small_network(8.0)
+    params = [p for p in ebm.f.parameters() if p.requires_grad]
+    penalty(ebm).backward()
+    grad = torch.cat([p.grad.flatten() for p in params])
+    start, eps, ours, exact = flat(params), 1e-5, [], []
+    for k in range(6):
+        direction = normal((len(start),), 40 + k)
+        ends = []
+        for sign in (1.0, -1.0):
+            nn.utils.vector_to_parameters(start + sign * eps * direction, params)
+            ends.append(exact_penalty(ebm))
+        ours.append(float(grad @ direction))
+        exact.append((ends[0] - ends[1]) / (2 * eps))
+    return torch.tensor(ours, dtype=torch.float64), torch.tensor(exact, dtype=torch.float64)
+
+
+def test_the_gradient_of_kl_to_base_is_that_of_the_exact_prior() -> None:
+    """Of log(1 + 2 KL), whose weights move with θ, so that a fit maximises a posterior."""
+    ours, exact = slopes_of_kl_to_base(kl_to_base(1.0))
+    assert exact.norm() > 0.1
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_check_fails_for_the_variance_with_weights_held() -> None:
+    """Its gradient is that of KL times another factor, which no prior has."""
+
+    def variance(ebm: LVEBM) -> Tensor:
+        return torch.log1p(ebm.pool.variance(ebm.negative_residuals()[0]))
+
+    ours, exact = slopes_of_kl_to_base(variance)
+    assert (ours - exact).norm() > 0.03 * exact.norm()
+
+
+def test_kl_to_base_leaves_functions_of_the_context_free() -> None:
+    """f = 3 c changes no p(x, z | c); f = 3 c + ½ u² does."""
+    context = normal((40, 1), 1).float()
+    x = context + normal((40, 1), 2).float()
+
+    class Offset(nn.Module):
+        def __init__(self, slope: float) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(slope))
+
+        def forward(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
+            return 3.0 * c.squeeze(-1) + self.slope * z.square().sum(-1)
+
+    values = []
+    for slope in (0.0, 0.5):
+        pool = ContextPool(4, 32, num_moves=2)
+        ebm = LVEBM.from_data(Offset(slope), x, z_dim=2, context=context, pool=pool)
+        pool.refresh(ebm, context)
+        values.append(kl_to_base(1.0)(ebm).item())
+    assert values[0] == pytest.approx(0.0, abs=1e-5)
+    assert values[1] > 0.1
 
 
 def exact_mean_square() -> float:
@@ -118,7 +237,7 @@ def test_weight_decay_is_half_the_sum_of_squares(ebm: LVEBM, strength: float) ->
 # --- gradients ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", sorted(set(PENALTIES) - {"kl_to_base"}))
 def test_gradients_are_finite_differences(name: str, ebm: LVEBM) -> None:
     """Along six directions; pool and weights are held, as in a step."""
     params = [p for p in ebm.f.parameters() if p.requires_grad]
@@ -205,6 +324,80 @@ def test_without_strength_training_is_what_it_was(free: Saddle) -> None:
     for a, b in zip(free.ebms[0].f.parameters(), same.ebms[0].f.parameters(), strict=True):
         assert torch.equal(a, b)
     assert free.history.equals(same.history)
+
+
+@pytest.mark.parametrize(("x_dim", "z_dim", "strength"), [(2, 1, 24.0), (5, 3, 64.0)])
+def test_a_network_brings_eight_nats_for_each_dimension(
+    x_dim: int, z_dim: int, strength: float
+) -> None:
+    assert MLPEnergy(x_dim, z_dim).kl_penalty == strength
+    assert MLPEnergy(x_dim, z_dim, kl_penalty=0.25).kl_penalty == 0.25
+
+
+@pytest.mark.parametrize("strength", [-1e-9, math.nan, math.inf])
+def test_a_negative_kl_penalty_is_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match="kl_penalty must be finite and not negative"):
+        MLPEnergy(2, 1, kl_penalty=strength)
+
+
+def noise_fitted(**options: float) -> LVEBM:
+    """A network fitted to 40 rows of six independent normal columns: the base is the truth."""
+    pyro.clear_param_store()
+    x = normal((40, 6), 3)
+    energy = MLPEnergy(6, 1, hidden=(32, 32), seed=1, **options).double()
+    pool = TemperedPool(4, 64, num_moves=4)
+    ebm = LVEBM.from_data(energy, x, z_dim=1, pool=pool)
+    model = plate_model(ebm)
+    Saddle(model, AutoParticles(model, 2), Adam({"lr": 0.003})).fit(
+        x, num_steps=120, progress=False
+    )
+    return ebm
+
+
+def kl_of(ebm: LVEBM) -> float:
+    return 0.5 * math.expm1(kl_to_base(1.0)(ebm).item())
+
+
+def test_few_rows_of_noise_are_fitted_less_with_the_penalty_of_the_network() -> None:
+    """KL from the base; the sibling without it shows that there was something to fit."""
+    free, default = kl_of(noise_fitted(kl_penalty=0.0)), kl_of(noise_fitted())
+    assert free > 0.5
+    assert default < 0.5 * free
+
+
+@pytest.mark.parametrize("strength", [0.0, 3.0])
+def test_a_step_has_the_penalty_of_each_energy(strength: float) -> None:
+    """In the loss, with θ held still, beside penalties of the Saddle; frozen energies have none."""
+    x = data_of(quadratic_ebm(2, 1), 20)
+    losses = []
+    for own in (0.0, strength):
+        pyro.clear_param_store()
+        ebm = warm(make_neural(2, 1, pool=tiny_pool()), 3)
+        ebm.f.kl_penalty = own
+        model = plate_model(ebm)
+        optim = SGD({"lr": 0.0})
+        saddle = Saddle(model, AutoParticles(model, 2), optim, penalties=[weight_decay(0.1)])
+        losses.append(saddle.step(x))
+        expected = kl_to_base(own)(ebm).item()
+        with ebm.frozen():
+            losses.append(saddle.step(x))
+    assert (expected > 0.1) == (strength > 0)
+    assert losses[2] - losses[0] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert losses[3] == losses[1]
+
+
+def test_each_energy_has_its_own_penalty_once() -> None:
+    """Two networks of different strengths, and then one network in two LVEBMs."""
+    ebms = [warm(make_neural(2, 1, pool=tiny_pool()), 3) for _ in range(2)]
+    expected = 0.0
+    for ebm, strength in zip(ebms, (2.0, 5.0), strict=True):
+        ebm.f.kl_penalty = strength
+        expected += kl_to_base(strength)(ebm).item()
+    assert add_penalties([], ebms) == pytest.approx(expected)
+    twin = LVEBM(ebms[0].f, ebms[0].base_x, ebms[0].base_z, pool=tiny_pool())
+    alone = add_penalties([], ebms[:1])
+    assert alone > 0.0
+    assert add_penalties([], [ebms[0], twin]) == alone
 
 
 def test_penalties_add_up_in_the_loss() -> None:
@@ -297,7 +490,23 @@ def test_an_energy_without_matrices_is_refused(make: Callable[[float], Penalty])
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-@pytest.mark.parametrize("strength", [-1e-9, -2.0, math.nan])
+@pytest.mark.parametrize("strength", [-1e-9, -2.0, math.nan, math.inf])
 def test_negative_strengths_are_refused(name: str, strength: Any) -> None:
-    with pytest.raises(ValueError, match=f"strength must not be negative; got {strength}"):
+    with pytest.raises(
+        ValueError, match=f"strength must be finite and not negative; got {strength}"
+    ):
         PENALTIES[name](strength)
+
+
+def test_a_penalty_that_raises_leaves_no_gradient() -> None:
+    """Else the first update of the next Saddle on the same LVEBM would be twice as long."""
+    ebm, x = warm(quadratic_ebm(), 3), data_of(quadratic_ebm(), 20)
+    model = plate_model(ebm)
+
+    def broken(ebm: LVEBM) -> Tensor:
+        raise RuntimeError("broken penalty")
+
+    saddle = Saddle(model, AutoParticles(model, 2), SGD({"lr": 0.1}), penalties=[broken])
+    with pytest.raises(RuntimeError, match="broken penalty"):
+        saddle.step(x)
+    assert not any(p.grad is not None and p.grad.any() for p in ebm.f.parameters())
