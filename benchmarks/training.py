@@ -64,7 +64,7 @@ class Effort:
     refit: bool
 
 
-FULL = Effort(5000, 2500, 1000, 20, 8, 2048, 256, 5, True)
+FULL = Effort(5000, 1000, 1000, 20, 8, 2048, 64, 5, True)
 QUICK = Effort(150, 60, 60, 20, 8, 512, 8, 1, False)
 
 

@@ -25,7 +25,7 @@ from pyro_lvebm.trust_region import (
 )
 from pyro_lvebm.validation import DataError
 
-_LEAST = 1.0 / 8.0
+_LEAST = 0.5
 """How far an update moves the model at least, in units of the radius of the trust region."""
 
 
@@ -59,7 +59,7 @@ def ascend(
         ebms: The LVEBMs of the model.
         factor: Multiplies the update.
         max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
-        min_kl: How far an update moves a model at least, in nats; None is an eighth of `max_kl`.
+        min_kl: How far an update moves a model at least, in nats; None is half of `max_kl`.
         last_good: For each parameter, the last value whose loss was finite.
         step: Number of this step, for messages.
 
@@ -67,30 +67,36 @@ def ascend(
         ValueError: If the loss, a gradient or the update is NaN or infinite; parameters are then
             back at the last values with a finite loss.
     """
-    pairs = PositivePairs()
-    with warnings.catch_warnings(), pairs, poutine.trace(param_only=True) as capture:
-        warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
-        try:
-            loss = loss_and_grads()
-        except BaseException as error:
-            zero_grads(_params_met(capture.trace))
-            if isinstance(error, DataError) or not isinstance(error, ValueError):
-                raise
-            restore_last_good(last_good)
-            raise ValueError(
-                f"the loss could not be computed at step {step}; parameters are back at the last "
-                f"values with a finite loss: {error}"
-            ) from error
-    params = _params_met(capture.trace)
+    pairs, capture = PositivePairs(), poutine.trace(param_only=True)
     try:
+        with warnings.catch_warnings(), pairs, capture:
+            warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
+            loss = _loss_of(loss_and_grads, last_good, step)
+        params = _params_met(capture.trace)
         check_finite(loss, params, last_good, step)
         positive = pairs.mean_energies()
         before, halvings, kl, longer = bounded_step(
             optim, params, factor=factor, ebms=ebms, max_kl=max_kl, min_kl=min_kl, step=step
         )
     finally:
-        zero_grads(params)
+        zero_grads(_params_met(capture.trace))
     return Ascent(loss, positive, before, halvings, kl, longer)
+
+
+def _loss_of(
+    loss_and_grads: Callable[[], float], last_good: dict[Tensor, Tensor], step: int
+) -> float:
+    """Run the loss; where the model cannot be evaluated, put parameters back first."""
+    try:
+        return loss_and_grads()
+    except DataError:
+        raise
+    except ValueError as error:
+        restore_last_good(last_good)
+        raise ValueError(
+            f"the loss could not be computed at step {step}; parameters are back at the last "
+            f"values with a finite loss: {error}"
+        ) from error
 
 
 def _params_met(trace: poutine.Trace) -> list[Tensor]:
@@ -162,7 +168,7 @@ def bounded_step(
         factor: Multiplies the update, such as a schedule between 0 and 1.
         ebms: The LVEBMs whose energies are among the parameters.
         max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
-        min_kl: How far an update moves a model at least, in nats; None is an eighth of `max_kl`.
+        min_kl: How far an update moves a model at least, in nats; None is half of `max_kl`.
         step: Number of this step, for the message.
 
     Returns:

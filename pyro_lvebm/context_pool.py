@@ -226,6 +226,14 @@ class ContextPool(TemperedPool):
         """
         return 0.5 * self.variance(f - self.negative_f)
 
+    def kl_from_base(self) -> Tensor:
+        """Return the mean over contexts of KL(p_θ(· | c) ‖ base), a scalar, in nats.
+
+        It is −E[f | c] − log Z(c).
+        """
+        kl = -(self.log_weights.exp() * self.negative_f).sum() - self.log_partition
+        return kl.clamp(min=0.0)
+
     def variance(self, f: Tensor) -> Tensor:
         """Return the mean over contexts of Var(f | c) = ½ E[(f_1 − f_2)²], a scalar, with a graph.
 

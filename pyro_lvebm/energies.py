@@ -28,7 +28,7 @@ class WhitenedEnergy(nn.Module):
             leaves maximum likelihood.
 
     Raises:
-        ValueError: If a dimension is less than 1, or the strength is negative.
+        ValueError: If a dimension is less than 1, or the strength is negative or not finite.
     """
 
     def __init__(self, x_dim: int, z_dim: int, *, kl_penalty: float = 0.0) -> None:
@@ -154,11 +154,13 @@ class MLPEnergy(WhitenedEnergy):
         context_dim: Number of entries of a context; 0 for an energy without contexts.
         kl_penalty: Strength of the `kl_to_base` that a `Saddle` adds to its loss, in nats, so
             that few rows do not overfit; next to nothing where rows abound. None is
-            8 (x_dim + z_dim), and 0 leaves maximum likelihood.
+            8 (x_dim + z_dim), and 0 leaves maximum likelihood. Where the model is scaled, such as
+            by 1 / N, scale it likewise.
         seed: Fixes the initial weights and B.
 
     Raises:
-        ValueError: If a size is less than 1, or `fourier_features` or `kl_penalty` negative.
+        ValueError: If a size is less than 1, `fourier_features` is negative, or `kl_penalty` is
+            negative or not finite.
 
     Source:
         Rahimi and Recht (2007), Random features for large-scale kernel machines, section 3;

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_lvebm.energies import WhitenedEnergy
 from pyro_lvebm.model import LVEBM
 
 Penalty = Callable[[LVEBM], Tensor]
@@ -30,7 +29,7 @@ def energy_l2(strength: float) -> Penalty:
         strength: Factor of the penalty, per nat, not negative.
 
     Raises:
-        ValueError: If the strength is negative.
+        ValueError: If the strength is negative or not finite.
 
     Source:
         Du and Mordatch (2019), Implicit generation and modeling with energy-based models, section
@@ -58,7 +57,8 @@ def kl_to_base(strength: float) -> Penalty:
 
     Its exponential is a prior with heavy tails, (1 + 2 KL)^−strength. It holds a model near its
     base close to it, but the further the rows have taken the model, the less it does. A constant
-    in f costs nothing, nor does a function of the context alone. An `MLPEnergy` brings it along.
+    in f costs nothing, nor does a function of the context alone. A `Saddle` adds it by itself for
+    an energy with an attribute `kl_penalty`, its strength, as an `MLPEnergy` has.
     Its gradient is that of KL as the pool sees it,
 
         ∇ KL(p_θ ‖ base) = Cov_θ(f, ∇f) = ½ ∇ Var_pool f    with the weights held fixed.
@@ -84,9 +84,8 @@ def kl_to_base(strength: float) -> Penalty:
 
     def penalty(ebm: LVEBM) -> Tensor:
         f, _ = ebm.negative_residuals()
-        kl = ebm.pool.kl_to(torch.zeros_like(f))
+        scale = 1.0 + 2.0 * ebm.pool.kl_from_base()
         variance = ebm.pool.variance(f)
-        scale = 1.0 + 2.0 * kl
         return strength * (scale.log() + (variance - variance.detach()) / scale)
 
     return penalty
@@ -101,7 +100,7 @@ def spectral_norm(strength: float) -> Penalty:
         strength: Factor of the penalty, not negative.
 
     Raises:
-        ValueError: If the strength is negative.
+        ValueError: If the strength is negative or not finite.
 
     Source:
         Yoshida and Miyato (2017), Spectral norm regularization for improving the generalizability
@@ -123,7 +122,7 @@ def weight_decay(strength: float) -> Penalty:
         strength: Factor of the penalty, not negative.
 
     Raises:
-        ValueError: If the strength is negative.
+        ValueError: If the strength is negative or not finite.
 
     Source:
         Krogh and Hertz (1991), A simple weight decay can improve generalization, equation 3.
@@ -139,23 +138,20 @@ def weight_decay(strength: float) -> Penalty:
 def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
     """Add the gradients of penalties on energies that are not frozen, and return their sum.
 
-    Each energy that has a `kl_penalty` gets its own beside them.
+    Each energy that has a `kl_penalty` gets its own beside them, once, also where it serves two
+    LVEBMs.
     """
     total = 0.0
-    first = {id(ebm.f): ebm for ebm in reversed(ebms)}  # one network may serve two LVEBMs
+    met: set[int] = set()
     for ebm in ebms:
-        chosen = [*penalties, *(_own(ebm) if first[id(ebm.f)] is ebm else [])]
+        strength = 0.0 if id(ebm.f) in met else getattr(ebm.f, "kl_penalty", 0.0)
+        met.add(id(ebm.f))
+        chosen = [*penalties, *([kl_to_base(strength)] if strength else [])]
         if chosen and any(p.requires_grad for p in ebm.f.parameters()):
             penalty = torch.stack([p(ebm) for p in chosen]).sum()
             penalty.backward()
             total += float(penalty.detach())
     return total
-
-
-def _own(ebm: LVEBM) -> list[Penalty]:
-    if isinstance(ebm.f, WhitenedEnergy) and ebm.f.kl_penalty:
-        return [kl_to_base(ebm.f.kl_penalty)]
-    return []
 
 
 def _matrices(ebm: LVEBM) -> list[Tensor]:

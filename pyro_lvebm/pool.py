@@ -139,6 +139,14 @@ class Pool(nn.Module):
         log_new = torch.log_softmax(log_w - (f - self.negative_residuals()), 0)
         return (log_w.exp() * (log_w - log_new)).sum()
 
+    def kl_from_base(self) -> Tensor:
+        """Return KL(p_θ ‖ base) as the weighted negatives see it, a scalar, in nats.
+
+        Where no negative comes from the base, as in a `PersistentPool`, it is too small for a
+        model that is much narrower than its base.
+        """
+        return self.kl_to(torch.zeros_like(self.negative_residuals()))
+
     def variance(self, f: Tensor) -> Tensor:
         """Return Var f under p_θ as the weighted negatives see it, a scalar, with a graph.
 

@@ -142,9 +142,9 @@ class Saddle(SVI):
     def history(self) -> pd.DataFrame:
         """What happened at every step, indexed by the number of steps; energies in nats.
 
-        Columns: `loss`; `positive_energy` and `negative_energy`, the means of E_θ over the
-        minibatch and over the weighted negatives; `log_partition` and `log_partition_se`, log Z
-        online; `ess`, of the pool; `acceptance_<level>` and `swap_rate_<pair>` of the pool;
+        Columns: `loss`, with penalties; `positive_energy` and `negative_energy`, the means of E_θ
+        over the minibatch and over the weighted negatives; `log_partition` and `log_partition_se`,
+        log Z online; `ess`, of the pool; `acceptance_<level>` and `swap_rate_<pair>` of the pool;
         `latent_acceptance_<site>`; `kl`, of the update in nats; `halvings` and `lengthening` of
         it; `log_evidence` and `log_evidence_se`, where `fit` evaluated held-out data. In a model
         with several LVEBMs the columns of all but the first end in `@<site>`.
@@ -159,7 +159,7 @@ class Saddle(SVI):
             kwargs: Keyword arguments of the model and the guide.
 
         Returns:
-            The loss, in nats, scaled to all data, before the update.
+            The loss with its penalties, in nats, scaled to all data, before the update.
 
         Raises:
             ValueError: If the guide was made for another number of rows, or the loss or a
@@ -199,7 +199,7 @@ class Saddle(SVI):
                 with `min_kl=0`, leaves the updates as the optimiser made them.
             min_kl: An update that moves the LVEBMs by less than this many nats, times the square of
                 the schedule's factor, is made up to eight times longer, so that a small learning
-                rate is no slow one. By default an eighth of the radius of the trust region; 0
+                rate is no slow one. By default half of the radius of the trust region; 0
                 leaves short updates as they are, as `step` does.
             held_out: Arguments of the model for held-out data, as a tuple; keyword arguments are
                 those of the training data. A plate needs as many rows as it subsamples: use
@@ -379,7 +379,8 @@ class Saddle(SVI):
 
         Args:
             path: File written by `save`.
-            model: The same model as then, with LVEBMs of the same shapes; they are filled.
+            model: The same model as then, with LVEBMs of the same shapes and `kl_penalty`; they are
+                filled.
             guide: A guide like the one saved; it is filled.
             optim: An optimiser like the one saved.
             args: Arguments of the model, on which it is run once to find its parts.

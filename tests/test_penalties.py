@@ -177,6 +177,45 @@ def test_kl_to_base_leaves_functions_of_the_context_free() -> None:
     assert values[1] > 0.1
 
 
+class Narrower(nn.Module):
+    """f = 1.5 |z|² + 3 c: both entries of z have precision 4 where their base has 1."""
+
+    def forward(self, x: Tensor, z: Tensor, c: Tensor | None = None) -> Tensor:
+        return 1.5 * z.square().sum(-1) + (0.0 if c is None else 3.0 * c.squeeze(-1))
+
+
+KL_NARROWER = math.log(4.0) + 1.0 / 4.0 - 1.0
+
+
+def kls_from_base(conditional: bool, count: int = 12) -> list[float]:
+    """KL(p_θ ‖ base) of `Narrower`, as pools of their own see it."""
+    x, context, found = normal((40, 1), 2), normal((40, 1), 1), []
+    for seed in range(count):
+        if conditional:
+            pool = ContextPool(4, 64, num_moves=4, seed=seed)
+            ebm = LVEBM.from_data(Narrower(), x, z_dim=2, context=context, pool=pool)
+            for _ in range(30):
+                pool.refresh(ebm, context)
+        else:
+            pool = TemperedPool(4, 64, num_moves=4, seed=seed)
+            ebm = warm(LVEBM.from_data(Narrower(), x, z_dim=2, pool=pool), 30)
+        found.append(pool.kl_from_base().item())
+    return found
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_kl_from_the_base_is_exact(conditional: bool) -> None:
+    """Twelve pools, Student's test; false alarm ALPHA for each."""
+    assert mean_p_value(kls_from_base(conditional), KL_NARROWER) > ALPHA
+
+
+def test_the_check_fails_for_kl_to_second_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ContextPool.kl_to` has it, which is for short updates."""
+    second_order = lambda pool: pool.kl_to(torch.zeros_like(pool.negative_f))  # noqa: E731
+    monkeypatch.setattr(ContextPool, "kl_from_base", second_order)
+    assert mean_p_value(kls_from_base(conditional=True), KL_NARROWER) < CERTAIN
+
+
 def exact_mean_square() -> float:
     """E[f²] of f = ½ uᵀAu + bᵀu under the model: the moments of a quadratic form."""
     a, b = PRECISION.numpy() - np.eye(3), LINEAR.numpy()
@@ -394,7 +433,8 @@ def test_each_energy_has_its_own_penalty_once() -> None:
         ebm.f.kl_penalty = strength
         expected += kl_to_base(strength)(ebm).item()
     assert add_penalties([], ebms) == pytest.approx(expected)
-    twin = LVEBM(ebms[0].f, ebms[0].base_x, ebms[0].base_z, pool=tiny_pool())
+    twin = warm(LVEBM(ebms[0].f, ebms[0].base_x, ebms[0].base_z, pool=tiny_pool()), 3)
+    assert kl_to_base(2.0)(twin).item() > 0.1
     alone = add_penalties([], ebms[:1])
     assert alone > 0.0
     assert add_penalties([], [ebms[0], twin]) == alone

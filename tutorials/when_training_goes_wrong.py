@@ -120,9 +120,10 @@ history_figure(saddle.history)
 # How to read the panels:
 #
 # - **mean energy**: of the data and of the model's draws. At the maximum of the likelihood the
-#   gradient vanishes, and for a flexible energy the two come close, up to some 16 d / N nats that
-#   the prior of an `MLPEnergy` takes. A gap that *grows* says that the pool does not follow. On a
-#   small table a gap also says that the data at hand are fitted better than others would be.
+#   gradient vanishes, and for a flexible energy the two come close, up to a gap of the order of
+#   16 d / N nats that the prior of an `MLPEnergy` leaves. A gap that *grows* says that the pool
+#   does not follow. On a small table a gap also says that the data at hand are fitted better than
+#   others would be.
 # - **log Z online**: the pool's estimate. It moves with $\theta$; in the end it should settle.
 # - **effective negatives**: the ESS of the weighted pool, out of all its chains.
 # - **moves** of pool and latents: MALA adapts its step size until about 57 % are accepted. Rates
