@@ -67,7 +67,9 @@ class LogPartition:
     @property
     def _failure(self) -> str | None:
         difference = self.reverse - self.forward
-        if self.reverse_limit < self.lower or not self.lower <= self.estimate <= self.upper:
+        slack = surprise(self.num_runs) * self.std_error
+        inside = self.lower - slack <= self.estimate <= self.upper + slack
+        if self.reverse_limit < self.lower or not inside:
             return (
                 f"forward and reverse differ by {difference:.2f} nats: the pool misses a mode "
                 "that annealing from the base finds, so its draws and its gradients are wrong; "

@@ -477,12 +477,15 @@ def test_a_good_bracket_is_reliable() -> None:
     assert GOOD.verdict == "forward and reverse agree within 0.300 nats"
     assert str(GOOD) == "log Z = 1.0000 ± 0.0200 in [0.9000, 1.2000]"
     assert replace(GOOD, max_width=0.31).is_reliable
+    assert replace(GOOD, estimate=0.9 - 3.5 * 0.02).is_reliable  # three standard errors, 16 runs
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"reverse": 0.8, "reverse_limit": 0.89}, "differ by -0.17 nats: the pool misses a mode"),
+        ({"estimate": 0.9 - 3.7 * 0.02}, "nats: the pool misses a mode"),
+        ({"estimate": 1.2 + 3.7 * 0.02}, "nats: the pool misses a mode"),
         (
             {"upper": 1.5, "reverse": 1.4, "reverse_limit": 1.5},
             "is 0.60 wide where 0.50 was asked: annealing is too",
