@@ -48,8 +48,8 @@ def test_the_log_z_of_another_site_has_no_error() -> None:
 
 
 def test_a_bracket_that_failed_says_so() -> None:
-    """Its lower end above the reverse limit: forward and reverse differ."""
-    axes = plot_log_partition(HISTORY, bracket(3.0, 0.1, 3.5, 4.0))
+    """The estimate lies below the lower end, and has no error that would explain it."""
+    axes = plot_log_partition(HISTORY, bracket(3.0, 0.0, 3.5, 4.0))
     texts = [t.get_text() for t in axes.get_legend().get_texts()]
     assert "annealed bracket, NOT RELIABLE" in texts
 
