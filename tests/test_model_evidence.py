@@ -261,7 +261,8 @@ def test_mass_that_the_pool_has_missed_is_found_and_no_other(ebm: LVEBM, x: Tens
     """An exact pool is contradicted in 0.13 % of cases, in two of 30 by a false alarm of 8e-4."""
     assert np.count_nonzero(missed(ebm, x[:4], 0.0, range(30))) < 2
     assert missed(ebm, x[:4], 1.0, range(5)) == [0.0] * 5  # too much is not missed
-    assert missed(ebm, x[:4], -2.0, range(5)) == pytest.approx([2.0] * 5, abs=0.5)
+    # The standard error of 2,048 particles is 0.036 nats over seeds.
+    assert missed(ebm, x[:4], -2.0, range(5)) == pytest.approx([2.0] * 5, abs=0.15)
 
 
 def test_the_check_fails_where_few_runs_count_as_many(
