@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lvebm.independence import independence_step
 from pyro_lvebm.langevin import MALA, LangevinState, ValueAndGrad, init_state
 from pyro_lvebm.preconditioning import inverse_root
 from pyro_lvebm.reweighting import ess, systematic_resample
@@ -132,6 +133,7 @@ def anneal(
     *,
     num_moves: int = 2,
     resample: bool = True,
+    independence: bool = False,
     keep_path: bool = False,
     generator: torch.Generator | None = None,
 ) -> Annealed:
@@ -144,6 +146,7 @@ def anneal(
         num_moves: MALA steps at each temperature.
         resample: True is sequential Monte Carlo; False is annealed importance sampling, whose
             particles stay independent and carry their own weights.
+        independence: Make one `independence_step` after the MALA moves at each temperature.
         keep_path: Return f at every temperature, too.
         generator: Source of randomness; None means torch's global generator.
 
@@ -178,6 +181,8 @@ def anneal(
                 scale=scale,
                 generator=generator,
             )
+        if independence:
+            state = independence_step(f, state, inverse_temperature=beta_next, generator=generator)
         path += [state.f] if keep_path else []
     f_path = torch.stack(path) if keep_path else None
     return Annealed(log_ratio if resample else log_mean_exp(log_w), log_w, state, f_path)

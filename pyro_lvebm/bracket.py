@@ -65,16 +65,28 @@ def both_directions(
 ) -> Runs:
     """Anneal up from base draws and down from model draws, and combine both by Bennett's ratio.
 
+    The runs down need the independence moves. A region that few model draws are in may have much
+    mass at a higher temperature; if only such a draw can bring particles there, 1/Ẑ has heavy
+    tails.
+
     Args:
         f: Residual energy.
         start: Base draws (runs, problems, particles, d).
         draws: Model draws of the same shape.
         schedule: Temperatures and moves, fixed beforehand.
-        num_moves: MALA steps at each temperature.
+        num_moves: MALA steps at each temperature, before one independence move.
         generator: Source of randomness.
     """
     up, down = (
-        anneal(f, v, path, num_moves=num_moves, keep_path=True, generator=generator)
+        anneal(
+            f,
+            v,
+            path,
+            num_moves=num_moves,
+            independence=True,
+            keep_path=True,
+            generator=generator,
+        )
         for v, path in ((start, schedule), (draws, schedule.reversed()))
     )
     assert up.f_path is not None and down.f_path is not None

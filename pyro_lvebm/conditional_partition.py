@@ -100,7 +100,7 @@ def conditional_log_partition(
         seed: Fixes every random number.
         num_particles: Particles of each run.
         num_runs: Independent runs in each direction for each context, at least 2.
-        num_moves: MALA steps at each temperature.
+        num_moves: MALA steps at each temperature, before one move with a proposal from the base.
         relative_ess: Wanted ESS / n between temperatures in the pilot run, in (0, 1).
 
     Returns:

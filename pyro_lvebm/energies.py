@@ -131,6 +131,9 @@ def check_energy(
 _WHITENED_SCALE, _STANDARDISED_SCALE = 0.5, 2.0
 """Of the inputs u_x and x̃ (measured on wine, breast cancer and digits, docs/training.md)."""
 
+_FOURIER_SCALE = 0.5
+"""Of the Fourier features (measured on 8 Gaussians and pinwheel, docs/training.md)."""
+
 _KL_PENALTY_PER_DIM = 8.0
 """Nats (measured on the same tables, docs/training.md)."""
 
@@ -138,7 +141,8 @@ _KL_PENALTY_PER_DIM = 8.0
 class MLPEnergy(WhitenedEnergy):
     """A SiLU network on whitened and standardised coordinates, with fixed Fourier features.
 
-        f(u) = W_k σ(… σ(W_1 φ(u) + b_1) …) + b_k,    φ(u) = (½ u_x, t, 2 x̃, sin u_x B, cos u_x B)
+        f(u) = W_k σ(… σ(W_1 φ(u) + b_1) …) + b_k,
+        φ(u) = (½ u_x, t, 2 x̃, ½ sin u_x B, ½ cos u_x B)
 
     Here u = (u_x, u_z) is whitened by the bases, t = 2 tanh(u_z / 2), and x̃ = (x − μ) / s has the
     columns of x in units of their standard deviations s. Large differences between data lie mostly
@@ -146,7 +150,8 @@ class MLPEnergy(WhitenedEnergy):
     in place but not z, and tanh keeps z from drifting away from its base. The last layer starts at
     zero, so an untrained LVEBM is its base and log Z = 0. The columns of B are drawn once from
     N(0, 1.5² min(1, 2/d_x)²) and never trained; they let a smooth network follow thin structures,
-    and f stays Lipschitz. With a context c, φ has the entries of (c − m) / s too (`standardise`).
+    and f stays Lipschitz. Halved they are learnt later than the smooth inputs, and overfit later.
+    With a context c, φ has the entries of (c − m) / s too (`standardise`).
 
     Args:
         x_dim: Number of entries of x.
@@ -290,7 +295,7 @@ class MLPEnergy(WhitenedEnergy):
         return value
 
     def _first_weight(self) -> Tensor:
-        """W_1 on (u_x, t, sin, cos, c): folding the linear map into it spares two large products.
+        """W_1 on (u_x, t, sin, cos, c): folding the scales into it spares large products.
 
         It is made as a transpose, because products with a few columns are four times faster so.
         """
@@ -298,7 +303,10 @@ class MLPEnergy(WhitenedEnergy):
         width = self.linear.shape[1]
         if weight.shape[1] == width:
             return (self.linear @ weight.T).T
-        return torch.cat([self.linear @ weight[:, :width].T, weight[:, width:].T]).T
+        by_input, by_feature, by_context = weight.T.split(
+            [width, 2 * self.frequencies.shape[1], self.context_dim]
+        )
+        return torch.cat([self.linear @ by_input, _FOURIER_SCALE * by_feature, by_context]).T
 
     def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.

@@ -130,7 +130,7 @@ def log_partition(
         seed: Fixes every random number.
         num_particles: Particles of each run.
         num_runs: R, independent runs in each direction, at least 2.
-        num_moves: MALA steps at each temperature.
+        num_moves: MALA steps at each temperature, before one move with a proposal from the base.
         relative_ess: Wanted ESS / n between temperatures in the pilot run, in (0, 1).
         num_refreshes: Refreshes of the copied pool before model draws are taken.
         target_se: Add `num_runs` further runs until `std_error` is at most this, in nats.

@@ -92,10 +92,17 @@ def forward(
     num_moves: int = 2,
     runs: int = 2000,
     dtype: torch.dtype = torch.float64,
+    independence: bool = False,
 ) -> Annealed:
     v = normal((runs, 2, 16, 3), 2, dtype)
     result = anneal(
-        residual(dtype), v, schedule, num_moves=num_moves, resample=resample, generator=seeded(3)
+        residual(dtype),
+        v,
+        schedule,
+        num_moves=num_moves,
+        resample=resample,
+        independence=independence,
+        generator=seeded(3),
     )
     assert result.log_ratio.shape == (runs, 2) and result.log_ratio.dtype == dtype
     assert result.log_weights.shape == (runs, 2, 16) and result.state.u.shape == v.shape
@@ -136,12 +143,15 @@ SETTINGS = pytest.mark.parametrize(
 
 @SCHEDULES
 @SETTINGS
+@pytest.mark.parametrize("independence", [False, True])
 def test_estimate_is_unbiased_and_draws_follow_the_target(
-    resample: bool, num_moves: int, count: int, dtype: torch.dtype, make
+    independence: bool, resample: bool, num_moves: int, count: int, dtype: torch.dtype, make
 ) -> None:
     """SMC and AIS: mean of Ĉ / C, and of Ĉ φ / C, over 2,000 runs. False alarms: 2e-3 a case."""
     schedule = make(count, dtype)
-    result = forward(schedule, resample=resample, num_moves=num_moves, dtype=dtype)
+    result = forward(
+        schedule, resample=resample, num_moves=num_moves, dtype=dtype, independence=independence
+    )
     assert ratio_p_value(result) > ALPHA
     assert moment_p_value(result) > ALPHA
 
@@ -206,6 +216,18 @@ def test_checks_fail_for_a_kernel_with_another_target(
     assert moment_p_value(result) < CERTAIN
 
 
+def test_checks_fail_for_independence_moves_that_are_always_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def accept(f, state, *, inverse_temperature, generator):
+        return langevin.init_state(f, normal(tuple(state.u.shape), 9))
+
+    monkeypatch.setattr(annealing, "independence_step", accept)
+    result = forward(fixed_schedule(), resample=False, independence=True)
+    assert ratio_p_value(result) < CERTAIN
+    assert moment_p_value(result) < CERTAIN
+
+
 # --- backwards from exact draws -------------------------------------------------------------
 
 
@@ -234,6 +256,44 @@ def test_reverse_run_estimates_the_inverse(resample: bool, make) -> None:
     assert ratio_p_value(reverse(backward, resample), -LOG_C) > ALPHA
     assert ratio_p_value(reverse(backward, resample), LOG_C) < CERTAIN
     assert ratio_p_value(reverse(make(), resample), -LOG_C) < CERTAIN
+
+
+def pocket(v: Tensor) -> tuple[Tensor, Tensor]:
+    """A ring of low energy around a pocket at the origin, behind a wall; two dimensions."""
+    r = v.norm(dim=-1)
+    inside, wall = 9.0 * torch.ones_like(r), 25.0 * torch.exp(-0.5 * ((r - 1.0) / 0.12) ** 2)
+    f = torch.where(r < 1.0, inside, -1.0) + wall
+    slope = -wall * (r - 1.0) / 0.12**2
+    return f, (slope / r.clamp(min=1e-6))[..., None] * v
+
+
+def pocket_runs(independence: bool) -> tuple[Tensor, float]:
+    """64 reverse runs from exact draws, and the exact log C by quadrature in r."""
+    r = torch.linspace(0.0, 9.0, 90_001, dtype=torch.float64)
+    density = r * torch.exp(-0.5 * r**2 - pocket(torch.stack([r, 0.0 * r], -1))[0])
+    exact = float(density.sum().log() + math.log(1e-4))
+    base = normal((64 * 2000, 2), 15)
+    index = torch.multinomial(torch.exp(-pocket(base)[0]), 64 * 500, True, generator=seeded(16))
+    betas = torch.linspace(1.0, 0.0, 16, dtype=torch.float64)
+    schedule = Schedule(betas, torch.full((16, 1, 1), 0.05, dtype=torch.float64))
+    draws = base[index].reshape(64, 1, 500, 2)
+    result = anneal(pocket, draws, schedule, independence=independence, generator=seeded(17))
+    return -result.log_ratio[:, 0], exact
+
+
+def test_independence_moves_reach_a_pocket_that_no_draw_is_in() -> None:
+    """A third of the base's mass is in a pocket that has 3e-5 of the model's.
+
+    Only particles that begin there show it to Langevin moves. Their runs have many times the usual
+    1/Ẑ, and all others too small a one. False alarms: 1e-3.
+    """
+    found, exact = pocket_runs(True)
+    relative = torch.exp(exact - found)
+    assert mean_p_value(relative[:, None], 1.0) > ALPHA
+    assert relative.std() < 0.1
+    heavy = torch.exp(exact - pocket_runs(False)[0])
+    assert heavy.std() > 10 * relative.std()
+    assert heavy.median() < 0.8 and abs(relative.median() - 1.0) < 0.05
 
 
 @SCHEDULES

@@ -87,22 +87,26 @@ def test_frequencies_have_their_bandwidth(x_dim: int, std: float) -> None:
     assert bandwidth_p_value(x_dim, 1.2 * std, 3) < CERTAIN
 
 
-def test_inputs_are_whitened_standardised_and_bounded() -> None:
-    """φ of a bound energy: ½ u_x, 2 tanh(u_z / 2), 2 (x − μ) / s."""
+@pytest.mark.parametrize(("columns", "context_dim"), [(0, 0), (5, 0), (5, 2), (0, 2)])
+def test_inputs_are_whitened_standardised_and_bounded(columns: int, context_dim: int) -> None:
+    """φ of a bound energy: ½ u_x, 2 tanh(u_z / 2), 2 (x − μ) / s, half sines and cosines, c."""
     tril = torch.tensor([[2.0, 0.0], [1.5, 0.5]])
-    energy = MLPEnergy(2, 1, (4,), 0)
+    energy = MLPEnergy(2, 1, (4,), columns, context_dim=context_dim)
     loc = torch.tensor([1.0, -3.0])
     base_x, base_z = GaussianBase(loc, tril), GaussianBase(torch.zeros(1), torch.ones(1))
     energy.bind(base_x, base_z)
     u = normal((7, 3), 1, torch.float32)
+    context = (normal((7, context_dim), 2, torch.float32),) if context_dim else ()
     x = base_x.unwhiten(u[:, :2])
     std = (tril @ tril.T).diagonal().sqrt()
+    phase = u[:, :2] @ energy.frequencies
     expected = [0.5 * u[:, :2], 2.0 * torch.tanh(0.5 * u[:, 2:]), 2.0 * (x - loc) / std]
+    expected += [0.5 * torch.sin(phase), 0.5 * torch.cos(phase), *context]
     with torch.no_grad():
         energy.out.weight.fill_(1.0)
         first = energy.hidden[0]
         direct = nn.functional.silu(first(torch.cat(expected, 1))).sum(-1)
-        torch.testing.assert_close(energy.whitened(u), direct)
+        torch.testing.assert_close(energy.whitened(u, *context), direct)
 
 
 # --- the written-out gradient ---------------------------------------------------------------

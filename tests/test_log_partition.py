@@ -153,10 +153,13 @@ def test_bracket_check_fails_for_reverse_runs_from_the_base(
     assert miss_p_value(results, exact()) > ALPHA
 
 
-def test_bracket_check_fails_for_a_kernel_with_another_target(
+def test_bracket_check_fails_for_kernels_with_another_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without its Metropolis test a kernel has another stationary law, which moves both ends."""
+    """Without their Metropolis tests both moves have other stationary laws.
+
+    With that of the independence move, it mends most of what the other one does.
+    """
 
     class AlwaysAccepts(MALA):
         def step(self, f, state, step_size, *, inverse_temperature, scale, generator):
@@ -165,7 +168,11 @@ def test_bracket_check_fails_for_a_kernel_with_another_target(
             )
             return new, torch.full_like(new.f, 0.6)
 
+    def draw_base(f, state, *, inverse_temperature, generator):
+        return langevin.init_state(f, torch.empty_like(state.u).normal_(generator=generator))
+
     monkeypatch.setattr(annealing, "_KERNEL", AlwaysAccepts())
+    monkeypatch.setattr(annealing, "independence_step", draw_base)
     estimates = np.array([r.estimate for r in brackets(20)])
     assert mean_p_value(estimates, exact()) < CERTAIN
 
@@ -580,6 +587,7 @@ def test_a_pool_that_misses_the_heavier_mode_is_found_out(share: float) -> None:
 def test_a_pool_that_misses_the_lighter_mode_has_a_bracket_around_the_truth(share: float) -> None:
     """Reverse runs are high: the share of the pool's mode falls on the way to the base.
 
+    They are the less so the more the moves mix on that way, and the lighter the missed mode is.
     Forward runs find both modes. The lower end misses with probability 1 % in each of 3 brackets;
     one miss is allowed, and two are a false alarm of 3e-4.
     """
@@ -587,8 +595,8 @@ def test_a_pool_that_misses_the_lighter_mode_has_a_bracket_around_the_truth(shar
         log_partition(two_modes(share, Given([0])), seed=seed, **MODEST) for seed in range(3)
     ]
     assert sum(holds(r) for r in results) >= 2
-    if share > 0.5:
-        assert all(r.reverse > Modes.log_z + 0.1 for r in results)
+    if share in (0.7, 0.9):
+        assert all(r.reverse > Modes.log_z + 0.08 for r in results)
         narrow = [replace(r, lower=r.reverse - 3.0 * r.std_error) for r in results]
         assert not any(holds(r) for r in narrow)  # reverse runs alone would exclude the truth
 
@@ -596,9 +604,9 @@ def test_a_pool_that_misses_the_lighter_mode_has_a_bracket_around_the_truth(shar
 def test_a_bracket_wider_than_asked_is_not_reliable() -> None:
     wide, tight = (
         log_partition(two_modes(0.9, Given([0])), seed=0, max_width=width, **MODEST)
-        for width in (0.6, 0.2)
+        for width in (0.6, 0.1)
     )
-    assert replace(wide, max_width=0.2) == tight
+    assert replace(wide, max_width=0.1) == tight
     assert wide.is_reliable and not tight.is_reliable
     assert "annealing is too fast" in tight.verdict
 
@@ -646,11 +654,16 @@ def test_missing_some_of_four_modes_is_never_a_narrow_wrong_bracket(chosen: list
 def test_four_modes_in_ten_dimensions(weights: list[float], distance: float, scale: float) -> None:
     """A pool that moves by itself: a narrow bracket around log Z, or a verdict that it failed.
 
-    A bracket misses with probability 2 %.
+    A bracket misses with probability 2 %. Two misses of three are a false alarm of 1.2e-3.
     """
-    ebm = four_modes(weights, distance, scale, TemperedPool(6, 64, num_moves=4, seed=1))
-    result = log_partition(ebm, seed=2, num_particles=512, num_runs=8, num_refreshes=40)
-    assert not result.is_reliable or (holds(result) and result.upper - result.lower < 0.3)
+    misses = 0
+    for seed in range(3):
+        pool = TemperedPool(6, 64, num_moves=4, seed=1 + seed)
+        ebm = four_modes(weights, distance, scale, pool)
+        result = log_partition(ebm, seed=2 + seed, num_particles=512, num_runs=8, num_refreshes=40)
+        assert not result.is_reliable or result.upper - result.lower < 0.3
+        misses += result.is_reliable and not holds(result)
+    assert misses <= 1
 
 
 # --- beside log Z online --------------------------------------------------------------------
