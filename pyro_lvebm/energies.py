@@ -183,6 +183,7 @@ class MLPEnergy(WhitenedEnergy):
 
     frequencies: Tensor  # B, (x_dim, fourier_features)
     linear: Tensor  # (dim, dim + x_dim), maps (u_x, t) to the first three parts of φ
+    fourier_scale: Tensor  # (), of sines and cosines in φ
 
     def __init__(
         self,
@@ -214,6 +215,7 @@ class MLPEnergy(WhitenedEnergy):
             bandwidth = 1.5 * min(1.0, 2.0 / x_dim)
             self.register_buffer("frequencies", bandwidth * torch.randn(x_dim, fourier_features))
             self.register_buffer("linear", self._linear_part())
+            self.register_buffer("fourier_scale", torch.tensor(_FOURIER_SCALE))
             widths = [self.linear.shape[1] + 2 * fourier_features + context_dim, *hidden]
             self.hidden = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
             self.out = nn.Linear(widths[-1], 1)
@@ -306,7 +308,7 @@ class MLPEnergy(WhitenedEnergy):
         by_input, by_feature, by_context = weight.T.split(
             [width, 2 * self.frequencies.shape[1], self.context_dim]
         )
-        return torch.cat([self.linear @ by_input, _FOURIER_SCALE * by_feature, by_context]).T
+        return torch.cat([self.linear @ by_input, self.fourier_scale * by_feature, by_context]).T
 
     def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.

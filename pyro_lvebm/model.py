@@ -31,6 +31,7 @@ from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
 
 _SETTLING_REFRESHES = 20
+_MAX_REFRESHES = 80
 
 
 class LVEBM(nn.Module):
@@ -319,13 +320,23 @@ class LVEBM(nn.Module):
         """Record that the pool has, or has not, been refreshed under the present θ."""
         self.pool_theta = [p.detach().clone() for p in self.f.parameters()] if fresh else []
 
-    def settle(self) -> None:
-        """Let the pool catch up with the present θ, unless θ is frozen or there are no contexts."""
+    def settle(self, log_z_error: float | None = None) -> None:
+        """Let the pool catch up with the present θ, unless θ is frozen or there are no contexts.
+
+        Args:
+            log_z_error: Go on, up to 80 refreshes in all, until a `TemperedPool` states this
+                standard error of log Z, in nats.
+        """
         if isinstance(self.pool, ContextPool) and self.pool.is_empty:
             return
         if any(p.requires_grad for p in self.f.parameters()):
             for _ in range(_SETTLING_REFRESHES):
                 self.pool.refresh(self)
+            if log_z_error is not None and isinstance(self.pool, TemperedPool):
+                for _ in range(_MAX_REFRESHES - _SETTLING_REFRESHES):
+                    if float(self.pool.log_partition_std_error) <= log_z_error:
+                        break
+                    self.pool.refresh(self)
             self.mark_pool(fresh=True)
 
     def kl_of_update(self) -> Tensor:

@@ -41,6 +41,9 @@ from pyro_lvebm.tracing import (
     frozen,
 )
 
+_LOG_Z_ERROR = 0.01
+"""Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
+
 
 class Saddle(SVI):
     """Maximum likelihood of a Pyro model with LVEBM sites, as a saddle over distributions.
@@ -243,12 +246,12 @@ class Saddle(SVI):
             yield
 
     @contextmanager
-    def _averaged(self, ebms: list[LVEBM]) -> Iterator[None]:
+    def _averaged(self, ebms: list[LVEBM], log_z_error: float | None = None) -> Iterator[None]:
         put_back = pool_snapshot(ebms)
         with self.average.swapped_in():
             try:
                 for ebm in ebms:
-                    ebm.settle()
+                    ebm.settle(log_z_error)
                 yield
             finally:
                 put_back()
@@ -279,7 +282,7 @@ class Saddle(SVI):
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
             sweep = Sweep.of(self.model, self.seed, args, kwargs)
             ebms = energy_modules(sweep.prototype)
-            with self._averaged(ebms), frozen(ebms):
+            with self._averaged(ebms, _LOG_Z_ERROR), frozen(ebms):
                 terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
                 missed = sum(missed_log_z(sweep, ebm) for ebm in ebms)
         return terms.mean()[0] - missed, terms.mean_std_error()

@@ -277,6 +277,39 @@ def test_log_z_of_a_settled_pool_is_that_of_the_averages() -> None:
     assert abs(exact) > 0.5
 
 
+def test_a_pool_settles_until_it_states_the_error_that_was_asked_for() -> None:
+    """20 refreshes and up to 80; those of a pool that states no error are always 20."""
+
+    def settled(asked: float | None) -> tuple[int, float]:
+        ebm = quadratic_ebm(pool=TemperedPool(5, 60, num_moves=4, seed=2))
+        ebm.settle(asked)
+        assert ebm.pool_is_fresh()
+        return int(ebm.pool.refreshes), float(ebm.pool.log_partition_std_error)
+
+    count, error = settled(None)
+    assert count == 20 and settled(1.0) == (count, error)
+    more, smaller = settled(0.8 * error)
+    assert 20 < more < 80 and smaller <= 0.8 * error
+    most, smallest = settled(1e-6)
+    assert most == 80 and 1e-6 < smallest < smaller
+    ebm = quadratic_ebm(pool=PersistentPool(64, num_moves=2))
+    ebm.settle(1e-6)
+    assert int(ebm.pool.refreshes) == 20
+
+
+def test_log_evidence_settles_longer_than_the_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+    ebm = quadratic_ebm(pool=TemperedPool(5, 60, num_moves=4, seed=2))
+    x = data_of(ebm, 30)
+    saddle = make(ebm, size=30)
+    saddle.step(x)
+    asked = []
+    monkeypatch.setattr(LVEBM, "settle", lambda self, log_z_error=None: asked.append(log_z_error))
+    with saddle.averaged():
+        pass
+    saddle.log_evidence(x)
+    assert asked == [None, 0.01]
+
+
 # --- the log evidence of held-out data ------------------------------------------------------
 
 
