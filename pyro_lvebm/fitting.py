@@ -19,6 +19,9 @@ from pyro_lvebm.schedules import Schedule
 if TYPE_CHECKING:
     from pyro_lvebm.saddle import Saddle
 
+LOG_Z_ERROR = 0.01
+"""Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
+
 
 @dataclass
 class _Best:
@@ -87,7 +90,7 @@ def run_fit(
         saddle.average.values = {p: v for p, v in best.values.items() if p in trained}
     assign(saddle.average.values)
     for ebm in saddle.ebms:
-        ebm.settle()
+        ebm.settle(LOG_Z_ERROR)
     return losses
 
 

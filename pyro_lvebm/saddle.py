@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.averaging import ParameterAverage
 from pyro_lvebm.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
-from pyro_lvebm.fitting import run_fit
+from pyro_lvebm.fitting import LOG_Z_ERROR, run_fit
 from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import find_particles
 from pyro_lvebm.history import History
@@ -40,9 +40,6 @@ from pyro_lvebm.tracing import (
     energy_modules,
     frozen,
 )
-
-_LOG_Z_ERROR = 0.01
-"""Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
 
 
 class Saddle(SVI):
@@ -282,7 +279,7 @@ class Saddle(SVI):
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
             sweep = Sweep.of(self.model, self.seed, args, kwargs)
             ebms = energy_modules(sweep.prototype)
-            with self._averaged(ebms, _LOG_Z_ERROR), frozen(ebms):
+            with self._averaged(ebms, LOG_Z_ERROR), frozen(ebms):
                 terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
                 missed = sum(missed_log_z(sweep, ebm) for ebm in ebms)
         return terms.mean()[0] - missed, terms.mean_std_error()
