@@ -57,6 +57,7 @@ class Effort:
 
     num_steps: int
     rate_steps: int
+    rate_every: int
     online_steps: int
     online_every: int
     patience: int
@@ -66,8 +67,8 @@ class Effort:
     refit: bool
 
 
-FULL = Effort(5000, 1000, 1000, 20, 8, 2048, 64, 5, True)
-QUICK = Effort(150, 60, 60, 20, 8, 512, 8, 1, False)
+FULL = Effort(5000, 1000, 100, 1000, 20, 8, 2048, 64, 5, True)
+QUICK = Effort(150, 60, 12, 60, 20, 8, 512, 8, 1, False)
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,12 @@ def rate_run(name: str, rate: float, seed: int, effort: Effort) -> tuple[float, 
     x, test = (torch.as_tensor(part, dtype=torch.float32) for part in (data.train, data.test))
     _, saddle = build(data, x, rate, seed)
     start = time.perf_counter()
-    every = max(effort.rate_steps // 5, 1)
     saddle.fit(
-        x, num_steps=effort.rate_steps, held_out=(test,), evaluate_every=every, progress=False
+        x,
+        num_steps=effort.rate_steps,
+        held_out=(test,),
+        evaluate_every=effort.rate_every,
+        progress=False,
     )
     curve = saddle.history["log_evidence"].dropna()
     return float(curve.max()), float(curve.iloc[-1]), time.perf_counter() - start

@@ -273,7 +273,7 @@ class MLPEnergy(WhitenedEnergy):
             raise ValueError(f"columns {constant} of the contexts are constant; remove them")
 
     def _features(self, u: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Return (u_x, t, sin u_x B, cos u_x B, c); `linear` is part of the first layer."""
+        """Return (u_x, t, sin u_x B, cos u_x B, c); `_first_weight` has the scales."""
         if len(context) != bool(self.context_dim):
             what = "a context" if self.context_dim else "no context"
             raise ValueError(f"an MLPEnergy with context_dim={self.context_dim} takes {what}")

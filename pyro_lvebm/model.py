@@ -326,7 +326,12 @@ class LVEBM(nn.Module):
         Args:
             log_z_error: Go on, up to 80 refreshes in all, until a `TemperedPool` states this
                 standard error of log Z, in nats.
+
+        Raises:
+            ValueError: If `log_z_error` is not positive.
         """
+        if log_z_error is not None and not log_z_error > 0:
+            raise ValueError(f"log_z_error must be positive; got {log_z_error}")
         if isinstance(self.pool, ContextPool) and self.pool.is_empty:
             return
         if any(p.requires_grad for p in self.f.parameters()):

@@ -281,7 +281,7 @@ def pocket_runs(independence: bool) -> tuple[Tensor, float]:
     return -result.log_ratio[:, 0], exact
 
 
-def test_independence_moves_reach_a_pocket_that_no_draw_is_in() -> None:
+def test_independence_moves_reach_a_pocket_that_few_draws_are_in() -> None:
     """A third of the base's mass is in a pocket that has 3e-5 of the model's.
 
     Only particles that begin there show it to Langevin moves. Their runs have many times the usual

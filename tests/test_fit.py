@@ -295,6 +295,10 @@ def test_a_pool_settles_until_it_states_the_error_that_was_asked_for() -> None:
     ebm = quadratic_ebm(pool=PersistentPool(64, num_moves=2))
     ebm.settle(1e-6)
     assert int(ebm.pool.refreshes) == 20
+    for bad in (0.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="log_z_error must be positive"):
+            ebm.settle(bad)
+    assert int(ebm.pool.refreshes) == 20
 
 
 def test_log_evidence_settles_longer_than_the_averages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_invariance_check_fails_at_another_temperature() -> None:
 
 
 def test_any_start_is_forgotten() -> None:
-    """From one far place to the target, over what no Langevin step crosses. False alarms: 1e-3."""
+    """From one far place to the target in 60 proposals. False alarms: 1e-3."""
     state, generator = init_state(f, torch.full((20_000, 1), 30.0)), seeded(5)
     for _ in range(60):
         state = independence_step(f, state, inverse_temperature=1.0, generator=generator)
