@@ -6,7 +6,8 @@ Prints one table and exits with status 1 if a row falls short of its goal. Four 
 - suite: held-out log p(x) against the best Gaussian mixture that cross-validation finds;
 - rates: the same data at four learning rates and several seeds;
 - online: log Z online against quadrature all through training;
-- peers: other libraries with the same number of gradient evaluations, where installed.
+- peers: other libraries with as many gradient evaluations as the longest fit, where installed;
+  these are not judged.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ TOLERANCE = 0.02
 """Nats per datum by which rows in 2-D and 3-D may stay behind the best mixture."""
 LOG_Z_ERROR = 0.0015
 """Standard error of log Z there, which decides the number of runs."""
+FEW_RUNS = 8
+"""Runs of log Z elsewhere: fewer widen the bracket, which counts against us."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def suite_row(name: str, effort: Effort, quick: bool) -> Row:
         ebm,
         seed=1,
         num_particles=effort.log_z_particles,
-        num_runs=effort.log_z_runs,
+        num_runs=effort.log_z_runs if tolerance else FEW_RUNS,
         relative_ess=0.99,
         target_se=LOG_Z_ERROR if tolerance and not quick else None,
     )
@@ -219,7 +222,7 @@ def rate_rows(
         if not runs:
             continue
         seconds = float(np.mean([run[2] for run in runs.values()]))
-        worst = min(final - best for best, final, _ in runs.values())
+        worst = float(np.min([final - best for best, final, _ in runs.values()]))  # or NaN
         rows.append(
             Row("rates", name, f"final minus best, worst of {len(runs)}", worst, 0, -0.1, seconds)
         )
@@ -278,7 +281,7 @@ def _quadrature_at_pool(ebm: LVEBM) -> float:
 @torch.no_grad()
 def quadrature(ebm: LVEBM, half_width: float = 5.5, points: int = 101) -> float:
     """Return log Z by the rectangle rule, for three dimensions in all."""
-    axis = torch.linspace(-half_width, half_width, points)
+    axis = torch.linspace(-half_width, half_width, points).to(ebm.base_x.loc)
     plane = torch.cartesian_prod(*[axis] * (ebm.dim - 1))
     sums = []
     for first in axis:

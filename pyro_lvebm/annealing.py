@@ -26,6 +26,10 @@ from pyro_lvebm.reweighting import ess, systematic_resample
 _KERNEL = MALA()
 
 
+class RoughEnergyError(RuntimeError):
+    """An energy changes so much that annealing would need more temperatures than allowed."""
+
+
 class Schedule(NamedTuple):
     """Inverse temperatures, and the MALA moves at each, of an annealing run."""
 
@@ -83,7 +87,7 @@ def pilot(
         generator: Source of randomness; None means torch's global generator.
 
     Raises:
-        RuntimeError: If β = 1 is not reached within `max_temperatures`.
+        RoughEnergyError: If β = 1 is not reached within `max_temperatures`.
         ValueError: If f is NaN at v.
 
     Source:
@@ -96,7 +100,7 @@ def pilot(
     given = None if betas is None else betas.tolist()
     while beta < 1.0:
         if len(used) > max_temperatures:
-            raise RuntimeError(
+            raise RoughEnergyError(
                 f"annealing stopped at β = {beta:.2g} after {max_temperatures} temperatures; the "
                 "energy is too rough for this many: lower relative_ess or raise max_temperatures"
             )

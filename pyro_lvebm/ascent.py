@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.tracing import PositivePairs, all_nodes
@@ -91,7 +92,7 @@ def _loss_of(
         return loss_and_grads()
     except DataError:
         raise
-    except ValueError as error:
+    except (ValueError, LinAlgError) as error:
         restore_last_good(last_good)
         raise ValueError(
             f"the loss could not be computed at step {step}; parameters are back at the last "
@@ -157,16 +158,16 @@ def bounded_step(
     """Let the optimiser change parameters, then shrink or lengthen the change.
 
     Every update is multiplied by `factor`; that of the energies is then halved until
-    KL(p_old ‖ p_new) ≤ `max_kl` for every LVEBM, as its pool sees it. One that moves every LVEBM
-    by less than `min_kl` times the square of `factor` is first made longer, up to eightfold. This
-    works on the update, so it holds for any optimiser, with momentum, clipping or a schedule of
-    its own.
+    KL(p_old ‖ p_new) ≤ `max_kl` for every LVEBM among them, as its pool sees it; an energy that
+    cannot be evaluated there has moved too far. An update that moves every LVEBM by less than
+    `min_kl` times the square of `factor` is first made longer, up to eightfold. This works on the
+    update, so it holds for any optimiser, with momentum, clipping or a schedule of its own.
 
     Args:
         optim: The optimiser.
         params: Parameters with their gradients, changed in place.
         factor: Multiplies the update, such as a schedule between 0 and 1.
-        ebms: The LVEBMs whose energies are among the parameters.
+        ebms: The LVEBMs of the model; those without a parameter among `params` do not count.
         max_kl: Radius of the trust region, in nats; None is `default_radius` of each LVEBM.
         min_kl: How far an update moves a model at least, in nats; None is half of `max_kl`.
         step: Number of this step, for the message.
@@ -179,36 +180,58 @@ def bounded_step(
         ValueError: If the update made a parameter NaN or infinite; it is undone then.
     """
     before = [p.detach().clone() for p in params]
-    optim(params)
-    scale_update(params, before, factor)
+    met = {id(p) for p in params if p.requires_grad}
+    moving = [ebm for ebm in ebms if any(id(p) in met for p in ebm.f.parameters())]
+    halvings, kl, longer = 0, 0.0, 1.0
+    try:
+        optim(params)
+        scale_update(params, before, factor)
+        if moving:
+            halvings, kl, longer = _keep_near(params, before, moving, factor, max_kl, min_kl)
+        if not all(bool(torch.isfinite(p).all()) for p in params):
+            raise ValueError(
+                f"the update of step {step} made a parameter NaN or infinite; it was undone. Lower "
+                "the learning rate"
+            )
+    except BaseException:
+        restore(params, before)
+        raise
+    return dict(zip(params, before, strict=True)), halvings, kl, longer
+
+
+def _keep_near(
+    params: list[Tensor],
+    before: list[Tensor],
+    ebms: list[LVEBM],
+    factor: float,
+    max_kl: float | None,
+    min_kl: float | None,
+) -> tuple[int, float, float]:
+    """Shrink or lengthen the change of the energies; return halvings, KL and lengthening."""
     own = {id(p) for ebm in ebms for p in ebm.f.parameters()}
     energy = [i for i, p in enumerate(params) if id(p) in own]
-    halvings, kl, longer = 0, 0.0, 1.0
-    if energy:
-        radii = torch.tensor([max_kl or default_radius(e.dim) for e in ebms], dtype=torch.float64)
-        moved = torch.zeros_like(radii)
+    radii = torch.tensor([max_kl or default_radius(e.dim) for e in ebms], dtype=torch.float64)
+    moved = torch.zeros_like(radii)
 
-        def relative_kl() -> Tensor:
+    def relative_kl() -> Tensor:
+        try:
             moved.copy_(torch.stack([ebm.kl_of_update() for ebm in ebms]))
-            return (moved / radii).max()
+        except (ValueError, LinAlgError):
+            moved.fill_(torch.nan)
+        return (moved / radii).max()
 
-        own_params, own_before = [params[i] for i in energy], [before[i] for i in energy]
-        least = _LEAST if min_kl is None else float((min_kl / radii).min())
-        known: list[Tensor] = []  # the divergence of the update as it is: each costs a pool
-        if least > 0.0:
-            known = [relative_kl()]
-            longer = lengthening(float(known[0]), least * factor**2)
-            if longer > 1.0:
-                known.clear()
-        scale_update(own_params, own_before, longer)
-        halvings, _ = shrink_to_trust_region(
-            own_params, own_before, lambda: known.pop() if known else relative_kl(), 1.0
-        )
-        kl = float(moved.max()) if halvings <= MAX_HALVINGS else 0.0
-    if not all(bool(torch.isfinite(p).all()) for p in params):
-        restore(params, before)
-        raise ValueError(
-            f"the update of step {step} made a parameter NaN or infinite; it was undone. Lower "
-            "the learning rate"
-        )
-    return dict(zip(params, before, strict=True)), halvings, kl, longer
+    own_params, own_before = [params[i] for i in energy], [before[i] for i in energy]
+    least = _LEAST if min_kl is None else float((min_kl / radii).min())
+    longer = 1.0
+    known: list[Tensor] = []  # the divergence of the update as it is: each costs a pool
+    if least > 0.0:
+        known = [relative_kl()]
+        longer = lengthening(float(known[0]), least * factor**2)
+        if longer > 1.0:
+            known.clear()
+    scale_update(own_params, own_before, longer)
+    halvings, _ = shrink_to_trust_region(
+        own_params, own_before, lambda: known.pop() if known else relative_kl(), 1.0
+    )
+    kl = float(moved.max()) if halvings <= MAX_HALVINGS else 0.0
+    return halvings, kl, longer

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm.auto import trange
 
+from pyro_lvebm.annealing import RoughEnergyError
 from pyro_lvebm.averaging import assign
 from pyro_lvebm.rollback import pool_snapshot
 from pyro_lvebm.schedules import Schedule
@@ -66,32 +67,47 @@ def run_fit(
         value = _evaluate(saddle, held_out, args, kwargs)
         start = {p: p.detach().clone() for p in saddle.parameters()} | saddle.average.copy()
         best = _Best(value, start, pool_snapshot(saddle.ebms))
-    with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
-        for t in bar:
-            factor = schedule(t / num_steps)
-            losses.append(saddle.scaled_step(factor, min_kl, next(stream), kwargs))
-            if progress and t % 10 == 0:
-                bar.set_postfix(_status(saddle, losses), refresh=False)
-            if best is None or held_out is None:
-                continue
-            if (t + 1) % evaluate_every and t + 1 < num_steps:
-                continue
-            value = _evaluate(saddle, held_out, args, kwargs)
-            # Where only a guide is trained the evidence stays, and the last one is the best.
-            if value >= best.value:
-                best = _Best(value, saddle.average.copy(), pool_snapshot(saddle.ebms))
-            else:
-                best.misses += 1
-                if patience is not None and best.misses >= patience:
+    try:
+        with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
+            for t in bar:
+                factor = schedule(t / num_steps)
+                losses.append(saddle.scaled_step(factor, min_kl, next(stream), kwargs))
+                if progress and t % 10 == 0:
+                    bar.set_postfix(_status(saddle, losses), refresh=False)
+                if best is None or held_out is None:
+                    continue
+                if (t + 1) % evaluate_every and t + 1 < num_steps:
+                    continue
+                value = _evaluate(saddle, held_out, args, kwargs)
+                misses = 0 if value > best.value else best.misses + 1
+                # Where only a guide is trained the evidence stays, and the last one is the best.
+                if value >= best.value:
+                    best = _Best(value, saddle.average.copy(), pool_snapshot(saddle.ebms))
+                best.misses = misses
+                if patience is not None and misses >= patience:
                     break
+    except BaseException as error:
+        # Averages of a fit that diverged are worse than what the failed step went back to.
+        if losses and (best is not None or isinstance(error, KeyboardInterrupt)):
+            _end_at_averages(saddle, best)
+            which = "their averages" if best is None else "the averages that were best"
+            error.add_note(f"fit: after {len(losses)} steps, parameters now have {which}")
+        raise
+    _end_at_averages(saddle, best)
+    for ebm in saddle.ebms:
+        ebm.settle(LOG_Z_ERROR)
+    saddle.recorder.look(saddle.step_count)
+    return losses
+
+
+def _end_at_averages(saddle: Saddle, best: _Best | None) -> None:
+    """Give parameters and pools the best averages, or the last where nothing was held out."""
     if best is not None:
         best.restore_pools()
         trained = saddle.average.values
         saddle.average.values = {p: v for p, v in best.values.items() if p in trained}
     assign(saddle.average.values)
-    for ebm in saddle.ebms:
-        ebm.settle(LOG_Z_ERROR)
-    return losses
+    saddle.forget_last_good()
 
 
 def endless(batches: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
@@ -146,7 +162,7 @@ def _evaluate(
     saddle.prepare(args, kwargs)
     try:
         value, error = saddle.log_evidence(*held_out, **kwargs)
-    except RuntimeError as failure:
+    except RoughEnergyError as failure:
         text = f"held-out data could not be evaluated: {failure}"
         saddle.recorder.warn("evaluation", saddle.step_count, text)
         value, error = -math.inf, math.nan

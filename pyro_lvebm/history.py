@@ -29,6 +29,7 @@ class History:
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self._warned: set[str] = set()
+        self._num_chains: dict[str, int] = {}
 
     def record(self, step: int, **values: float) -> None:
         """Add values to the row of a step, which is the last or a new one."""
@@ -54,8 +55,15 @@ class History:
             statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
             row = row | {f"{key}{suffix}": value for key, value in statistics.items()}
         self.record(step, **row)
+        self._num_chains = num_chains
         if step % WINDOW == 0:
-            for key, text in symptoms(self.rows[-WINDOW:], num_chains).items():
+            self.look(step)
+
+    def look(self, step: int) -> None:
+        """Warn of the symptoms of the last rows, if there are enough."""
+        rows = self.rows[-WINDOW:]
+        if len(rows) >= WINDOW // 2:
+            for key, text in symptoms(rows, self._num_chains).items():
                 self.warn(key, step, text)
 
     def warn(self, key: str, step: int, text: str) -> None:

@@ -61,8 +61,8 @@ class LVEBM(nn.Module):
 
     Raises:
         ValueError: If a base is not a Gaussian, the transform of base_x is not that of `biject_to`,
-            the energy returns the wrong shape or NaN, or the pool is not one for contexts where
-            there are some, or the other way round.
+            the energy returns the wrong shape or NaN, the pool is not one for contexts where there
+            are some, or the other way round, or it belongs to another LVEBM.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447.
@@ -102,6 +102,11 @@ class LVEBM(nn.Module):
             energy.bind(base_x, base_z)
         check_energy(energy, base_x, base_z, self.context_shape)
         self.f, self.base_x, self.base_z = energy, base_x, base_z
+        if pool.u.shape[-1] > 0:
+            raise ValueError(
+                "the pool belongs to another LVEBM, whose chains and log Z it holds; give each "
+                "LVEBM a pool of its own"
+            )
         self.pool = pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
         self.pool.initialise(self.dim)
         self.pool_theta: list[Tensor] = []
@@ -321,11 +326,14 @@ class LVEBM(nn.Module):
         self.pool_theta = [p.detach().clone() for p in self.f.parameters()] if fresh else []
 
     def settle(self, log_z_error: float | None = None) -> None:
-        """Let the pool catch up with the present θ, unless θ is frozen or there are no contexts.
+        """Let the pool catch up with the present θ.
+
+        A pool that has moved before rests where θ is frozen; one without contexts always does.
 
         Args:
             log_z_error: Go on, up to 80 refreshes in all, until a `TemperedPool` states this
-                standard error of log Z, in nats.
+                standard error of log Z, in nats. With contexts it does not count: what such a
+                pool states is the spread of log Z over contexts.
 
         Raises:
             ValueError: If `log_z_error` is not positive.
@@ -334,12 +342,13 @@ class LVEBM(nn.Module):
             raise ValueError(f"log_z_error must be positive; got {log_z_error}")
         if isinstance(self.pool, ContextPool) and self.pool.is_empty:
             return
-        if any(p.requires_grad for p in self.f.parameters()):
+        if any(p.requires_grad for p in self.f.parameters()) or not self.pool.refreshes:
             for _ in range(_SETTLING_REFRESHES):
                 self.pool.refresh(self)
-            if log_z_error is not None and isinstance(self.pool, TemperedPool):
+            pool = self.pool if self.context_shape is None else None
+            if log_z_error is not None and isinstance(pool, TemperedPool):
                 for _ in range(_MAX_REFRESHES - _SETTLING_REFRESHES):
-                    if float(self.pool.log_partition_std_error) <= log_z_error:
+                    if float(pool.log_partition_std_error) <= log_z_error:
                         break
                     self.pool.refresh(self)
             self.mark_pool(fresh=True)

@@ -89,24 +89,25 @@ def move_block(
     too large. It follows the mean over all particles of a minibatch, of which one is a small part.
 
     Returns:
-        Mean acceptance probability, a scalar.
+        Mean acceptance probability, a scalar, of the moves of full size if there are any.
     """
     kernel = kernel_for(block, kernel)
     step_size = guide.step_size(block.columns[0].name)
     state = init_state(block.f, block.v)
     eta = step_size.clone()
-    acceptance = torch.zeros_like(step_size)
+    rates: list[Tensor] = []
+    shortened: list[Tensor] = []
     for factor in step_factors(block, kernel, num_moves, generator):
         state, accepted = kernel.step(block.f, state, factor * float(eta), generator=generator)
         rate = accepted.mean()
-        acceptance += rate / num_moves
         if factor == 1.0:
             eta = kernel.adapt(eta, rate)
+        (rates if factor == 1.0 else shortened).append(rate)
     block.fix(state.u)
     for name, value in block.split(state.u).items():
         guide.write(name, block.indices, value)
     step_size.copy_(eta)
-    return acceptance
+    return torch.stack(rates or shortened).mean()
 
 
 def step_factors(

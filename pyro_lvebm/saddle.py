@@ -186,7 +186,8 @@ class Saddle(SVI):
 
         With `held_out`, the log evidence of held-out data is estimated before the first step and
         every `evaluate_every` steps (`log_evidence`), and the averages that were best at it are
-        the ones the parameters have in the end.
+        the ones the parameters have in the end, also if a step fails. A fit that is interrupted
+        from the keyboard ends at its averages as well; the interrupt goes on.
 
         Args:
             args: Arguments of the model and the guide.
@@ -196,7 +197,7 @@ class Saddle(SVI):
                 `len(batches)` steps.
             schedule: Maps the part of the fit that is done, from 0 to 1, to a factor on each
                 update. By default it falls along a half cosine to 1/50; `lambda progress: 1.0`,
-                with `min_kl=0`, leaves the updates as the optimiser made them.
+                with `min_kl=0`, leaves all updates but those halved as the optimiser made them.
             min_kl: An update that moves the LVEBMs by less than this many nats, times the square of
                 the schedule's factor, is made up to eight times longer, so that a small learning
                 rate is no slow one. By default half of the radius of the trust region; 0
@@ -205,6 +206,7 @@ class Saddle(SVI):
                 those of the training data. A plate needs as many rows as it subsamples: use
                 `subsample_size=min(256, len(x))`.
             patience: Stop after this many evaluations without a better one. None takes all steps.
+                A loaded `Saddle` that fits on starts a new schedule, and its patience anew.
             evaluate_every: Steps from one evaluation to the next.
             progress: Show a progress bar with the loss, and with log Z and ESS of the pool.
             description: Name on the progress bar.
@@ -276,7 +278,7 @@ class Saddle(SVI):
             ValueError: If the model's latents do not all lie in the same plates, or lie outside
                 one that subsamples.
         """
-        device = device_of(args, kwargs)
+        device = self._device(args, kwargs)
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
             sweep = Sweep.of(self.model, self.seed, args, kwargs)
             ebms = energy_modules(sweep.prototype)
@@ -333,8 +335,8 @@ class Saddle(SVI):
                 "the guide has no AutoParticles to run on as chains; draw from another guide with "
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
-        with isolated_rng(self.seed, 2, self.step_count, device=device_of(args, kwargs)):
-            self.prepare(args, kwargs)
+        self.prepare(args, kwargs)
+        with isolated_rng(self.seed, 2, self.step_count, device=self._device(args, kwargs)):
             return draw_posterior(
                 self.model,
                 self.guide,
@@ -436,7 +438,10 @@ class Saddle(SVI):
         return list({id(p): p for p in [*owned, *loose]}.values())
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
-        """Learn the parts of model and guide once."""
+        """Learn the parts of model and guide once.
+
+        Pools of energies that nothing here will train catch up with them, if they never have.
+        """
         if self._anatomy is None:
             with isolated_rng(self.seed, 4, device=device_of(args, kwargs)):
                 self._anatomy = inspect(self.model, self.guide, args, kwargs)
@@ -444,7 +449,19 @@ class Saddle(SVI):
                 # Spares Pyro a guess, which would run model and guide once more and log a message.
                 extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
                 self.elbo.max_plate_nesting = self._anatomy.nesting + extra
+            for ebm in self.ebms:
+                fixed = not any(p.requires_grad for p in ebm.f.parameters())
+                if fixed and not ebm.pool.refreshes:
+                    ebm.settle()
         return self._anatomy
+
+    def _device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+        """Where particles and chains are, which is not where a loader left the data."""
+        return self.ebms[0].base_x.loc.device if self.ebms else device_of(args, kwargs)
+
+    def forget_last_good(self) -> None:
+        """Do not go back to former values if the next step fails: the present ones are meant."""
+        self._last_good = {}
 
     def scaled_step(
         self,
@@ -454,8 +471,8 @@ class Saddle(SVI):
         kwargs: dict[str, Any],
     ) -> float:
         """Take a `step` whose update is multiplied by a factor, and lengthened as in `fit`."""
-        device = device_of(args, kwargs)
         anatomy = self.prepare(args, kwargs)
+        device = self._device(args, kwargs)
         with isolated_rng(self.seed, 0, self.step_count, device=device):
             with unchanged_on_error(self.ebms) as undo:
                 choices = self._positive_phase(undo, device, args, kwargs)
@@ -513,7 +530,7 @@ class Saddle(SVI):
         guide, model = GivenRows()(self.guide), GivenRows()(self.model)
         if choices:
             guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
-        guide_noise = self._guide_noise(device_of(args, kwargs))
+        guide_noise = self._guide_noise(self._device(args, kwargs))
 
         def loss_and_grads() -> float:
             with SamePlates(), guide_noise():

@@ -323,6 +323,17 @@ def test_integration_is_exact_for_energies_linear_in_beta() -> None:
     assert torch.allclose(log_z, -(2.0 * betas - 0.35 * betas**2 - 0.4 / 3 * betas**3))
 
 
+def test_the_spread_over_contexts_does_not_lengthen_settling() -> None:
+    """More refreshes make log Z(c) no more alike; a pool without contexts rests."""
+    ebm, _, c = linear_ebm()
+    ebm.settle(1e-6)
+    assert int(ebm.pool.refreshes) == 0
+    ebm.pool.refresh(ebm, c[:20])
+    before = int(ebm.pool.refreshes)
+    ebm.settle(1e-6)
+    assert int(ebm.pool.refreshes) == before + 20 and ebm.pool_is_fresh()
+
+
 def test_contexts_of_the_pool_follow_those_it_is_given() -> None:
     ebm, _, c = linear_ebm()
     ebm.pool.refresh(ebm, c[:20])

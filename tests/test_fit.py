@@ -35,6 +35,7 @@ from pyro_lvebm import (
     TemperedPool,
     lvebm,
 )
+from pyro_lvebm.annealing import RoughEnergyError
 from pyro_lvebm.ascent import default_radius
 from pyro_lvebm.history import LOW_ESS, WINDOW, pool_statistics
 from pyro_lvebm.pool import Pool
@@ -412,7 +413,7 @@ def test_a_single_datum_has_an_evidence_without_an_error() -> None:
 
 def test_log_evidence_of_a_frozen_energy_uses_its_pool_as_it_is() -> None:
     """With an SVI guide and the exact log Z in the pool, the closed form to the error of rows."""
-    ebm = make_quadratic(pool=TemperedPool(3, 40))
+    ebm = warm(make_quadratic(pool=TemperedPool(3, 40)), 1)
     x = draw_x(ebm, 64, seed=1)
     saddle = make(ebm, guide="AutoNormal", lr=0.05)
     ebm.pool.log_partition = ebm.f.log_partition().detach()
@@ -420,9 +421,40 @@ def test_log_evidence_of_a_frozen_energy_uses_its_pool_as_it_is() -> None:
         for _ in range(4):
             saddle.step(x)
         value, _ = saddle.log_evidence(x)
-    assert int(ebm.pool.refreshes) == 0
+    assert int(ebm.pool.refreshes) == 1
     exact = float(ebm.f.log_evidence(x).detach().mean())
     assert abs(value - exact) < 5 * 0.2 / math.sqrt(64)
+
+
+class FourSquares(nn.Module):
+    """f = 4 |x|², without parameters; log Z = −2 log 3 on a standard normal x in 2-D."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return 4.0 * x.square().sum(-1)
+
+
+@pytest.mark.parametrize("with_parameters", [False, True])
+def test_the_pool_of_a_fixed_energy_catches_up_once(with_parameters: bool) -> None:
+    """Its log Z is that of the energy, within 5 standard errors, and not that of the base."""
+    pool = TemperedPool(4, 100, num_moves=4)
+    if with_parameters:
+        ebm = quadratic_ebm(2, 1, pool=pool)
+        log_z = float(ebm.f.log_partition().detach())
+    else:
+        standard = [dist.Normal(torch.zeros(d).double(), 1.0).to_event(1) for d in (2, 1)]
+        ebm = LVEBM(FourSquares(), *standard, pool=pool)
+        log_z = -2.0 * math.log(3.0)
+    x = data_of(ebm, 20) if with_parameters else 0.3 * normal((20, 2), 1)
+    saddle = make(ebm, guide="AutoNormal")
+    with ebm.frozen():
+        saddle.step(x)
+        assert int(pool.refreshes) == 20
+        saddle.step(x)
+        saddle.log_evidence(x)
+    assert int(pool.refreshes) == 20 and ebm.pool_is_fresh()
+    error = float(pool.log_partition_std_error)
+    assert error < 0.1 and abs(float(pool.log_partition) - log_z) < 5 * error
+    assert abs(log_z) > 10 * error  # the log Z of the base, 0, is another
 
 
 def test_a_fit_of_a_guide_at_frozen_theta_trains_the_guide() -> None:
@@ -581,6 +613,90 @@ def test_patience_ends_a_fit(script: list[float], patience: int | None, steps: i
     )
     assert len(losses) == saddle.step_count == steps
     assert same(seen[int(np.argmax(script))], parameters(saddle))
+
+
+@pytest.mark.parametrize("value", [-1.0, -math.inf])
+def test_equal_evaluations_use_up_patience(value: float) -> None:
+    """As where every evaluation fails, or only a guide is trained; the last averages stay."""
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm, num_moves=1), data_of(ebm, 20)
+    seen = scripted(saddle, [value] * 9)
+    losses = saddle.fit(
+        x, num_steps=24, held_out=(x,), evaluate_every=3, patience=2, progress=False
+    )
+    assert len(losses) == 6 and same(seen[-1], parameters(saddle))
+
+
+def test_a_rough_energy_counts_as_the_worst_and_other_errors_are_errors() -> None:
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm, num_moves=1), data_of(ebm, 20)
+    errors = iter([None, RoughEnergyError("too rough"), RuntimeError("out of memory")])
+
+    def log_evidence(*args: Any, **kwargs: Any) -> tuple[float, float]:
+        error = next(errors)
+        if error is not None:
+            raise error
+        return 0.0, 0.1
+
+    saddle.log_evidence = log_evidence  # type: ignore[method-assign]
+    with pytest.warns(TrainingWarning, match="could not be evaluated: too rough"):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            saddle.fit(x, num_steps=9, held_out=(x,), evaluate_every=3, progress=False)
+    assert saddle.history["log_evidence"].dropna().tolist() == [0.0, -math.inf]
+
+
+def broken_off(error: BaseException, held_out: bool) -> tuple[Saddle, list[dict[str, Tensor]], str]:
+    """A fit of 12 steps whose eighth raises; what was evaluated; and the notes of the error."""
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm, lr=0.05, average_decay=0.8), data_of(ebm, 20)
+    seen = scripted(saddle, [-3.0, -1.0, -2.0, -2.0])
+    step, count = saddle.scaled_step, iter(range(12))
+
+    def fails(*args: Any) -> float:
+        if next(count) == 7:
+            raise error
+        return step(*args)
+
+    saddle.scaled_step = fails  # type: ignore[method-assign]
+    options = {"held_out": (x,), "evaluate_every": 3} if held_out else {}
+    with pytest.raises(type(error)) as caught:
+        saddle.fit(x, num_steps=12, progress=False, **options)
+    assert caught.value is error and saddle.step_count == 7
+    saddle.scaled_step = step  # type: ignore[method-assign]
+    return saddle, seen, " ".join(getattr(error, "__notes__", []))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no such row")])
+def test_a_fit_that_is_broken_off_ends_at_the_best_averages(error: BaseException) -> None:
+    saddle, seen, notes = broken_off(error, held_out=True)
+    assert same(seen[1], parameters(saddle)) and not same(seen[2], seen[1])
+    assert "after 7 steps, parameters now have the averages that were best" in notes
+    assert math.isfinite(saddle.step(data_of(saddle.ebms[0], 20)))
+
+
+def test_without_held_out_data_only_an_interrupt_ends_at_the_averages() -> None:
+    """The averages of a fit that diverged are worse than what a failed step goes back to."""
+    saddle, _, notes = broken_off(KeyboardInterrupt(), held_out=False)
+    now = parameters(saddle)
+    with saddle.averaged():
+        assert same(now, parameters(saddle))
+    assert "parameters now have their averages" in notes
+    saddle, _, notes = broken_off(OSError("no such row"), held_out=False)
+    now = parameters(saddle)
+    with saddle.averaged():
+        assert not same(now, parameters(saddle))
+    assert notes == ""
+
+
+def test_a_step_that_fails_after_a_fit_leaves_the_averages() -> None:
+    """And does not go back to what θ was before the last update of the fit."""
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm, lr=0.05, average_decay=0.9), data_of(ebm, 20)
+    saddle.fit(x, num_steps=12, progress=False)
+    before = parameters(saddle)
+    with pytest.raises(ValueError, match="not finite"):
+        saddle.step(x * 1e200)
+    assert same(before, parameters(saddle))
 
 
 class Course:
@@ -906,6 +1022,17 @@ def test_a_warning_may_come_late() -> None:
         group.param_groups[0]["lr"] = 1e6
     (text,) = warnings_of(saddle, WINDOW)
     assert text.startswith(f"step {2 * WINDOW}: updates are halved 21 times")
+
+
+@pytest.mark.parametrize(("num_steps", "found"), [(WINDOW // 2, True), (WINDOW // 2 - 1, False)])
+def test_the_end_of_a_short_fit_is_looked_at(num_steps: int, found: bool) -> None:
+    """Where there are 25 steps, which say more than the noise of a few."""
+    saddle = huge_updates()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        saddle.fit(ROWS, num_steps=num_steps, progress=False)
+    texts = [str(w.message) for w in caught]
+    assert [t.startswith(f"step {num_steps}: updates are halved") for t in texts] == [True] * found
 
 
 def test_a_second_lvebm_is_named() -> None:

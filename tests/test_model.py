@@ -616,3 +616,14 @@ def test_refused_data_leave_the_dtype_of_the_energy() -> None:
     with pytest.raises(ValueError, match="needs more than 3 rows"):
         LVEBM.from_data(energy, X[:3], z_dim=2)
     assert energy.out.weight.dtype is torch.float32
+
+
+def test_a_pool_belongs_to_one_lvebm() -> None:
+    """A second one would reset its chains, and both would share one log Z."""
+    pool = TemperedPool(3, 32)
+    first = quadratic_ebm(pool=pool)
+    before = snapshot(first)
+    with pytest.raises(ValueError, match="belongs to another LVEBM"):
+        quadratic_ebm(seed=1, pool=pool)
+    assert same(before, snapshot(first))
+    assert copy.deepcopy(first).pool is not pool

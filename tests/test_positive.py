@@ -124,6 +124,19 @@ def test_one_move_in_ten_is_shorter_where_a_test_may_refuse_all_long_ones() -> N
     assert step_factors(parts()[0], MALA(), 50, seeded(0)) == [1.0] * 50
 
 
+def test_acceptance_is_that_of_the_moves_of_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a step that is far too long nothing is accepted, and at a thousandth of it nearly all."""
+
+    def rate(factors: list[float]) -> float:
+        block, guide, _ = plain_parts(20)
+        guide.step_size("z").fill_(4.0)
+        monkeypatch.setattr(positive, "step_factors", lambda *_: factors)
+        return float(move_block(block, guide, MALA(), len(factors), seeded(3)))
+
+    assert rate([1.0, 1.0]) < 0.3 and rate([1e-3, 1e-3]) > 0.95
+    assert rate([1e-3, 1.0, 1e-3, 1.0]) < 0.3
+
+
 def moved_p_value(factors: Callable[..., list[float]] | None) -> float:
     """Chi-square test of 200 particles of 50 data after 200 moves, against the exact posterior."""
     block, guide, y = plain_parts(200)

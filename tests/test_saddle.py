@@ -728,3 +728,13 @@ def test_the_loss_of_the_exact_posterior_is_the_log_evidence() -> None:
     error = ebm.log_partition - ebm.f.log_partition().detach()
     expected = -ebm.f.log_evidence(x).detach().sum() + 10 * error
     assert loss == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_random_numbers_are_made_where_the_lvebm_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not where a loader left the data: no generator can be made on the device of these."""
+    ebm = quadratic_ebm()
+    x = data_of(ebm, 20)
+    saddle = saddle_for(ebm)
+    monkeypatch.setattr("pyro_lvebm.saddle.device_of", lambda args, kwargs: torch.device("meta"))
+    saddle.fit(x, num_steps=2, held_out=(x,), progress=False)
+    assert saddle.sample_posterior(x, num_samples=2, num_warmup=2)["scene_z"].device.type == "cpu"

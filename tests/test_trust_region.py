@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from referee import normal
-from torch import Tensor
+from small_models import quadratic_ebm, same, snapshot, warm
+from torch import Tensor, nn
 
 from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool
-from pyro_lvebm.ascent import default_radius
+from pyro_lvebm.ascent import bounded_step, default_radius
 from pyro_lvebm.trust_region import lengthening, restore, scale_update, shrink_to_trust_region
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -145,3 +146,73 @@ def test_a_model_moves_by_no_more_than_the_radius(radius: float) -> None:
 @pytest.mark.parametrize(("dim", "radius"), [(1, 0.02), (8, 0.02), (32, 0.04), (68, 0.0583)])
 def test_the_default_radius_grows_with_the_dimension(dim: int, radius: float) -> None:
     assert default_radius(dim) == pytest.approx(radius, rel=1e-3)
+
+
+class RootEnergy(nn.Module):
+    """f = ½ |Lᵀ (x, z)|² with A = L Lᵀ; A may leave the matrices that have such a root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(3))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(self.matrix)
+        return 0.5 * (torch.cat([x, z], -1) @ root).square().sum(-1)
+
+
+def root_ebm() -> LVEBM:
+    standard = [dist.Normal(torch.zeros(d), 1.0).to_event(1) for d in (2, 1)]
+    return warm(LVEBM(RootEnergy(), *standard, pool=TemperedPool(3, 32, num_moves=2)), 3)
+
+
+def moved_by(ebms: list[LVEBM], update: dict[int, float]) -> tuple[int, float, float]:
+    """A `bounded_step` that adds these numbers to the parameters of these LVEBMs."""
+    changes = {
+        p: update[k] for k, ebm in enumerate(ebms) for p in ebm.f.parameters() if k in update
+    }
+
+    def optim(params: list[Tensor]) -> None:
+        with torch.no_grad():
+            for p in params:
+                p.add_(changes[p])
+
+    _, halvings, kl, longer = bounded_step(
+        optim, list(changes), factor=1.0, ebms=ebms, max_kl=None, min_kl=0.0, step=1
+    )
+    return halvings, kl, longer
+
+
+def test_an_update_to_where_the_energy_cannot_be_evaluated_is_halved() -> None:
+    """A = I − 10 (1 1ᵀ) has no root."""
+    ebm = root_ebm()
+    halvings, kl, _ = moved_by([ebm], {0: -10.0})
+    assert 4 <= halvings <= 20 and 0.0 < kl <= 0.02
+    assert torch.linalg.eigvalsh(ebm.f.matrix.detach()).min() > 0.0
+    assert not torch.equal(ebm.f.matrix, torch.eye(3))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_update_that_is_broken_off_is_undone(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ebm = root_ebm()
+    before = snapshot(ebm)
+
+    def fails(self: LVEBM) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(LVEBM, "kl_of_update", fails)
+    with pytest.raises(error):
+        moved_by([ebm], {0: 0.5})
+    assert same(before, snapshot(ebm))
+
+
+def test_an_lvebm_that_rests_does_not_hold_up_another() -> None:
+    """Its pool has not followed it, so its own divergence is far beyond the radius."""
+    a, b = quadratic_ebm(seed=1), warm(quadratic_ebm(seed=2))
+    assert float(a.kl_of_update()) > 0.1
+    halvings, kl, _ = moved_by([a, b], {1: 1e-3})
+    assert halvings == 0 and 0.0 < kl < 0.02
+    with torch.no_grad():
+        halvings, kl, _ = moved_by([a, b], {0: 0.0, 1: 1e-3})  # here it is trained
+    assert halvings == 21 and kl == 0.0
