@@ -32,6 +32,7 @@ from small_models import (
     quadratic_ebm,
     same,
     snapshot,
+    tiny_pool,
     warm,
 )
 from torch import Tensor, nn
@@ -323,7 +324,7 @@ def test_an_exact_posterior_gives_the_exact_evidence_without_variance(
 def test_log_z_enters_the_gradient_once_for_each_datum(size: int | None) -> None:
     """A constant in the energy cancels: N from the data, −N from log Z. Other parts by hand."""
     inner = quadratic_ebm()
-    ebm = LVEBM(Lifted(inner.f), inner.base_x, inner.base_z, pool=inner.pool)
+    ebm = LVEBM(Lifted(inner.f), inner.base_x, inner.base_z, pool=tiny_pool())
     ebm.pool.refresh(ebm)
     ebm.mark_pool(fresh=True)
     x = data_of(inner, 12)

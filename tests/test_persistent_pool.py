@@ -377,14 +377,14 @@ def test_chains_are_weighted_only_where_asked() -> None:
         jarzynski: PersistentPool(60, step_size=0.3, seed=1, jarzynski=jarzynski)
         for jarzynski in (False, True)
     }
+    ebms = {jarzynski: frozen_ebm(pool) for jarzynski, pool in pools.items()}
     for jarzynski, pool in pools.items():
-        ebm = frozen_ebm(pool)
-        pool.refresh(ebm)
+        pool.refresh(ebms[jarzynski])
         assert (pool.log_weights.std() > 0.01) == jarzynski
         assert (pool.acceptance < 0.99).item() == jarzynski  # known as soon as α is
     assert torch.equal(pools[False].u, pools[True].u)  # the weights do not enter the moves
     pools[False].load_state_dict(pools[True].state_dict())
-    pools[False].refresh(frozen_ebm(pools[False]))
+    pools[False].refresh(ebms[False])
     assert pools[False].log_weights.std() < 1e-6
 
 
