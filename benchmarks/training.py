@@ -348,11 +348,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="each row once, for a few steps")
     parser.add_argument("--rows", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--data", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--seeds", type=int, help="seeds of each learning rate")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of each learning rate")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     effort = QUICK if args.quick else FULL
-    seeds = range(effort.seeds if args.seeds is None else args.seeds)
+    seeds = range(effort.seeds) if args.seeds is None else args.seeds
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(task) for task in tasks(effort, args.quick, args.rows, args.data)]
         for future in futures:
@@ -376,7 +376,8 @@ def _announce(future: Future[Row]) -> None:
     """Show on standard error what is done; the table comes at the end."""
     if not future.cancelled() and future.exception() is None:
         row = future.result()
-        print(f"{row.kind}, {row.data}: {row.value:.4f} {row.note}", file=sys.stderr, flush=True)
+        value = f"{row.what} {row.value:.4f} ± {row.std_error:.2g}, {row.seconds:.0f} s"
+        print(f"{row.kind}, {row.data}: {value} {row.note}", file=sys.stderr, flush=True)
 
 
 def _announce_run(key: tuple[str, float, int], future: Future[tuple[float, float, float]]) -> None:
