@@ -154,7 +154,7 @@ history_figure(saddle.history)
 
 # %% [markdown]
 # **What one sees.** The energies of data and negatives part, without end; log Z falls with them.
-# Updates of up to millions of nats are taken. Latents accept only a fifth of their moves. Nothing looks
+# Updates of up to millions of nats are taken. Latents accept a fifth of their moves. Nothing looks
 # wrong in the acceptance of the pool: ULA has no test and accepts all. Nor in its ESS: chains of
 # equal weight always have the largest.
 #
