@@ -254,10 +254,16 @@ def pool_for(pool: Pool | None, context_shape: torch.Size | None) -> Pool:
         context_shape: Shape of one context; None where there are none.
 
     Raises:
-        ValueError: If there are contexts and the pool is none for them, or the other way round.
+        ValueError: If there are contexts and the pool is none for them, or the other way round, or
+            the pool belongs to another LVEBM; it is then unchanged.
     """
     if pool is None:
         pool = TemperedPool() if context_shape is None else ContextPool()
+    if pool.u.shape[-1] > 0:
+        raise ValueError(
+            "the pool belongs to another LVEBM, whose chains and log Z it holds; give each LVEBM a "
+            "pool of its own"
+        )
     if isinstance(pool, ContextPool) != (context_shape is not None):
         raise ValueError(
             f"a conditional LVEBM needs a ContextPool, and others none; got {type(pool).__name__} "

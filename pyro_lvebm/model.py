@@ -102,11 +102,6 @@ class LVEBM(nn.Module):
             energy.bind(base_x, base_z)
         check_energy(energy, base_x, base_z, self.context_shape)
         self.f, self.base_x, self.base_z = energy, base_x, base_z
-        if pool.u.shape[-1] > 0:
-            raise ValueError(
-                "the pool belongs to another LVEBM, whose chains and log Z it holds; give each "
-                "LVEBM a pool of its own"
-            )
         self.pool = pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
         self.pool.initialise(self.dim)
         self.pool_theta: list[Tensor] = []

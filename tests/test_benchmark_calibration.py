@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inline_executor import Inline
 from referee import ALPHA, gaussian_log_partition, mean_p_value, variance_p_value
 from scipy import stats
 
@@ -292,24 +292,6 @@ def test_evidence_row() -> None:
 
 
 # --- the table ----------------------------------------------------------------------------------
-
-
-class Inline:
-    """An executor that does the work when it is submitted."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        pass
-
-    def submit(self, work: Any, *args: Any) -> Future:
-        future: Future = Future()
-        future.set_result(work(*args))
-        return future
 
 
 @pytest.mark.parametrize("error", [0.0, 1.0])

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from inline_executor import Inline
 from small_models import quadratic_ebm
 from torch import Tensor
 
@@ -175,24 +174,7 @@ def test_every_kind_of_row_is_there() -> None:
 def test_the_exit_status_is_one_where_a_row_falls_short(
     value: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Here:
-        """An executor that works at once, in this process."""
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            pass
-
-        def __enter__(self) -> Here:
-            return self
-
-        def __exit__(self, *args: Any) -> None:
-            pass
-
-        def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-            future: Future[Any] = Future()
-            future.set_result(work(*args))
-            return future
-
-    monkeypatch.setattr(training, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(training, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(training, "suite_row", lambda *args: row(value, -0.02))
     assert main(["--rows", "suite", "--data", "two moons"]) == status
     printed = capsys.readouterr().out

@@ -334,6 +334,16 @@ def test_the_spread_over_contexts_does_not_lengthen_settling() -> None:
     assert int(ebm.pool.refreshes) == before + 20 and ebm.pool_is_fresh()
 
 
+def test_a_pool_with_contexts_belongs_to_one_lvebm() -> None:
+    """A refusal leaves its contexts as they were."""
+    ebm, _, c = linear_ebm()
+    ebm.pool.refresh(ebm, c[:20])
+    before = snapshot(ebm)
+    with pytest.raises(ValueError, match="belongs to another LVEBM"):
+        LVEBM(ebm.f, ebm.base_x, ebm.base_z, ebm.pool, context_shape=ebm.context_shape)
+    assert same(before, snapshot(ebm)) and ebm.pool.context.abs().max() > 0.0
+
+
 def test_contexts_of_the_pool_follow_those_it_is_given() -> None:
     ebm, _, c = linear_ebm()
     ebm.pool.refresh(ebm, c[:20])
