@@ -107,7 +107,7 @@ def _end_at_averages(saddle: Saddle, best: _Best | None) -> None:
         trained = saddle.average.values
         saddle.average.values = {p: v for p, v in best.values.items() if p in trained}
     assign(saddle.average.values)
-    saddle.forget_last_good()
+    saddle.last_good = {}  # the averages are meant, and no failing step goes back behind them
 
 
 def endless(batches: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:

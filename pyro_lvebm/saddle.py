@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,22 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.averaging import ParameterAverage
 from pyro_lvebm.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
 from pyro_lvebm.fitting import LOG_Z_ERROR, run_fit
-from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import find_particles
 from pyro_lvebm.history import History
 from pyro_lvebm.inspection import Anatomy, inspect
 from pyro_lvebm.langevin import MALA, Kernel
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.model_evidence import Sweep, missed_log_z, model_log_evidence
-from pyro_lvebm.penalties import Penalty, add_penalties
-from pyro_lvebm.positive import move_minibatch
+from pyro_lvebm.penalties import Penalty
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
-from pyro_lvebm.rng import device_of, generator_for, isolated_rng
-from pyro_lvebm.rollback import pool_snapshot, unchanged_on_error
+from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rollback import pool_snapshot
 from pyro_lvebm.schedules import Schedule, half_cosine
-from pyro_lvebm.tracing import (
-    Node,
-    SamePlates,
-    at_minibatch,
-    energy_modules,
-    frozen,
-)
+from pyro_lvebm.stepping import run_step
+from pyro_lvebm.tracing import energy_modules, frozen
 
 
 class Saddle(SVI):
@@ -131,7 +122,7 @@ class Saddle(SVI):
         self.acceptance: dict[str, float] = {}
         self._anatomy: Anatomy | None = None
         self.recorder = History()
-        self._last_good: dict[Tensor, Tensor] = {}
+        self.last_good: dict[Tensor, Tensor] = {}  # of the parameters, should the next step fail
 
     @property
     def ebms(self) -> list[LVEBM]:
@@ -278,7 +269,7 @@ class Saddle(SVI):
             ValueError: If the model's latents do not all lie in the same plates, or lie outside
                 one that subsamples.
         """
-        device = self._device(args, kwargs)
+        device = self.device(args, kwargs)
         with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
             sweep = Sweep.of(self.model, self.seed, args, kwargs)
             ebms = energy_modules(sweep.prototype)
@@ -336,7 +327,7 @@ class Saddle(SVI):
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
         self.prepare(args, kwargs)
-        with isolated_rng(self.seed, 2, self.step_count, device=self._device(args, kwargs)):
+        with isolated_rng(self.seed, 2, self.step_count, device=self.device(args, kwargs)):
             return draw_posterior(
                 self.model,
                 self.guide,
@@ -455,95 +446,12 @@ class Saddle(SVI):
                     ebm.settle()
         return self._anatomy
 
-    def _device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-        """Where particles and chains are, which is not where a loader left the data."""
+    def device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+        """Return where particles and chains are, which is not where a loader left the data."""
         return self.ebms[0].base_x.loc.device if self.ebms else device_of(args, kwargs)
 
-    def forget_last_good(self) -> None:
-        """Do not go back to former values if the next step fails: the present ones are meant."""
-        self._last_good = {}
-
     def scaled_step(
-        self,
-        factor: float,
-        min_kl: float | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, factor: float, min_kl: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> float:
         """Take a `step` whose update is multiplied by a factor, and lengthened as in `fit`."""
-        anatomy = self.prepare(args, kwargs)
-        device = self._device(args, kwargs)
-        with isolated_rng(self.seed, 0, self.step_count, device=device):
-            with unchanged_on_error(self.ebms) as undo:
-                choices = self._positive_phase(undo, device, args, kwargs)
-                ascent = self._ascend(factor, min_kl, choices, args, kwargs)
-        self.average.update(list(ascent.before))
-        self._last_good, self.halvings = ascent.before, ascent.halvings
-        self.step_count += 1
-        row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
-        row["lengthening"] = ascent.lengthening
-        row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
-        self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
-        return ascent.loss
-
-    def _positive_phase(
-        self,
-        undo: list[Callable[[], None]],
-        device: torch.device,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> dict[str, Node]:
-        """Move the particles of one minibatch; return the nodes that fix it."""
-        if self.particles is None:
-            return {}
-        with frozen(self.ebms):
-            choices, self.acceptance = move_minibatch(
-                self.model,
-                self.guide,
-                self.particles,
-                self.kernel,
-                self.num_moves,
-                generator_for(self.seed, 1, self.step_count, device=device),
-                undo,
-                self.prepare(args, kwargs).nesting,
-                self._guide_noise(device),
-                args,
-                kwargs,
-            )
-        return choices
-
-    def _guide_noise(self, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-        """What seeds the draws of a guide that holds more than particles, twice in each step."""
-        if self.particles is None or self.particles is self.guide:
-            return nullcontext
-        return partial(isolated_rng, self.seed, 6, self.step_count, device=device)
-
-    def _ascend(
-        self,
-        factor: float,
-        min_kl: float | None,
-        choices: dict[str, Node],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Ascent:
-        """Take one optimiser step on the chosen minibatch."""
-        guide, model = GivenRows()(self.guide), GivenRows()(self.model)
-        if choices:
-            guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
-        guide_noise = self._guide_noise(self._device(args, kwargs))
-
-        def loss_and_grads() -> float:
-            with SamePlates(), guide_noise():
-                loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
-            return loss + add_penalties(self.penalties, self.ebms)
-
-        return ascend(
-            loss_and_grads,
-            self.optim,
-            self.ebms,
-            factor=factor,
-            max_kl=self.max_kl,
-            min_kl=min_kl,
-            last_good=self._last_good,
-            step=self.step_count,
-        )
+        return run_step(self, factor, min_kl, args, kwargs)

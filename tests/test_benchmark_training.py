@@ -170,6 +170,22 @@ def test_every_kind_of_row_is_there() -> None:
     assert [t.func.__name__ for t in tasks(FULL, True, ("online",))] == ["online_row"]
 
 
+def test_the_first_seed_is_that_of_the_rows_with_one_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+
+    def fitted(name: str, effort: training.Effort, quick: bool, seed: int) -> Row:
+        seen.append(seed)
+        return row(0.0, -0.02)
+
+    monkeypatch.setattr(training, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(training, "suite_row", fitted)
+    main(["--rows", "suite", "--data", "wine"])
+    main(["--rows", "suite", "--data", "wine", "--seeds", "3", "4"])
+    assert seen == [0, 3]
+
+
 @pytest.mark.parametrize(("value", "status"), [(-0.01, 0), (-0.03, 1)])
 def test_the_exit_status_is_one_where_a_row_falls_short(
     value: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

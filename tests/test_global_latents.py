@@ -31,7 +31,16 @@ from sklearn.preprocessing import StandardScaler
 from small_models import exact_joint, exact_posterior, tiny_pool, warm
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, AutoParticles, QuadraticEnergy, Saddle, chains, lvebm, to_arviz
+from pyro_lvebm import (
+    LVEBM,
+    AutoParticles,
+    QuadraticEnergy,
+    Saddle,
+    chains,
+    lvebm,
+    stepping,
+    to_arviz,
+)
 from pyro_lvebm.rng import isolated_rng
 
 ROWS, NOISE = 20, 0.1
@@ -186,7 +195,7 @@ def test_with_other_draws_in_the_loss_than_in_the_moves_it_is_too_narrow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Then z does not answer to w, as in a mean-field guide of both: half as wide."""
-    monkeypatch.setattr(Saddle, "_guide_noise", lambda self, device: nullcontext)
+    monkeypatch.setattr(stepping, "_guide_noise", lambda saddle, device: nullcontext)
     (_, sd), (_, _, other_sd) = guide_weights(500), summary(nuts())
     assert (sd / other_sd < 0.7).all()
 
