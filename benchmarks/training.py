@@ -44,7 +44,7 @@ RATE_SETS = ("two moons", "8 Gaussians", "Lorenz-63", "digits")
 PEER_SETS = ("two moons", "8 Gaussians", "Lorenz-63")
 LEARNING_RATE, BATCH, NUM_PARTICLES = 3e-3, 256, 2
 SMALL = 1000
-"""Rows below which one held-out part is too few to choose the number of steps."""
+"""Rows below which two held-out parts are too few to choose the number of steps."""
 COLUMNS = ("kind", "data", "what", "value", "std_error", "goal", "seconds", "short", "note")
 TOLERANCE = 0.02
 """Nats per datum by which rows in 2-D and 3-D may stay behind the best mixture."""
@@ -127,16 +127,16 @@ def train(data: DataSet, effort: Effort, seed: int) -> tuple[LVEBM, Saddle]:
 
 
 def best_step(data: DataSet, effort: Effort, seed: int) -> int:
-    """Return the step that is best on average over splits: one split of large sets, five of small.
+    """Return the step that is best on average over splits: two splits of large sets, five of small.
 
-    A fit that stopped keeps its last value, which is worse than its best. With one split, the mean
+    A fit that stopped keeps its last value, which is worse than its best. Of large sets the mean
     over five evaluations stands for the one in their middle: the noise of log Z is as large as what
     a few hundred steps change.
     """
     small = len(data.train) < SMALL
     curves = []
-    for number in range(5 if small else 1):
-        parts = split(data.train, 0.2 if small else 0.1, seed + number)
+    for number in range(5 if small else 2):
+        parts = split(data.train, 0.2, seed + number)
         fit, held_out = (torch.as_tensor(part, dtype=torch.float32) for part in parts)
         _, saddle = build(data, fit, LEARNING_RATE, seed)
         saddle.fit(

@@ -140,15 +140,19 @@ def chosen(
     return step, [fit for fit in fits if fit.fitted]
 
 
-def test_steps_of_a_large_set_come_from_one_smoothed_curve(
+def test_steps_of_a_large_set_come_from_two_smoothed_curves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A single high evaluation is not chosen; the middle of a high stretch is."""
+    """A single high evaluation is not chosen; the middle of a high stretch is, on average."""
     values = [-9.0, -9.0, -2.0, -9.0, -9.0, -4.0, -3.5, -3.0, -3.5, -4.0, -9.0, -9.0]
     curve = {100 * k: value for k, value in enumerate(values)}
-    step, fits = chosen(monkeypatch, 2000, [curve])
+    step, fits = chosen(monkeypatch, 2000, [curve, curve])
     assert step == 700
-    assert [(fit.fitted, fit.held_out) for fit in fits] == [(1800, 200)]
+    assert [(fit.fitted, fit.held_out) for fit in fits] == [(1600, 400)] * 2
+    # One part whose rows say nothing, or the opposite by a little, is overruled by the other.
+    flat = {step: -5.0 + step / 1e4 for step in curve}
+    assert chosen(monkeypatch, 2000, [flat, curve])[0] == 700
+    assert chosen(monkeypatch, 2000, [flat, flat])[0] == 1100
 
 
 def test_steps_of_a_small_set_come_from_the_mean_of_five_splits(
