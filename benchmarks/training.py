@@ -129,9 +129,9 @@ def train(data: DataSet, effort: Effort, seed: int) -> tuple[LVEBM, Saddle]:
 def best_step(data: DataSet, effort: Effort, seed: int) -> int:
     """Return the step that is best on average over splits: two splits of large sets, five of small.
 
-    A fit that stopped keeps its last value, which is worse than its best. Of large sets the mean
-    over five evaluations stands for the one in their middle: the noise of log Z is as large as what
-    a few hundred steps change.
+    Of large sets the mean over five evaluations stands for the one in their middle: the noise of
+    log Z is as large as what a few hundred steps change. A fit that stopped keeps its last value,
+    which is worse than its best.
     """
     small = len(data.train) < SMALL
     curves = []
@@ -147,11 +147,9 @@ def best_step(data: DataSet, effort: Effort, seed: int) -> int:
             evaluate_every=25 if small else 100,
             progress=False,
         )
-        curves.append(saddle.history["log_evidence"].dropna())
-    curve = pd.concat(curves, axis=1).ffill().mean(axis=1)
-    if not small:
-        curve = curve.rolling(5, center=True, min_periods=3).mean()
-    return int(curve.idxmax())
+        curve = saddle.history["log_evidence"].dropna()
+        curves.append(curve if small else curve.rolling(5, center=True, min_periods=3).mean())
+    return int(pd.concat(curves, axis=1).ffill().mean(axis=1).idxmax())
 
 
 def half_cosine_factors(num_steps: int) -> np.ndarray:

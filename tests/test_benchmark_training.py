@@ -153,6 +153,10 @@ def test_steps_of_a_large_set_come_from_two_smoothed_curves(
     flat = {step: -5.0 + step / 1e4 for step in curve}
     assert chosen(monkeypatch, 2000, [flat, curve])[0] == 700
     assert chosen(monkeypatch, 2000, [flat, flat])[0] == 1100
+    # A last evaluation that is high by chance does not make later steps look good.
+    stopped = {step: -3.0 + (step == 800) for step in curve if step <= 800}
+    falling = {step: -5.0 - step / 1e4 for step in curve}
+    assert chosen(monkeypatch, 2000, [stopped, falling])[0] == 800
 
 
 def test_steps_of_a_small_set_come_from_the_mean_of_five_splits(
