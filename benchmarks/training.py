@@ -52,7 +52,7 @@ LOG_Z_ERROR = 0.0015
 """Standard error of log Z there, which decides the number of runs."""
 FEW_RUNS = 8
 """Runs of log Z elsewhere: fewer widen the bracket, which counts against us."""
-SEEDS_HELP = "seeds of our fits at each learning rate; the first is that of all other rows too"
+SEEDS_HELP = "seeds of our fits at each learning rate; the first is that of suite and online too"
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def best_step(data: DataSet, effort: Effort, seed: int) -> int:
     """Return the step that is best on average over splits: two splits of large sets, five of small.
 
     Of large sets the mean over five evaluations stands for the one in their middle: the noise of
-    log Z is as large as what a few hundred steps change. A fit that stopped keeps its last value,
-    which is worse than its best.
+    log Z is as large as what a few hundred steps change. A fit that stopped keeps the last value
+    of its curve, which is worse than its best.
     """
     small = len(data.train) < SMALL
     curves = []
