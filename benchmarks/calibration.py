@@ -47,7 +47,6 @@ from pyro_lvebm import (
     log_partition,
 )
 from pyro_lvebm.energies import WhitenedEnergy
-from pyro_lvebm.rng import generator_for
 
 CONFIDENCE = 0.95
 """Of every interval, and the share of brackets that must hold the truth."""
@@ -155,7 +154,7 @@ def quadratic(dim: int, condition: float, pool: TemperedPool | None = None) -> L
     """Return a Gaussian model in random directions, wider than its base in some of them."""
     z_dim = 1 if dim == 2 else 2
     energy = QuadraticEnergy(dim - z_dim, z_dim)
-    generator = generator_for(0, dim)
+    generator = torch.Generator().manual_seed(dim)
     square = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     vectors = torch.linalg.qr(square).Q
     # Not symmetric about 1, so that log det does not vanish.
@@ -171,7 +170,9 @@ def neural(x_dim: int, seed: int, scale: float = 10.0) -> LVEBM:
     energy = MLPEnergy(x_dim, 1, hidden=(32, 32), seed=seed)
     weight = energy.out.weight
     with torch.no_grad():
-        weight.copy_(scale * torch.randn(weight.shape, generator=generator_for(seed, 1)))
+        weight.copy_(
+            scale * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        )
     return standard_lvebm(energy, TemperedPool(6, 64))
 
 
@@ -424,7 +425,9 @@ def quadratic_data(ebm: LVEBM, count: int) -> Tensor:
     """Return draws x (count, d_x) of a Gaussian model whose bases are standard normal."""
     energy = in_double(ebm)
     assert isinstance(energy, QuadraticEnergy)
-    noise = torch.randn(count, ebm.dim, dtype=torch.float64, generator=generator_for(0, 2))
+    noise = torch.randn(
+        count, ebm.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     covariance = torch.cholesky_inverse(energy.tril)
     u = noise @ torch.linalg.cholesky(covariance).T - covariance @ energy.linear
     return u[:, : energy.x_dim].float()

@@ -25,7 +25,6 @@ from benchmarks.speed import bare_network
 from pyro_lvebm.annealing import anneal, log_mean_exp, log_mean_std_error, pilot, standard_normal
 from pyro_lvebm.baselines import gaussian
 from pyro_lvebm.langevin import value_and_grad
-from pyro_lvebm.rng import generator_for, isolated_rng
 
 Energy = Callable[[Tensor], Tensor]
 """Maps u (n, D) to energies (n,)."""
@@ -161,7 +160,8 @@ def run_peer(
     reference = -float(gaussian(train, test).log_evidence.mean())
     mean, scale = train.mean(0), train.std(0)
     u, held_out = (torch.from_numpy((x - mean) / scale) for x in (train, test))
-    with isolated_rng(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         net, seconds = _TRAINERS[name](u.float(), recipe, updates)
     net.double().eval().requires_grad_(False)
 
@@ -234,7 +234,9 @@ def lowest_slope(energy: Energy, dim: int, seed: int) -> float:
 
     In one and two dimensions these leave no gap; in more they may miss a narrow cone.
     """
-    directions = torch.randn((8192, dim), generator=generator_for(seed, 1), dtype=torch.float64)
+    directions = torch.randn(
+        (8192, dim), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     directions /= directions.norm(dim=-1, keepdim=True)
     radius = 1e4
     return float(((energy(2 * radius * directions) - energy(radius * directions)) / radius).min())
@@ -255,7 +257,7 @@ def _midpoint(energy: Energy, dim: int, half_width: float, nodes: int, hole: flo
 def _annealed(energy: Energy, dim: int, seed: int, falls: bool) -> LogPartition:
     """Estimate log Z by annealing from N(0, I), of which the residual energy is E − ½ |u|²."""
     f = value_and_grad(lambda v: energy(v) - 0.5 * (v * v).sum(-1))
-    generator, like = generator_for(seed, 2), torch.empty((), dtype=torch.float64)
+    generator, like = torch.Generator().manual_seed(seed + 1), torch.empty((), dtype=torch.float64)
     runs, particles = 8, 512
     try:
         start = standard_normal((1, 1, particles, dim), like, generator)

@@ -16,6 +16,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
+from pyro_lvebm.rng import Stream, derive_seed
+
 MAX_ITER = 2000
 """Limit on the steps of expectation maximisation in one fit."""
 
@@ -147,7 +149,7 @@ def gaussian_mixture(
         covariance_type=covariance_type,
         max_iter=MAX_ITER,
         n_init=3,
-        random_state=int(np.random.SeedSequence([seed, components]).generate_state(1)[0]),
+        random_state=derive_seed(seed, Stream.MIXTURE_STARTS, components) % 2**32,
     )
     with _quiet_fit():
         model.fit(train)

@@ -61,7 +61,12 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
         "format": FORMAT,
         "settings": settings,
         "pools": [
-            {"seed": e.pool.seed, "fresh": e.pool_is_fresh(), "support": str(e.base_x.support)}
+            {
+                "seed": e.pool.seed,
+                "site": e.pool.site,
+                "fresh": e.pool_is_fresh(),
+                "support": str(e.base_x.support),
+            }
             for e in ebms
         ],
         "optim": _pull_tensors(state, "optim", tensors),
@@ -141,7 +146,7 @@ class Checkpoint:
             for key, target in targets.items():
                 target.copy_(saved[key])
         for ebm, pool in zip(ebms, self.pools, strict=True):
-            ebm.pool.seed = pool["seed"]
+            ebm.pool.seed, ebm.pool.site = pool["seed"], pool["site"]
             ebm.mark_pool(fresh=pool["fresh"])
         for key, state in self.optim.items():
             param = targets[key]
@@ -178,6 +183,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         pools = [
             {
                 "seed": int(p["seed"]),
+                "site": str(p.get("site", "")),
                 "fresh": bool(p["fresh"]),
                 "support": str(p.get("support", "Real()")),
             }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyro_lvebm.data import load_digits_data, read_observations, split
 from pyro_lvebm.job import JobResult, JobSettings, run_job
+from pyro_lvebm.rng import Stream
 
 _OUTPUTS = """\
 Written to the output folder:
@@ -116,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             train, test = split(read_observations(args.data), args.held_out, args.seed)
             if args.validation:
-                train, validation = split(train, args.validation, args.seed + 1)
+                train, validation = split(
+                    train, args.validation, args.seed, Stream.VALIDATION_SPLIT
+                )
         result = run_job(
             train,
             test,

@@ -21,7 +21,7 @@ from pyro_lvebm.log_partition import LogPartition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.model_evidence import Sweep, Terms, model_log_evidence, row_log_z
 from pyro_lvebm.refit import refits
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, derive_seed, device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import Model, energy_modules, frozen, sample_nodes
 
@@ -101,18 +101,20 @@ def compare_elbo(
     if num_steps is not None or held_out is not None:
         raise ValueError("num_steps and held_out are for theta='refit'; nothing is trained here")
     device = device_of(args, kwargs)
-    with isolated_rng(seed, 20, device=device), poutine.block(), torch.no_grad():
+    seed = derive_seed(seed, Stream.TABLE)
+    noise = isolated_rng(seed, Stream.TABLE_PROTOTYPE, device=device)
+    with noise, poutine.block(), torch.no_grad():
         sweep = Sweep.of(model, seed, args, kwargs)
         check_not_shared(posteriors)
         _check_observed(sweep.prototype)
-        shift = _Shift.of(sweep, energy_modules(sweep.prototype), seed)
+        shift = _Shift.of(sweep, energy_modules(sweep.prototype))
         with frozen(energy_modules(sweep.prototype)):
             evidence = model_log_evidence(sweep)
             rows, terms = {}, {}
             for name, posterior in posteriors.items():
                 clock = time.perf_counter()
                 # The same noise for all rows, so that their differences have less of it.
-                with isolated_rng(seed, 23, device=device):
+                with isolated_rng(seed, Stream.TABLE_ROWS, device=device):
                     found = row_terms(posterior, sweep, num_samples)
                 seconds = time.perf_counter() - clock
                 rows[name] = _row(found, evidence, shift.to_upper) | {"seconds": seconds}
@@ -149,17 +151,21 @@ def _compare_refits(
     log_z_se: dict[str, float] = {}
     fits = refits(model, posteriors, args, kwargs, num_steps)
     # Closing puts the model back at once, also where an error would keep the generator alive.
-    with poutine.block(), isolated_rng(seed, 24, device=device), closing(fits):
+    noise = isolated_rng(seed, Stream.TABLE_REFITS, device=device)
+    with poutine.block(), noise, closing(fits):
         for name, saddle, seconds in fits:
-            with isolated_rng(seed, 20, device=device), torch.no_grad():
-                sweep = Sweep.of(model, seed, args, kwargs)
+            # Of each fit its own, for the errors of two log Z count as independent.
+            own = derive_seed(seed, Stream.TABLE, name)
+            own_held_out = derive_seed(seed, Stream.TABLE_HELD_OUT, name)
+            with isolated_rng(own, Stream.TABLE_PROTOTYPE, device=device), torch.no_grad():
+                sweep = Sweep.of(model, own, args, kwargs)
                 _check_observed(sweep.prototype)
-                new_sweep = Sweep.of(model, seed, held_out, kwargs)
+                new_sweep = Sweep.of(model, own_held_out, held_out, kwargs)
                 ebms = energy_modules(sweep.prototype)
-                shift = _Shift.of(sweep, ebms, seed)
+                shift = _Shift.of(sweep, ebms)
                 new_shift = shift
                 if any(ebm.context_shape is not None for ebm in ebms):
-                    new_shift = _Shift.of(new_sweep, ebms, seed)
+                    new_shift = _Shift.of(new_sweep, ebms)
                 log_zs += shift.log_zs
                 with frozen(ebms):
                     evidence = model_log_evidence(sweep)
@@ -185,9 +191,9 @@ class _Shift(NamedTuple):
     log_zs: list[LogPartition]
 
     @classmethod
-    def of(cls, sweep: Sweep, ebms: list[LVEBM], seed: int) -> _Shift:
+    def of(cls, sweep: Sweep, ebms: list[LVEBM]) -> _Shift:
         """Anneal all log Z, those of conditional LVEBMs at the contexts of a sweep."""
-        found = [row_log_z(sweep, ebm, seed) for ebm in ebms]
+        found = [row_log_z(sweep, ebm) for ebm in ebms]
         log_zs = [log_z.bracket for log_z in found]
         to_estimate = sum((z.correction for z in found), torch.zeros(()))
         return cls(sum(z.to_upper for z in found), to_estimate, log_zs)

@@ -18,7 +18,7 @@ from pyro_lvebm.langevin import MALA, ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.reweighting import ess, systematic_resample
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 
 _REJUVENATION_MOVES = 20
 _MAX_ELEMENTS = 2**22
@@ -137,7 +137,7 @@ def conditional_log_partition(
         )
     distinct, rows = torch.unique(context.flatten(1), dim=0, return_inverse=True)
     distinct = distinct.reshape(-1, *context.shape[1:])
-    generator = generator_for(seed, 13, device=context.device)
+    generator = generator_for(seed, Stream.CONDITIONAL_LOG_PARTITION, device=context.device)
     found: list[Bracket] = []
     least, most = math.inf, 0
     with ebm.frozen(), torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_lvebm.langevin import LangevinState
 from pyro_lvebm.pool import Pool, ResidualEnergy
+from pyro_lvebm.rng import Stream
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tempering import (
     SNAPSHOT_STRIDE,
@@ -147,7 +148,7 @@ class ContextPool(TemperedPool):
 
     def _take(self, context: Tensor, everything: bool) -> None:
         """Replace the oldest contexts, or all of them, by random rows of others."""
-        generator = self._generator(2)
+        generator = self._generator(Stream.POOL_CONTEXTS)
         life, now = _LIFETIME * self.burn_in, int(self.refreshes)
         due = (now + 1) * self.num_contexts // life - now * self.num_contexts // life
         count = self.num_contexts if everything else due

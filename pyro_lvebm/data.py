@@ -12,6 +12,8 @@ import pandas as pd
 from scipy.special import expit, logit
 from sklearn.datasets import load_digits
 
+from pyro_lvebm.rng import Stream, derive_seed
+
 SQUEEZE = 0.05
 """λ of the logit transform. It keeps |y| below 2.95, so that noise on empty pixels has no tails."""
 
@@ -158,7 +160,9 @@ def _read_numpy(path: Path) -> np.ndarray:
     return values
 
 
-def split(x: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    x: np.ndarray, held_out: float, seed: int, stream: Stream = Stream.HELD_OUT_SPLIT
+) -> tuple[np.ndarray, np.ndarray]:
     """Split rows at random into a training part and a held-out part.
 
     The held-out part has ⌈held_out · N⌉ rows.
@@ -167,6 +171,7 @@ def split(x: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.nda
         x: Observations (N, ...).
         held_out: Fraction of rows to hold out, between 0 and 1, exclusive.
         seed: Fixes the split.
+        stream: What the split is for.
 
     Returns:
         The training rows and the held-out rows, each in random order, as copies.
@@ -188,7 +193,7 @@ def split(x: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.nda
             f"held_out={held_out} of {len(x)} rows leaves {len(x) - count} rows for training and "
             f"{count} held out; both need at least one. Change held_out or add rows"
         )
-    order = np.random.default_rng(np.random.SeedSequence([seed, 0])).permutation(len(x))
+    order = np.random.default_rng(derive_seed(seed, stream)).permutation(len(x))
     return x[order[count:]], x[order[:count]]
 
 
@@ -238,7 +243,7 @@ def dequantise_logit(x: np.ndarray, num_levels: int, seed: int) -> np.ndarray:
             f"{num_levels - 1}, the first {x[bad][0]}; check num_levels={num_levels}, or leave "
             "continuous data as they are"
         )
-    noise = np.random.default_rng(np.random.SeedSequence([seed, 1])).random(x.shape)
+    noise = np.random.default_rng(derive_seed(seed, Stream.DEQUANTISATION)).random(x.shape)
     u = (x + noise) / num_levels
     # λ > 0 keeps v inside (0, 1) even where u rounds to 0 or 1.
     return np.asarray(logit(SQUEEZE + (1.0 - 2.0 * SQUEEZE) * u), dtype=np.float64)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_lvebm.annealing import standard_normal
 from pyro_lvebm.conditional import check_unconditional
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.validation import TrainingWarning
 
 _RELATIVE_STEP = 1e-3
@@ -136,7 +136,7 @@ def check_dissipativity(
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     like = ebm.base_x.loc
-    generator = generator_for(seed, 60, device=like.device)
+    generator = generator_for(seed, Stream.DISSIPATIVITY, device=like.device)
     rays = standard_normal((num_rays, ebm.dim), like, generator)
     rays = rays / rays.norm(dim=1, keepdim=True)
     radii = torch.logspace(0.0, math.log10(max_radius), num_radii).to(like)

@@ -25,6 +25,7 @@ from pyro_lvebm.laplace import laplace_log_weights
 from pyro_lvebm.local_energy import LatentBlock
 from pyro_lvebm.model_evidence import Sweep
 from pyro_lvebm.particle_elbo import annealed_elbo, posterior_draws
+from pyro_lvebm.rng import Stream
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import Model, Node, at_minibatch, sample_nodes, subsample_nodes, vectorise
 
@@ -116,7 +117,7 @@ def row_terms(posterior: Posterior, sweep: Sweep, num_samples: int) -> RowTerms:
             weights = laplace_log_weights(block, num_samples=num_samples, generator=generator)
             return weights + block.offset
 
-        weights, count = sweep.over_data(laplace, 3), 0
+        weights, count = sweep.over_data(laplace, Stream.LAPLACE_ROW), 0
     elif isinstance(posterior, PriorProposal):
         weights, count = _guide_log_weights(_prior(sweep), sweep, num_samples), 0
     elif isinstance(posterior, MCMC):
@@ -217,7 +218,7 @@ def _particle_log_weights(
         return log_w + block.offset
 
     count = sum(particles.particles(name).numel() for name in names)
-    return sweep.over_data(estimate, 1, particles, guide), count
+    return sweep.over_data(estimate, Stream.PARTICLE_ROW, particles, guide), count
 
 
 def _mcmc_log_weights(mcmc: MCMC, sweep: Sweep, num_samples: int) -> tuple[Tensor, int]:
@@ -235,7 +236,8 @@ def _mcmc_log_weights(mcmc: MCMC, sweep: Sweep, num_samples: int) -> tuple[Tenso
         log_w = annealed_elbo(block, draws, num_samples=num_samples, generator=generator)
         return log_w + block.offset
 
-    return sweep.over_data(estimate, 4), sum(value.numel() for value in samples.values())
+    count = sum(value.numel() for value in samples.values())
+    return sweep.over_data(estimate, Stream.MCMC_ROW), count
 
 
 def _guide_log_weights(guide: Model, sweep: Sweep, num_samples: int) -> Tensor:
@@ -269,7 +271,7 @@ def _guide_log_weights(guide: Model, sweep: Sweep, num_samples: int) -> Tensor:
         log_p = log_p - block.f(v)[0] - log_det + block.offset
         return log_p - log_q.reshape(shape)
 
-    return sweep.over_data(estimate, 2)
+    return sweep.over_data(estimate, Stream.GUIDE_ROW)
 
 
 def _choices(block: LatentBlock) -> dict[str, Node]:

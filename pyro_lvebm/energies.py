@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.langevin import value_and_grad
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import Stream, isolated_rng
 
 
 class WhitenedEnergy(nn.Module):
@@ -211,7 +211,7 @@ class MLPEnergy(WhitenedEnergy):
             fourier_features = 32 if self.dim <= 8 else 0
         if fourier_features < 0:
             raise ValueError(f"fourier_features must be 0 or more; got {fourier_features}")
-        with isolated_rng(seed):
+        with isolated_rng(seed, Stream.ENERGY_WEIGHTS):
             bandwidth = 1.5 * min(1.0, 2.0 / x_dim)
             self.register_buffer("frequencies", bandwidth * torch.randn(x_dim, fourier_features))
             self.register_buffer("linear", self._linear_part())

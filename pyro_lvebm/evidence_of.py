@@ -16,7 +16,7 @@ from pyro_lvebm.log_evidence import LogEvidence
 from pyro_lvebm.log_partition import LogPartition
 from pyro_lvebm.model_evidence import Sweep, Terms, anneal_block, model_log_evidence, row_log_z
 from pyro_lvebm.particle_elbo import fit_gaussian, posterior_draws, relative_to
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, derive_seed, device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import Model, energy_modules, frozen
 from pyro_lvebm.validation import TrainingWarning
@@ -78,10 +78,12 @@ def log_evidence_of(
     if saddle is not None and saddle.particles is None:
         raise ValueError("the guide of this Saddle has no AutoParticles to start from")
     device = device_of(args, kwargs)
-    with isolated_rng(seed, 25, device=device), poutine.block(), torch.no_grad():
+    seed = derive_seed(seed, Stream.EVIDENCE)
+    noise = isolated_rng(seed, Stream.EVIDENCE_PROTOTYPE, device=device)
+    with noise, poutine.block(), torch.no_grad():
         sweep = Sweep.of(model, seed, args, kwargs)
         ebms = energy_modules(sweep.prototype)
-        found = [row_log_z(sweep, ebm, seed) for ebm in ebms]
+        found = [row_log_z(sweep, ebm) for ebm in ebms]
         log_zs = [log_z.bracket for log_z in found]
         warn_of_unreliable(log_zs)
         with frozen(ebms):
@@ -107,7 +109,9 @@ def _from_particles(sweep: Sweep, saddle: Saddle, num_particles: int, num_runs: 
         f = relative_to(block.f, mean, tril)
         return anneal_block(block, f, num_particles, num_runs, generator) + block.offset
 
-    return Terms.of_runs(sweep.over_data(estimate, 5, particles, saddle.guide))
+    return Terms.of_runs(
+        sweep.over_data(estimate, Stream.EVIDENCE_FROM_PARTICLES, particles, saddle.guide)
+    )
 
 
 def warn_of_unreliable(log_zs: list[LogPartition]) -> None:

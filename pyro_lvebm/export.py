@@ -24,7 +24,7 @@ from pyro_lvebm.marginal_likelihood import marginal_likelihood
 from pyro_lvebm.model_evidence import Sweep, row_log_z
 from pyro_lvebm.posterior_of import Draws, Source, model_of, posterior_of
 from pyro_lvebm.replicates import observed_values, posterior_replicates, prior_draws
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, derive_seed, device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import Model, all_nodes, energy_modules, frozen, sample_nodes
 
@@ -132,7 +132,9 @@ def to_arviz(
         raise ValueError(f"table must be an ElboTable, of compare_elbo; got {type(table).__name__}")
     model = model_of(source, model)
     device = device_of(args, kwargs)
-    with isolated_rng(seed, 30, device=device), poutine.block(), torch.no_grad():
+    seed = derive_seed(seed, Stream.EXPORT)
+    noise = isolated_rng(seed, Stream.EXPORT_PROTOTYPE, device=device)
+    with noise, poutine.block(), torch.no_grad():
         prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
     draws = posterior_of(
         source,
@@ -165,7 +167,7 @@ def to_arviz(
         "sample_stats": axes.dataset(stats, sites, SAMPLE_DIMS),
     }
     with (
-        isolated_rng(seed, 32, device=device),
+        isolated_rng(seed, Stream.EXPORT_REPLICATES, device=device),
         poutine.block(),
         torch.no_grad(),
         frozen(energy_modules(prototype)),
@@ -226,7 +228,7 @@ def _log_likelihood(sweep: Sweep, draws: Draws, count: int, axes: Axes) -> Any:
     last = {name: _last(value, value.shape[1]) for name, value in draws.samples.items()}
     given = {name: _last(value, count) for name, value in draws.samples.items()}
     found = marginal_likelihood(sweep, last, given, chains * count)
-    rows = [row_log_z(sweep, ebm, sweep.seed) for ebm in energy_modules(sweep.prototype)]
+    rows = [row_log_z(sweep, ebm) for ebm in energy_modules(sweep.prototype)]
     log_zs = [row.bracket for row in rows]
     warn_of_unreliable(log_zs)
     log_z, value = total(log_zs), found.value

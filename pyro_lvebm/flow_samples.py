@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_lvebm.annealing import standard_normal
 from pyro_lvebm.langevin import ULA, init_state
-from pyro_lvebm.rng import derive_seed, generator_for
+from pyro_lvebm.rng import Stream, derive_seed, generator_for
 
 if TYPE_CHECKING:
     from pyro_lvebm.model import LVEBM
@@ -46,8 +46,8 @@ def model_draws(
 ) -> np.ndarray:
     """Draw (*size, d) from a copy of the pool, each sample from refreshes of its own."""
     pool = copy.deepcopy(ebm.pool)
-    pool.seed = derive_seed(seed, 50, pool.seed)
-    generator = generator_for(seed, 51, device=ebm.base_x.loc.device)
+    pool.seed = derive_seed(seed, Stream.RATE_POOL, pool.seed)
+    generator = generator_for(seed, Stream.RATE_DRAWS, device=ebm.base_x.loc.device)
     for _ in range(num_refreshes):
         pool.refresh(ebm)
     samples = []
@@ -74,7 +74,8 @@ def langevin_flow(
     Raises:
         ValueError: If chains diverge.
     """
-    generator, kernel = generator_for(seed, 52, device=ebm.base_x.loc.device), ULA()
+    generator = generator_for(seed, Stream.RATE_FLOW, device=ebm.base_x.loc.device)
+    kernel = ULA()
     u = standard_normal((*size, ebm.dim), ebm.base_x.loc, generator)
     state, flow = init_state(ebm.residual_and_grad, u), [to_numpy(u)]
     for k in range(1, num_times):

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, device_of, isolated_rng
 from pyro_lvebm.validation import DataError
 
 GIVEN = "given_rows"
@@ -85,7 +85,8 @@ def find_rows(
     """
     given = GivenRows(until=plates)
     # Handlers around, such as a plate of particles, are not for this run.
-    with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
+    noise = isolated_rng(0, Stream.PROBE, device=device_of(args, kwargs))
+    with noise, torch.no_grad(), poutine.block():
         try:
             given(model)(*args, **kwargs)
         except _Found:

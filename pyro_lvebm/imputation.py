@@ -12,7 +12,7 @@ from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.conditional import check_context, context_rows
 from pyro_lvebm.conditional_energies import given_observed
 from pyro_lvebm.missing import Completion, observed_entries
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.validation import check_rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def impute(
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):
         raise ValueError("nothing is missing: every entry of x is observed")
-    generator = generator_for(seed, 40, device=x.device)
+    generator = generator_for(seed, Stream.IMPUTATION, device=x.device)
     draws = []
     for index in torch.arange(num_samples * len(x), device=x.device).split(_MAX_PROBLEMS):
         rows = index % len(x)

@@ -19,7 +19,7 @@ from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.guides import check_guide
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.probing import CheapLatents
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, device_of, isolated_rng
 from pyro_lvebm.tracing import (
     Node,
     all_nodes,
@@ -57,7 +57,7 @@ def inspect(
         check_guide(guide, model_trace)
         for ebm in energy_modules(model_trace):
             num_sites(model_trace, ebm)
-        with isolated_rng(0, device=device_of(args, kwargs)):
+        with isolated_rng(0, Stream.PROBED_ENERGIES, device=device_of(args, kwargs)):
             _check_energies(model, model_trace, args, kwargs)
         guide_trace = poutine.trace(GivenRows()(guide)).get_trace(*args, **kwargs)
     sites = {

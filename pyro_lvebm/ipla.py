@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
-from zlib import crc32
 
 import torch
 from pyro.optim import PyroOptim
 from torch.optim import Optimizer
 
-from pyro_lvebm.rng import derive_seed, generator_for
+from pyro_lvebm.rng import Stream, derive_seed, generator_for
 
 
 def ipla(lr: float, num_particles: int, seed: int = 0) -> PyroOptim:
@@ -70,7 +69,7 @@ def ipla(lr: float, num_particles: int, seed: int = 0) -> PyroOptim:
     def settings(name: str) -> dict[str, Any]:
         # One torch optimiser for each parameter: with one seed for all, parameters of the same
         # shape would share their noise. Names, for the order of parameters is not fixed.
-        stream = derive_seed(seed, crc32(name.encode()))
+        stream = derive_seed(seed, Stream.PARAMETER_NOISE, name)
         return {"lr": lr, "num_particles": num_particles, "seed": stream}
 
     return PyroOptim(NoisySGD, settings)
@@ -99,7 +98,8 @@ class NoisySGD(Optimizer):
                 if theta.grad is None:
                     continue
                 t = self.state[theta].get("step", 0)
-                generator = generator_for(group["seed"], i, t, device=theta.device)
+                key = (Stream.PARAMETER_NOISE, i, t)
+                generator = generator_for(group["seed"], *key, device=theta.device)
                 xi = torch.empty_like(theta).normal_(generator=generator)
                 theta.add_(theta.grad, alpha=-gamma).add_(xi, alpha=math.sqrt(2.0 * gamma / n))
                 self.state[theta]["step"] = t + 1

@@ -23,7 +23,7 @@ from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range, log_partition
 from pyro_lvebm.missing import Completion
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.validation import check_rows
 
 MAX_PARTICLES = 2**16
@@ -138,7 +138,7 @@ def log_evidence(
                 num_runs=num_runs,
                 num_moves=num_moves,
                 relative_ess=relative_ess,
-                generator=generator_for(seed, 11, chunk, device=x.device),
+                generator=generator_for(seed, Stream.LOG_EVIDENCE, chunk, device=x.device),
             )
             values.append(log_mean_exp(log_c, 0) + log_base)
             errors.append(log_mean_std_error(log_c, 0))

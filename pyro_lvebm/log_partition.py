@@ -21,7 +21,7 @@ from pyro_lvebm.langevin import MALA, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import Pool
 from pyro_lvebm.reweighting import ess
-from pyro_lvebm.rng import derive_seed, generator_for
+from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import TrainingWarning
 
@@ -165,9 +165,9 @@ def log_partition(
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive; got {value}")
     like = ebm.base_x.loc
-    generator = generator_for(seed, 10, device=like.device)
+    generator = generator_for(seed, Stream.LOG_PARTITION, device=like.device)
     pool = copy.deepcopy(ebm.pool)
-    pool.seed = derive_seed(seed, 12, pool.seed)
+    pool.seed = derive_seed(seed, Stream.LOG_PARTITION_POOL, pool.seed)
     with ebm.frozen():
         start = standard_normal((1, 1, 2 * num_particles, ebm.dim), like, generator)
         schedule = pilot(

@@ -19,7 +19,7 @@ from pyro_lvebm.missing import Completion
 from pyro_lvebm.model_evidence import Sweep
 from pyro_lvebm.particle_elbo import fit_gaussian, relative_to
 from pyro_lvebm.replicates import observed_sites
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.tracing import (
     FullData,
     Minibatch,
@@ -157,7 +157,9 @@ def _annealed(
             num_runs=1,
             num_moves=2,
             relative_ess=0.95,
-            generator=generator_for(sweep.seed, 21, 6, number, chunk, device=block.v.device),
+            generator=generator_for(
+                sweep.seed, Stream.POINTWISE_LIKELIHOOD, number, chunk, device=block.v.device
+            ),
         )
         values.append(log_c.reshape(count, *size))
     return torch.cat(values) + block.offset.expand(1, *size)

@@ -26,6 +26,7 @@ from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy, check_energy
 from pyro_lvebm.imputation import impute
 from pyro_lvebm.langevin import value_and_grad
 from pyro_lvebm.pool import Pool
+from pyro_lvebm.rng import Stream, derive_seed
 from pyro_lvebm.supports import Support
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
@@ -263,7 +264,8 @@ class LVEBM(nn.Module):
                 f"{tuple(context.shape)}"
             )
         check_contexts_finite(context, self.base_x.loc)
-        pool = TemperedPool(num_levels=self.pool.num_levels, seed=self.pool.seed)
+        seed = derive_seed(self.pool.seed, Stream.POOL_AT_CONTEXT)
+        pool = TemperedPool(num_levels=self.pool.num_levels, seed=seed)
         ebm = LVEBM(AtContext(self, context), self.base_x, self.base_z, pool)
         ebm.expects_missing.copy_(self.expects_missing)
         for _ in range(_SETTLING_REFRESHES):

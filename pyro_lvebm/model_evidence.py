@@ -28,7 +28,7 @@ from pyro_lvebm.log_evidence import MAX_PARTICLES, anneal_latents
 from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.probing import CheapLatents
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tracing import (
     Model,
@@ -37,6 +37,7 @@ from pyro_lvebm.tracing import (
     num_sites,
     plate_nesting,
     sample_nodes,
+    site_of,
     vectorise,
 )
 
@@ -91,7 +92,7 @@ class Sweep:
     def over_data(
         self,
         estimate: Estimate,
-        stream: int,
+        stream: Stream,
         particles: AutoParticles | None = None,
         guide: Model | None = None,
     ) -> Tensor:
@@ -99,7 +100,7 @@ class Sweep:
 
         Args:
             estimate: What to estimate.
-            stream: Names the random numbers, together with the seed.
+            stream: What the random numbers are for.
             particles: Where the latents are; the probe by default.
             guide: The guide that holds the particles, and perhaps more.
 
@@ -124,7 +125,7 @@ class Sweep:
                     f"plates; this one has them in the groups {groups}, or outside the subsampled "
                     "plate"
                 )
-            generator = generator_for(self.seed, 21, stream, number, device=blocks[0].v.device)
+            generator = generator_for(self.seed, stream, number, device=blocks[0].v.device)
             log_weights = batch.drop_repeats(estimate(blocks[0], generator), 0)
             # Latents in no plate belong to all data at once, which are then one datum.
             values.append(log_weights.reshape(len(log_weights), -1))
@@ -146,7 +147,7 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
         log_c = anneal_block(block, block.f, num_particles, num_runs, generator)
         return log_c + block.offset
 
-    return Terms.of_runs(sweep.over_data(estimate, 0))
+    return Terms.of_runs(sweep.over_data(estimate, Stream.EVIDENCE))
 
 
 class RowLogZ(NamedTuple):
@@ -159,14 +160,17 @@ class RowLogZ(NamedTuple):
     bracket: LogPartition  # of the mean over the rows
 
 
-def row_log_z(sweep: Sweep, ebm: LVEBM, seed: int) -> RowLogZ:
+def row_log_z(sweep: Sweep, ebm: LVEBM) -> RowLogZ:
     """Bracket log Z, or that of every row's context, by annealing.
 
+    Random numbers are those of the site of each LVEBM, so that several log Z of one model have
+    independent errors, as their sum takes for granted.
+
     Args:
-        sweep: The model and its data.
+        sweep: The model and its data; its seed fixes the random numbers.
         ebm: One of its LVEBMs.
-        seed: Fixes the random numbers.
     """
+    seed = derive_seed(sweep.seed, Stream.LOG_Z_OF_SITE, site_of(sweep.prototype, ebm))
     count, pool = num_sites(sweep.prototype, ebm), ebm.log_partition
     if ebm.context_shape is None:
         bracket = log_partition(ebm, seed=seed).times(count)
@@ -191,7 +195,7 @@ def contexts_of(sweep: Sweep, ebm: LVEBM) -> Tensor:
         (context,) = expand_context(fn.context, ebm.context_shape, fn.batch_shape)
         return context.reshape(*block.v.shape[1:-1], -1).movedim(-1, 0)
 
-    return sweep.over_data(collect, 6).T.reshape(-1, *shape)
+    return sweep.over_data(collect, Stream.CONTEXTS_OF_ROWS).T.reshape(-1, *shape)
 
 
 def anneal_block(
@@ -240,7 +244,8 @@ def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
         RuntimeError: If the energy is too rough to anneal.
     """
     like = ebm.base_x.loc
-    generator = generator_for(sweep.seed, 22, device=like.device)
+    site = site_of(sweep.prototype, ebm)
+    generator = generator_for(sweep.seed, Stream.MISSED_LOG_Z, site, device=like.device)
     if ebm.context_shape is not None:
         contexts = contexts_of(sweep, ebm)
         return _log_z_of_contexts(ebm, contexts, generator) - float(ebm.log_partition)

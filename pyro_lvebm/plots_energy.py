@@ -14,6 +14,7 @@ from pyro_lvebm.evidence_of import total
 from pyro_lvebm.figures import axes_or_new
 from pyro_lvebm.log_evidence import log_evidence
 from pyro_lvebm.model import LVEBM
+from pyro_lvebm.rng import Stream, derive_seed
 
 SPAN = 3.0
 """Standard deviations of the base to either side of its mean that an energy is drawn over."""
@@ -88,7 +89,8 @@ def plot_energy(
         if marginal:
             # Noise that colours hide would show in a line, which has fewer points.
             count = 256 if len(columns) == 1 else 32
-            found = log_evidence(ebm, x, seed=seed, num_particles=count, log_z=total([]))
+            own = derive_seed(seed, Stream.ENERGY_PLOT)
+            found = log_evidence(ebm, x, seed=own, num_particles=count, log_z=total([]))
             energy = -found.value
         else:
             energy = ebm.energy(x, z)

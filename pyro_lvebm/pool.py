@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.langevin import MALA, Kernel, LangevinState, init_state
 from pyro_lvebm.reweighting import ess
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 
 _DRAW_KERNEL = MALA()
 """Leaves the model invariant, also where the chains of a pool move by ULA."""
@@ -72,6 +72,7 @@ class Pool(nn.Module):
             raise ValueError(f"step_size must be positive; got {step_size}")
         self.num_levels, self.num_chains = num_levels, num_chains
         self.num_moves, self.kernel, self.seed = num_moves, kernel, seed
+        self.site = ""
         n = num_levels * num_chains
         self.register_buffer("u", torch.empty(num_levels, num_chains, 0))
         self.register_buffer("f", torch.zeros(num_levels, num_chains))
@@ -83,11 +84,23 @@ class Pool(nn.Module):
 
     def initialise(self, dim: int) -> None:
         """Draw all chains from the base N(0, I) in `dim` dimensions, where log Z = 0 exactly."""
-        generator = generator_for(self.seed, 0, device=self.u.device)
+        generator = self._generator(Stream.POOL_START)
         shape = (self.num_levels, self.num_chains, dim)
         self.u = torch.empty(shape, dtype=self.u.dtype, device=self.u.device).normal_(
             generator=generator
         )
+
+    def belong_to(self, site: str) -> None:
+        """Take random numbers of one's own from the name of the site of x, for good.
+
+        Without it, pools of equal seeds would start from the same chains and move by the same
+        noise, so that the errors of several log Z in one model would be one error. A pool that
+        has not moved yet draws its chains anew.
+        """
+        if not self.site:
+            self.site = site
+            if not self.refreshes:
+                self.initialise(self.u.shape[-1])
 
     def refresh(self, ebm: ResidualEnergy) -> None:
         """Move the chains towards p_θ under the present θ and update weights and log Z.
@@ -95,15 +108,16 @@ class Pool(nn.Module):
         Raises:
             ValueError: If f is NaN or infinite at a chain; the pool is then unchanged.
         """
-        generator = self._generator(1)
+        generator = self._generator(Stream.POOL_MOVES)
         state = init_state(ebm.residual_and_grad, self.u)
         check_finite(state.f)
         self._advance(ebm, state, generator)
         self.refreshes = self.refreshes + 1
 
-    def _generator(self, stream: int) -> torch.Generator:
+    def _generator(self, stream: Stream) -> torch.Generator:
         """Return the generator of this refresh for one purpose."""
-        return generator_for(self.seed, stream, int(self.refreshes), device=self.u.device)
+        key = (self.site, int(self.refreshes))
+        return generator_for(self.seed, stream, *key, device=self.u.device)
 
     def _advance(
         self, ebm: ResidualEnergy, state: LangevinState, generator: torch.Generator

@@ -18,7 +18,7 @@ from pyro_lvebm.langevin import LangevinState, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import check_finite
 from pyro_lvebm.reweighting import ess, log_mixture, mbar_log_z
-from pyro_lvebm.rng import derive_seed, generator_for
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tempering import exchange, move_levels
 
@@ -123,7 +123,7 @@ def pool_diagnostics(
         raise ValueError(f"num_refreshes must be a multiple of {_BATCHES}; got {num_refreshes}")
     labels = None if modes is None else _labels(ebm, modes)
     pool = copy.deepcopy(ebm.pool)
-    generator = generator_for(derive_seed(seed, 70, pool.seed), device=pool.u.device)
+    generator = generator_for(seed, Stream.POOL_DIAGNOSTICS, pool.seed, device=pool.u.device)
     chains, shares = _Chains(pool), []
     ess_sum, accepted_sum, swapped_sum = (pool.u.new_zeros(pool.num_levels) for _ in range(3))
     with ebm.frozen():

@@ -18,7 +18,7 @@ from pyro_lvebm.guides.particles import AutoParticles
 from pyro_lvebm.langevin import Kernel
 from pyro_lvebm.local_energy import LatentBlock, latent_blocks
 from pyro_lvebm.missing import Completion
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.tracing import (
     FullData,
     Minibatch,
@@ -97,7 +97,9 @@ def draw_posterior(
                 num_samples=num_samples,
                 num_warmup=num_warmup,
                 thinning=thinning,
-                generator=generator_for(seed, 3, number, device=blocks[0].v.device),
+                generator=generator_for(
+                    seed, Stream.POSTERIOR_CHAINS, number, device=blocks[0].v.device
+                ),
             )
             given = {name for name, node in batch.nodes.items() if GIVEN in node["infer"]}
             targets = [_Target.of(block, particles, given, num_samples) for block in blocks]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_lvebm.guide_draws import draw_guide
 from pyro_lvebm.guides import find_particles
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, device_of, isolated_rng
 from pyro_lvebm.saddle import Saddle
 from pyro_lvebm.tracing import Model, energy_modules, frozen, sample_nodes
 
@@ -114,7 +114,7 @@ def posterior_of(
             "AutoParticles by itself cannot move its particles; pass the Saddle that trained it"
         )
     with (
-        isolated_rng(seed, 31, device=device_of(args, kwargs)),
+        isolated_rng(seed, Stream.EXPORT_GUIDE, device=device_of(args, kwargs)),
         poutine.block(),
         torch.no_grad(),
         frozen(energy_modules(prototype)),

@@ -26,7 +26,7 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.model_evidence import Sweep, missed_log_z, model_log_evidence
 from pyro_lvebm.penalties import Penalty
 from pyro_lvebm.posterior import PosteriorDraws, draw_posterior
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, derive_seed, device_of, isolated_rng
 from pyro_lvebm.rollback import pool_snapshot
 from pyro_lvebm.schedules import Schedule, half_cosine
 from pyro_lvebm.stepping import run_step
@@ -270,8 +270,10 @@ class Saddle(SVI):
                 one that subsamples.
         """
         device = self.device(args, kwargs)
-        with isolated_rng(self.seed, 5, device=device), torch.no_grad(), poutine.block():
-            sweep = Sweep.of(self.model, self.seed, args, kwargs)
+        seed = derive_seed(self.seed, Stream.HELD_OUT_EVALUATION)
+        noise = isolated_rng(seed, Stream.EVIDENCE_PROTOTYPE, device=device)
+        with noise, torch.no_grad(), poutine.block():
+            sweep = Sweep.of(self.model, seed, args, kwargs)
             ebms = energy_modules(sweep.prototype)
             with self._averaged(ebms, LOG_Z_ERROR), frozen(ebms):
                 terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
@@ -327,7 +329,12 @@ class Saddle(SVI):
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
         self.prepare(args, kwargs)
-        with isolated_rng(self.seed, 2, self.step_count, device=self.device(args, kwargs)):
+        with isolated_rng(
+            self.seed,
+            Stream.POSTERIOR_START,
+            self.step_count,
+            device=self.device(args, kwargs),
+        ):
             return draw_posterior(
                 self.model,
                 self.guide,
@@ -434,7 +441,7 @@ class Saddle(SVI):
         Pools of energies that nothing here will train catch up with them, if they never have.
         """
         if self._anatomy is None:
-            with isolated_rng(self.seed, 4, device=device_of(args, kwargs)):
+            with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
                 self._anatomy = inspect(self.model, self.guide, args, kwargs)
             if self._own_loss:
                 # Spares Pyro a guess, which would run model and guide once more and log a message.

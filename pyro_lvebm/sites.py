@@ -102,6 +102,7 @@ def lvebm(
     elif observed is not None:
         raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
     _check_not_random(name, ebm.f)
+    ebm.pool.belong_to(name)
     _announce(f"{name}_lvebm", ebm.f)
     pairing = Pairing()
     z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))

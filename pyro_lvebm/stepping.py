@@ -14,7 +14,7 @@ from pyro_lvebm.ascent import Ascent, ascend
 from pyro_lvebm.given_rows import GivenRows
 from pyro_lvebm.penalties import add_penalties
 from pyro_lvebm.positive import move_minibatch
-from pyro_lvebm.rng import generator_for, isolated_rng
+from pyro_lvebm.rng import Stream, generator_for, isolated_rng
 from pyro_lvebm.rollback import unchanged_on_error
 from pyro_lvebm.tracing import Node, SamePlates, at_minibatch, frozen
 
@@ -32,7 +32,7 @@ def run_step(
     """Move particles and pools, take one optimiser step and record it; see `Saddle.step`."""
     anatomy = saddle.prepare(args, kwargs)
     device = saddle.device(args, kwargs)
-    with isolated_rng(saddle.seed, 0, saddle.step_count, device=device):
+    with isolated_rng(saddle.seed, Stream.MINIBATCH, saddle.step_count, device=device):
         with unchanged_on_error(saddle.ebms) as undo:
             choices = _positive_phase(saddle, undo, device, args, kwargs)
             ascent = _ascend(saddle, factor, min_kl, choices, device, args, kwargs)
@@ -63,7 +63,7 @@ def _positive_phase(
             saddle.particles,
             saddle.kernel,
             saddle.num_moves,
-            generator_for(saddle.seed, 1, saddle.step_count, device=device),
+            generator_for(saddle.seed, Stream.POSITIVE_PHASE, saddle.step_count, device=device),
             undo,
             saddle.prepare(args, kwargs).nesting,
             _guide_noise(saddle, device),
@@ -79,7 +79,7 @@ def _guide_noise(
     """What seeds the draws of a guide that holds more than particles, twice in each step."""
     if saddle.particles is None or saddle.particles is saddle.guide:
         return nullcontext
-    return partial(isolated_rng, saddle.seed, 6, saddle.step_count, device=device)
+    return partial(isolated_rng, saddle.seed, Stream.GUIDE_DRAWS, saddle.step_count, device=device)
 
 
 def _ascend(

@@ -51,6 +51,12 @@ def energy_modules(trace: Trace) -> list[LVEBM]:
     return list({id(ebm): ebm for ebm in found}.values())
 
 
+def site_of(trace: Trace, ebm: LVEBM) -> str:
+    """Return the name of the first x site of an LVEBM in a trace."""
+    nodes = all_nodes(trace).items()
+    return next(n for n, d in nodes if isinstance(d.get("fn"), ObservedSite) and d["fn"].ebm is ebm)
+
+
 def num_sites(trace: Trace, ebm: LVEBM) -> int:
     """Return at how many x sites of a trace an LVEBM stands, each with a log Z.
 

@@ -13,7 +13,7 @@ from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.conditional import check_unconditional
 from pyro_lvebm.conditional_energies import given_z
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.rng import generator_for, isolated_rng
+from pyro_lvebm.rng import Stream, generator_for, isolated_rng
 from pyro_lvebm.validation import check_rows
 
 _NUM_PARTICLES = 256
@@ -84,9 +84,9 @@ def traverse(
         )
     if num_runs < 2:
         raise ValueError(f"num_runs must be at least 2; got {num_runs}")
-    generator = generator_for(seed, 80, device=x.device)
+    generator = generator_for(seed, Stream.TRAVERSAL, device=x.device)
     with ebm.frozen(), torch.no_grad():
-        with isolated_rng(seed, 81, device=x.device):
+        with isolated_rng(seed, Stream.TRAVERSAL_START, device=x.device):
             centre = ebm.posterior(x).sample((_POSTERIOR_DRAWS,)).mean(0).flatten(1)
         z = centre[:, None].repeat(1, len(values), 1)
         z[..., dim] = values.to(z)

@@ -30,6 +30,14 @@ def assert_global_rng_untouched() -> Iterator[None]:
     assert torch.equal(before, torch.get_rng_state()), "torch's global generator was used"
 
 
+@contextmanager
+def global_seed(seed: int) -> Iterator[None]:
+    """Seed torch's global generator inside the block, and leave it as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

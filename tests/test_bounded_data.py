@@ -18,7 +18,7 @@ from bounded_models import CONSTRAINTS, log_jacobian, to_support, twins
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.optim import Adam
-from referee import ALPHA, CERTAIN, bracket, mean_p_value, normal
+from referee import ALPHA, CERTAIN, bracket, global_seed, mean_p_value, normal
 from scipy import stats
 from small_models import condition, exact_joint, plate_model, snapshot, tiny_pool, warm
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from pyro_lvebm import (
     lvebm,
 )
 from pyro_lvebm.history import pool_statistics
-from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.supports import Support
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -110,7 +109,7 @@ def test_with_no_energy_densities_on_the_simplex_are_logistic_normal() -> None:
 )
 def test_bases_given_as_transformed_distributions(base: dist.TorchDistribution) -> None:
     ebm = LVEBM(MLPEnergy(2, 1), base, dist.Normal(torch.zeros(1), 1.0).to_event(1), tiny_pool())
-    with isolated_rng(0):
+    with global_seed(0):
         x = base.sample((20,))
     torch.testing.assert_close(ebm.base_x.log_prob(x), base.log_prob(x))
     torch.testing.assert_close(ebm.base_x.distribution().log_prob(x), base.log_prob(x))
@@ -265,9 +264,9 @@ def test_energies_and_closed_forms_of_twins(constraint: Constraint) -> None:
     torch.testing.assert_close(ebm.unwhiten(u)[0], x)
     volume = plain.base_x.log_det + jacobian
     torch.testing.assert_close(ebm.base_x.log_abs_det(u[..., :3]), volume)
-    with isolated_rng(3):
+    with global_seed(3):
         draws = ebm.posterior(x[0]).sample((5,))
-    with isolated_rng(3):
+    with global_seed(3):
         expected = plain.posterior(y[0]).sample((5,))
     torch.testing.assert_close(draws, expected)
 
@@ -310,7 +309,7 @@ def test_predictive_draws_lie_on_the_support(constraint: Constraint) -> None:
         with pyro.plate("data", 5):
             lvebm("scene", ebm)
 
-    with isolated_rng(0), ebm.frozen():
+    with global_seed(0), ebm.frozen():
         prior = Predictive(model, num_samples=20)()
         given = {"scene_z": prior["scene_z"].flip(0)}
         posterior = Predictive(model, posterior_samples=given)()
@@ -336,7 +335,7 @@ Sampler = Callable[[Callable[[], None], LVEBM], dict[str, Tensor]]
 
 
 def run_nuts(model: Callable[[], None], ebm: LVEBM) -> dict[str, Tensor]:
-    with isolated_rng(0), ebm.frozen():
+    with global_seed(0), ebm.frozen():
         mcmc = MCMC(NUTS(model), num_samples=60, warmup_steps=30, disable_progbar=True)
         mcmc.run()
     return mcmc.get_samples()
@@ -496,7 +495,7 @@ def test_encoders_see_unconstrained_coordinates() -> None:
     x = to_support(ebm, normal((12, 3), 1))
     model = plate_model(ebm)
     guide = AutoAmortisedNormal(model, hidden=(8,))
-    with isolated_rng(0):
+    with global_seed(0):
         guide(x)
     assert guide.encoder[0].in_features == 3
     torch.testing.assert_close(guide.encode(x).mean, ebm.base_z.loc.expand(12, 2))

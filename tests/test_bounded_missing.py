@@ -11,7 +11,16 @@ from bounded_models import CONSTRAINTS, log_jacobian, to_support, twins
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.optim import Adam
-from referee import ALPHA, CERTAIN, bracket, mean_p_value, normal, seeded, variance_p_value
+from referee import (
+    ALPHA,
+    CERTAIN,
+    bracket,
+    global_seed,
+    mean_p_value,
+    normal,
+    seeded,
+    variance_p_value,
+)
 from small_models import condition, exact_joint, plate_model
 from torch import Tensor
 from torch.distributions import MultivariateNormal, constraints
@@ -26,7 +35,6 @@ from pyro_lvebm import (
     log_evidence,
 )
 from pyro_lvebm.gaussian_fit import fit_incomplete
-from pyro_lvebm.rng import isolated_rng
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -78,7 +86,7 @@ def test_three_sites_add_up_to_the_joint_density(constraint: Constraint) -> None
     assert torch.equal(trace.nodes["_RETURN"]["value"][0][seen], x[seen])
     support = trace.nodes["scene_missing"]["fn"].support
     assert support.check(entries).all() and str(support) == str(ebm.base_x.support.constraint)
-    with isolated_rng(0):
+    with global_seed(0):
         assert support.check(trace.nodes["scene_missing"]["fn"].sample((9,))).all()
 
 
@@ -150,7 +158,7 @@ def test_nuts_and_particles_agree_with_the_exact_law_of_a_missing_positive_entry
         white = ((log_x - mean) / law.stddev[:, 0]).detach()
         return mean_p_value(torch.stack([white.mean(0), (white**2).mean(0)], -1), [0.0, 1.0])
 
-    with isolated_rng(0), ebm.frozen():
+    with global_seed(0), ebm.frozen():
         mcmc = MCMC(NUTS(model), num_samples=100, warmup_steps=40, disable_progbar=True)
         mcmc.run(x)
     nuts = mcmc.get_samples()["scene_missing"]

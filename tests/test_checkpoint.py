@@ -28,6 +28,7 @@ from pyro_lvebm import (
     AutoAmortisedNormal,
     AutoParticles,
     AutoPerDatumMultivariateNormal,
+    MLPEnergy,
     PersistentPool,
     Saddle,
     TemperedPool,
@@ -617,3 +618,27 @@ def test_a_scheduler_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [again.step(x) for _ in range(3)] == losses
     rates = {o.optimizer.param_groups[0]["lr"] for o in optim.optim_objs.values()}
     assert rates == {0.05 * 0.5**3}
+
+
+def test_a_file_written_before_streams_had_names_loads_and_trains_on() -> None:
+    """The file was written after five steps by the version before the first of these names."""
+    x = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
+    energy = MLPEnergy(2, 1, hidden=(8,), fourier_features=4)
+    ebm = LVEBM.from_data(energy, x, z_dim=1, pool=TemperedPool(3, 16, num_moves=2))
+    model = plate_model(ebm, 8)
+    path = Path(__file__).parent / "data" / "saddle_2.safetensors"
+    guide, optim = AutoParticles(model, 2), ClippedAdam({"lr": 1e-2})
+    saddle = Saddle.load(path, model, guide, optim, x)
+    assert saddle.step_count == 5 and saddle.seed == 3
+    assert float(ebm.log_partition) == pytest.approx(0.039455048739910126)
+    assert saddle.history.loss.tolist() == pytest.approx(
+        [
+            88.30881118774414,
+            98.21728686988354,
+            110.59739853441715,
+            96.69156974554062,
+            98.63145673274994,
+        ]
+    )
+    assert int(ebm.pool.refreshes) > 5
+    assert math.isfinite(saddle.step(x))

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, TraceEnum_ELBO, config_enumerate, infer_discrete
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, ClippedAdam
-from referee import ALPHA, CERTAIN, gaussian_log_partition, mean_p_value, normal
+from referee import ALPHA, CERTAIN, gaussian_log_partition, global_seed, mean_p_value, normal
 from scipy import stats
 from small_models import exact_posterior, warm
 from torch import Tensor
@@ -32,7 +32,6 @@ from pyro_lvebm import (
 from pyro_lvebm.elbo_rows import row_terms
 from pyro_lvebm.local_energy import latent_blocks
 from pyro_lvebm.model_evidence import Sweep, model_log_evidence
-from pyro_lvebm.rng import isolated_rng
 from pyro_lvebm.tracing import vectorise
 
 LOCS = torch.tensor([-2.0, 0.0, 2.5], dtype=torch.float64)
@@ -132,7 +131,7 @@ def test_evidence_and_rows_have_the_label_summed_out() -> None:
     exact = ebm.f.log_evidence(x) + label_log_probs(ebm, x, y).logsumexp(0)
     guide = AutoParticles(poutine.block(model, hide=["c"]), 4)
     saddle = Saddle(model, guide, SGD({"lr": 0.0}), TraceEnum_ELBO(max_plate_nesting=1))
-    with isolated_rng(0), ebm.frozen(), torch.no_grad():
+    with global_seed(0), ebm.frozen(), torch.no_grad():
         sweep = Sweep.of(model, 0, (x, y), {})
         with pytest.raises(ValueError, match="has not taken a step"):
             row_terms(saddle, sweep, 16)
@@ -140,7 +139,7 @@ def test_evidence_and_rows_have_the_label_summed_out() -> None:
         saddle.step(x, y)
     mean_field = AutoNormal(poutine.block(model, hide=["c"]))
     mean_field(x, y)
-    with isolated_rng(0), ebm.frozen(), torch.no_grad():
+    with global_seed(0), ebm.frozen(), torch.no_grad():
         evidence = model_log_evidence(sweep, num_particles=64, num_runs=8)
         draws = row_terms(saddle, sweep, 32).log_weights
         normal_guide = row_terms(mean_field, sweep, 32).log_weights.mean(0)

@@ -25,7 +25,7 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal
 from pyro.optim import Adam
-from referee import normal
+from referee import global_seed, normal
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import StandardScaler
 from small_models import exact_joint, exact_posterior, tiny_pool, warm
@@ -41,7 +41,6 @@ from pyro_lvebm import (
     stepping,
     to_arviz,
 )
-from pyro_lvebm.rng import isolated_rng
 
 ROWS, NOISE = 20, 0.1
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -94,7 +93,7 @@ def nuts() -> Tensor:
 
     found = []
     for seed in range(2):
-        with isolated_rng(seed):
+        with global_seed(seed):
             start = {"w": 0.1 * normal((2,), seed)}
             mcmc = MCMC(
                 NUTS(integrated),
@@ -173,7 +172,7 @@ def guide_weights(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations of a Gaussian guide of w, beside particles of z."""
     pyro.clear_param_store()
     x, y = observations()
-    with isolated_rng(0):
+    with global_seed(0):
         guide = AutoGuideList(model)
         guide.append(AutoParticles(poutine.block(model, hide=["w"]), 32))
         guide.append(AutoMultivariateNormal(poutine.block(model, expose=["w"]), init_scale=0.05))
@@ -221,7 +220,7 @@ def minibatch_ratios(size: int, likelihood_scale: float = 1.0) -> tuple[Tensor, 
         ):
             pyro.sample("y", dist.Normal((x[i] * w).sum(-1), 1.0), obs=y[i])
 
-    with isolated_rng(0):
+    with global_seed(0):
         saddle = Saddle(regression, AutoParticles(regression, 64), Adam({"lr": 1e-3}))
         found = []
         for step in range(250):
@@ -266,7 +265,7 @@ def worst_r_hat() -> float:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Bernoulli(logits=(w * x).sum(-1) + b), obs=y)
 
-    with isolated_rng(0):
+    with global_seed(0):
         saddle = Saddle(logistic, AutoParticles(logistic, 8), Adam({"lr": 1e-3}))
         draws = saddle.sample_posterior(x, y, num_samples=500, num_warmup=200)
     both = torch.cat([draws["w"], draws["b"][..., None]], -1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.optim import Adam
-from referee import ALPHA, CERTAIN, mean_p_value, normal, variance_p_value
+from referee import ALPHA, CERTAIN, global_seed, mean_p_value, normal, variance_p_value
 from scipy import stats
 from small_models import condition, exact_joint, plate_model, quadratic_ebm, tiny_pool, warm
 from torch import Tensor
@@ -33,7 +33,6 @@ from pyro_lvebm import (
 from pyro_lvebm import local_energy as local_energy_module
 from pyro_lvebm.gaussian_fit import fit_incomplete
 from pyro_lvebm.missing import Completion, MissingSite
-from pyro_lvebm.rng import isolated_rng
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -101,7 +100,7 @@ def test_draws_follow_the_conditional_of_the_base() -> None:
     x = normal((1, 3), 1)
     x[0, 1] = math.nan
     fn = MissingSite(Completion(ebm.base_x, x, ~x.isnan()))
-    with isolated_rng(0):
+    with global_seed(0):
         draws = fn.sample(torch.Size((4000,)))[:, 0, 1]
     tril = ebm.base_x.scale
     law = condition(MultivariateNormal(ebm.base_x.loc, scale_tril=tril), [0, 2], x[:, [0, 2]])
@@ -143,7 +142,7 @@ def test_the_site_opens_in_every_minibatch_once_data_have_holes() -> None:
     complete = LVEBM.from_data(QuadraticEnergy(2, 1), x[1:], z_dim=1, pool=tiny_pool())
     holed = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1, pool=tiny_pool())
     for ebm, expected in ((complete, False), (holed, True)):
-        with isolated_rng(0):
+        with global_seed(0):
             names = poutine.trace(plate_model(ebm)).get_trace(x[1:]).nodes
         assert ("scene_missing" in names) is expected
     model = plate_model(holed, 5)
@@ -253,7 +252,7 @@ def test_the_direct_energy_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch)
     x = with_holes(draws_of_x(ebm, 30, 1))
     model = plate_model(ebm)
     guide = AutoParticles(model, 3)
-    with torch.no_grad(), isolated_rng(0):
+    with torch.no_grad(), global_seed(0):
         guide(x)
         trace = poutine.trace(pyro.plate("num_particles_vectorized", 3, dim=-2)(guide)).get_trace(x)
     arguments = (model, guide, trace, 1, (x,), {})

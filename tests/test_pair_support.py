@@ -6,12 +6,11 @@ import pytest
 import torch
 from bounded_models import CONSTRAINTS, twins
 from pyro.infer import MCMC, NUTS
-from referee import normal
+from referee import global_seed, normal
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.pair_support import PairSupport, PairTransform
-from pyro_lvebm.rng import isolated_rng
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -40,7 +39,7 @@ def test_the_joint_is_the_same_law_in_both_coordinates(constraint: Constraint) -
 def test_draws_lie_on_the_support_and_other_values_do_not(constraint: Constraint) -> None:
     _, bounded = twins(constraint)
     joint = bounded.joint()
-    with isolated_rng(0):
+    with global_seed(0):
         draws = joint.sample((20,))
     assert joint.support.check(draws).all()
     wrong = draws.clone()
@@ -56,7 +55,7 @@ def test_nuts_starts_and_stays_on_the_support() -> None:
     def model() -> None:
         pyro.sample("pair", bounded.joint())
 
-    with isolated_rng(0), bounded.frozen():
+    with global_seed(0), bounded.frozen():
         mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=10, disable_progbar=True)
         mcmc.run()
     draws = mcmc.get_samples()["pair"]

@@ -42,7 +42,7 @@ from pyro_lvebm import (
     lvebm,
     positive,
 )
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import Stream, isolated_rng
 
 
 def saddle_for(
@@ -122,7 +122,7 @@ def test_with_any_other_guide_a_step_is_that_of_svi(
         guide.load_state_dict(before[1])
         ebm.mark_pool(fresh=False)
         if kind == "SVI":
-            with isolated_rng(3, 0, 1):
+            with isolated_rng(3, Stream.MINIBATCH, 1):
                 value = SVI(model, guide, SGD({"lr": 1e-3}), loss).step(x)
         else:
             value = saddle.step(x)

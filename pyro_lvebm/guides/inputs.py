@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_lvebm.given_rows import is_subsample
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, device_of, isolated_rng
 from pyro_lvebm.validation import DataError
 
 
@@ -51,7 +51,8 @@ def read_inputs(
     """
     reader = _Reader(name, missing, rows)
     # Handlers around, such as a plate of particles, are not for this run.
-    with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
+    noise = isolated_rng(0, Stream.PROBE, device=device_of(args, kwargs))
+    with noise, torch.no_grad(), poutine.block():
         try:
             reader(model)(*args, **kwargs)
         except _Read:

@@ -10,7 +10,7 @@ from pyro.nn import PyroParam
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import Stream, isolated_rng
 
 
 def as_pyro_params(network: nn.Module) -> nn.Module:
@@ -35,7 +35,7 @@ def zero_network(widths: Sequence[int], seed: int) -> nn.Module:
         widths: Numbers of inputs, of hidden units in each layer, and of outputs.
         seed: Fixes the initial weights.
     """
-    with isolated_rng(seed):
+    with isolated_rng(seed, Stream.ENCODER_WEIGHTS):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths[:-1]):
             layers += [nn.Linear(a, b), nn.SiLU()]

@@ -15,7 +15,7 @@ from torch.distributions.kl import register_kl
 
 from pyro_lvebm.distributions import LatentSite
 from pyro_lvebm.guides.per_datum import PerDatumGuide
-from pyro_lvebm.rng import generator_for
+from pyro_lvebm.rng import Stream, generator_for
 
 
 class AutoPerDatumMultivariateNormal(PerDatumGuide):
@@ -123,7 +123,8 @@ class AutoPerDatumLowRankMultivariateNormal(PerDatumGuide):
 
     def _allocate(self, key: str, loc: Tensor) -> None:
         rank = min(self.rank, loc.shape[-1])
-        uniform = 2.0 * torch.rand((*loc.shape, rank), generator=generator_for(0)).to(loc) - 1.0
+        generator = generator_for(0, Stream.LOW_RANK_START)
+        uniform = 2.0 * torch.rand((*loc.shape, rank), generator=generator).to(loc) - 1.0
         factor = self._init_scale * (0.5 / rank) ** 0.5 * uniform
         scale = (self._init_scale**2 - (factor**2).sum(-1)).sqrt()
         setattr(self.scales, key, PyroParam(scale, constraints.softplus_positive, 1))

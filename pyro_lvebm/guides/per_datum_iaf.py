@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.guides.networks import as_pyro_params
 from pyro_lvebm.guides.per_datum import PerDatumGuide
-from pyro_lvebm.rng import isolated_rng
+from pyro_lvebm.rng import Stream, isolated_rng
 
 
 class AutoPerDatumIAFNormal(PerDatumGuide):
@@ -107,7 +107,7 @@ class AutoPerDatumIAFNormal(PerDatumGuide):
             )
         context = loc.new_zeros((*loc.shape[:-1], self._context_dim))
         setattr(self.contexts, key, PyroParam(context, constraints.real, 1))
-        with isolated_rng(self._seed):
+        with isolated_rng(self._seed, Stream.FLOW_WEIGHTS):
             networks = nn.ModuleList(
                 _Network(d, self._context_dim, list(self._hidden), reverse=t % 2 == 1)
                 for t in range(self._num_transforms)

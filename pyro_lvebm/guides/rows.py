@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_lvebm.given_rows import GivenRows, check_not_replaced, find_rows
 from pyro_lvebm.probing import CheapLatents
-from pyro_lvebm.rng import device_of, isolated_rng
+from pyro_lvebm.rng import Stream, device_of, isolated_rng
 from pyro_lvebm.validation import DataError
 
 
@@ -116,7 +116,8 @@ def _plates(
     """Return the sizes of the model's plates, and the rows that it is given for some of them."""
     # Handlers around the guide, such as a plate of particles, are not for this run.
     given = GivenRows()
-    with isolated_rng(0, device=device_of(args, kwargs)), torch.no_grad(), poutine.block():
+    noise = isolated_rng(0, Stream.PROBE, device=device_of(args, kwargs))
+    with noise, torch.no_grad(), poutine.block():
         with CheapLatents():
             trace = poutine.trace(given(guide.model)).get_trace(*args, **kwargs)
     frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
