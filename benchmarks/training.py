@@ -269,7 +269,7 @@ def _quadrature_at_pool(ebm: LVEBM) -> float:
     params = list(ebm.f.parameters())
     own = [p.detach().clone() for p in params]
     with torch.no_grad():
-        for p, old in zip(params, ebm.pool_theta, strict=True):
+        for p, old in zip(params, ebm.pool.theta, strict=True):
             p.copy_(old)
         value = quadrature(ebm)
         for p, new in zip(params, own, strict=True):

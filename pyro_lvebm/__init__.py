@@ -10,7 +10,6 @@ from pyro_lvebm.context_pool import ContextPool
 from pyro_lvebm.convergence import ConvergenceRate, convergence_rate
 from pyro_lvebm.disentanglement import Disentanglement, disentanglement
 from pyro_lvebm.dissipativity import Dissipativity, check_dissipativity
-from pyro_lvebm.distributions import JointEnergy
 from pyro_lvebm.elbo_rows import ImportanceWeighted, LaplaceApproximation, PriorProposal
 from pyro_lvebm.elbo_table import ElboTable
 from pyro_lvebm.energies import MLPEnergy
@@ -29,7 +28,7 @@ from pyro_lvebm.ipla import ipla
 from pyro_lvebm.langevin import MALA, ULA
 from pyro_lvebm.log_evidence import LogEvidence, log_evidence
 from pyro_lvebm.log_partition import LogPartition, log_partition
-from pyro_lvebm.model import LVEBM
+from pyro_lvebm.model import LVEBM, JointEnergy
 from pyro_lvebm.particle_diagnostics import ParticleDiagnostics, particle_diagnostics
 from pyro_lvebm.penalties import energy_l2, kl_to_base, spectral_norm, weight_decay
 from pyro_lvebm.persistent_pool import PersistentPool

@@ -1,64 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contexts of conditional LVEBMs: their shapes, and the energy at one of them."""
+"""Contexts of conditional LVEBMs: their shapes, and what is refused."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch import Tensor, nn
-
-from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.energies import WhitenedEnergy
+from torch import Tensor
 
 
-class HasContextShape(Protocol):
-    """What tells a conditional LVEBM from others."""
-
-    context_shape: torch.Size | None
-
-
-class ConditionalResidual(Protocol):
-    """What is needed of a conditional LVEBM here."""
-
-    f: nn.Module
-    base_x: GaussianBase
-    base_z: GaussianBase
-
-    def residual(self, u: Tensor, context: Tensor | None) -> Tensor:
-        """Return f(u; c) (*b,)."""
-
-    def residual_and_grad(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return f(u; c) (*b,) and its gradient in u (*b, d), without a graph."""
-
-
-class AtContext(WhitenedEnergy):
-    """The residual energy f(x, z; c) of a conditional LVEBM at one context c.
-
-    Args:
-        ebm: The conditional LVEBM, whose θ this shares.
-        context: The context (*context_shape).
-    """
-
-    context: Tensor
-
-    def __init__(self, ebm: ConditionalResidual, context: Tensor) -> None:
-        super().__init__(ebm.base_x.dim, ebm.base_z.dim)
-        self.f = ebm.f
-        self.register_buffer("context", context.detach().clone())
-        # Outside of the modules, for the LVEBM has a pool, which is no part of this energy.
-        self._ebm = (ebm,)
-
-    def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
-        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim)."""
-        return self._ebm[0].residual(u, self.context)
-
-    def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f (*b,) and ∇f (*b, d) at u, without a graph."""
-        return self._ebm[0].residual_and_grad(u, self.context)
-
-
-def check_unconditional(ebm: HasContextShape, what: str) -> None:
+def check_unconditional(ebm: object, what: str) -> None:
     """Refuse a conditional LVEBM where one law of (x, z) is needed.
 
     Args:

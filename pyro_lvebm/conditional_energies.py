@@ -3,72 +3,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pyro_lvebm.annealing import Schedule, anneal, pick_draws, pilot, standard_normal
+from pyro_lvebm.density import Density
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.missing import Completion
 
-if TYPE_CHECKING:
-    from pyro_lvebm.model import LVEBM
 
-
-def given_x(ebm: LVEBM, w_x: Tensor, context: Tensor | None = None) -> ValueAndGrad:
+def given_x(density: Density, w_x: Tensor) -> ValueAndGrad:
     """Residual energy of whitened z at fixed whitened x, with its gradient in z.
 
     Args:
-        ebm: The LVEBM.
+        density: The joint density, at its contexts if there are any.
         w_x: Whitened x (*b, x_dim), whose batch shape expands to that of z.
-        context: Contexts (*b, *context_shape) of a conditional LVEBM.
     """
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1)
-        value, grad = ebm.residual_and_grad(u, context)
+        value, grad = density.residual_and_grad(u)
         return value, grad[..., w_x.shape[-1] :]
 
     return evaluate
 
 
-def given_observed(
-    ebm: LVEBM, completion: Completion, columns: Tensor, context: Tensor | None = None
-) -> ValueAndGrad:
+def given_observed(density: Density, completion: Completion, columns: Tensor) -> ValueAndGrad:
     """Residual energy of v = (whitened z, missing entries of x) at the observed entries of x.
 
     Args:
-        ebm: The LVEBM.
+        density: The joint density, at its contexts if there are any.
         completion: The observed entries, of a batch shape that expands to that of v.
         columns: Indices (c,) of entries that are missing in some row; the last c entries of v.
-        context: Contexts of a conditional LVEBM, which expand as the completion does.
     """
     u_x, slope = completion.whitened(columns)
-    d, k = u_x.shape[-1], ebm.base_z.dim
+    d, k = u_x.shape[-1], density.base_z.dim
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         # A product of matrices would copy `slope` for every particle.
         x = u_x + torch.einsum("...c,...cd->...d", v[..., k:], slope)
-        value, grad = ebm.residual_and_grad(torch.cat([x, v[..., :k]], -1), context)
+        value, grad = density.residual_and_grad(torch.cat([x, v[..., :k]], -1))
         by_entries = torch.einsum("...cd,...d->...c", slope, grad[..., :d])
         return value, torch.cat([grad[..., d:], by_entries], -1)
 
     return evaluate
 
 
-def given_z(ebm: LVEBM, w_z: Tensor, context: Tensor | None = None) -> ValueAndGrad:
+def given_z(density: Density, w_z: Tensor) -> ValueAndGrad:
     """Residual energy of whitened x at fixed whitened z, with its gradient in x.
 
     Args:
-        ebm: The LVEBM.
+        density: The joint density, at its contexts if there are any.
         w_z: Whitened z (*b, z_dim), whose batch shape expands to that of x.
-        context: Contexts (*b, *context_shape) of a conditional LVEBM.
     """
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
-        value, grad = ebm.residual_and_grad(u, context)
+        value, grad = density.residual_and_grad(u)
         return value, grad[..., : v.shape[-1]]
 
     return evaluate

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -142,7 +141,7 @@ def conditional_log_partition(
     least, most = math.inf, 0
     with ebm.frozen(), torch.no_grad():
         for part in _side_by_side(distinct, num_runs * num_particles * ebm.dim):
-            f = partial(ebm.residual_and_grad, context=part[:, None])
+            f = ebm.given(part[:, None]).residual_and_grad
             runs, temperatures = _runs_of(
                 f,
                 (len(part), num_particles, ebm.dim),

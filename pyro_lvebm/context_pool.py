@@ -3,21 +3,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor
 
-from pyro_lvebm.langevin import LangevinState
-from pyro_lvebm.pool import Pool, ResidualEnergy
+from pyro_lvebm.ladder import LadderPool
+from pyro_lvebm.langevin import MALA, LangevinState
+from pyro_lvebm.pool import ResidualEnergy
 from pyro_lvebm.rng import Stream
-from pyro_lvebm.tempered_pool import TemperedPool
-from pyro_lvebm.tempering import (
-    SNAPSHOT_STRIDE,
-    adapt_ladder,
-    running_fisher,
-    temper,
-)
+from pyro_lvebm.tempering import SNAPSHOT_STRIDE
 
 _BURN_IN_MOVES = 32
 """Moves before the chains of a new context count."""
@@ -26,29 +19,7 @@ _LIFETIME = 8
 """How long a context stays, in times of its burn-in."""
 
 
-class ConditionalEnergy(Protocol):
-    """What this pool needs of a conditional LVEBM."""
-
-    def residual_and_grad(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return f(u; c) (*b,) and its gradient in u (*b, d), without a graph."""
-
-
-class AtContexts(NamedTuple):
-    """A conditional energy at fixed contexts, one for each chain."""
-
-    ebm: ConditionalEnergy
-    context: Tensor  # (n, *context_shape)
-
-    def residual_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f (*, n) and ∇f (*, n, d) at u (*, n, d), without a graph."""
-        return self.ebm.residual_and_grad(u, self.context)
-
-    def residual(self, u: Tensor) -> Tensor:
-        """Return f (*, n) at u (*, n, d), without a graph."""
-        return self.residual_and_grad(u)[0]
-
-
-class ContextPool(TemperedPool):
+class ContextPool(LadderPool):
     """Chains on a ladder of temperatures, each with a context c of the data: p_θ(x, z | c).
 
     There are two chains for each context at each temperature. Neighbours exchange chains of one
@@ -80,6 +51,7 @@ class ContextPool(TemperedPool):
         section 4 (thermodynamic integration).
     """
 
+    takes_contexts = True
     context: Tensor  # (num_contexts, *context_shape), zero before the first refresh
     age: Tensor  # (num_contexts,), refreshes with the present context
     negative_u: Tensor  # (snapshots * 2 * num_contexts, d)
@@ -97,7 +69,12 @@ class ContextPool(TemperedPool):
         if num_contexts < _LIFETIME:
             raise ValueError(f"num_contexts must be at least {_LIFETIME}; got {num_contexts}")
         super().__init__(
-            num_levels, 2 * num_contexts, num_moves=num_moves, step_size=step_size, seed=seed
+            num_levels,
+            2 * num_contexts,
+            num_moves=num_moves,
+            kernel=MALA(),
+            step_size=step_size,
+            seed=seed,
         )
         self.num_contexts = num_contexts
         self.burn_in = -(-_BURN_IN_MOVES // num_moves)
@@ -107,6 +84,12 @@ class ContextPool(TemperedPool):
         self.register_buffer("age", torch.zeros(num_contexts, dtype=torch.long))
         self.register_buffer("negative_u", torch.empty(n, 0))
         self.register_buffer("negative_f", torch.zeros(n))
+
+    def prepare(self, dim: int, context_shape: torch.Size | None) -> None:
+        """Take a place in a conditional LVEBM; see `Pool.prepare`."""
+        super().prepare(dim, context_shape)
+        assert context_shape is not None
+        self.context = self.u.new_zeros(self.num_contexts, *context_shape)
 
     def initialise(self, dim: int) -> None:
         """Draw all chains from the base N(0, I) in `dim` dimensions; contexts come later."""
@@ -120,31 +103,20 @@ class ContextPool(TemperedPool):
         """Whether the pool has never had contexts."""
         return bool((self.age < 0).all())
 
-    def refresh(self, ebm: ResidualEnergy, context: Tensor | None = None) -> None:
-        """Move the chains towards p_θ(· | c) under the present θ.
+    def _refresh(self, ebm: ResidualEnergy, context: Tensor | None) -> None:
+        empty = self.is_empty
+        if context is not None:
+            self._take(context.detach().reshape(-1, *self.context.shape[1:]), empty)
+        elif empty:
+            raise RuntimeError("the pool has no contexts yet: give those of some data first")
+        energy = ebm.given(self.chain_contexts())
+        for _ in range(self.burn_in if empty else 1):
+            self._move(energy)
 
-        Args:
-            ebm: The conditional LVEBM.
-            context: Contexts (m, *context_shape) of a minibatch, some of which replace the oldest.
-
-        Raises:
-            RuntimeError: If the pool has never had contexts.
-            ValueError: If f is NaN or infinite at a chain; the pool is then unchanged.
-        """
-        before = dict(self.named_buffers())
-        try:
-            empty = self.is_empty
-            if context is not None:
-                self._take(context.detach(), empty)
-            elif empty:
-                raise RuntimeError("the pool has no contexts yet: give those of some data first")
-            energy = AtContexts(ebm, self.chain_contexts())  # type: ignore[arg-type]
-            for _ in range(self.burn_in if empty else 1):
-                super().refresh(energy)
-        except BaseException:
-            for name, value in before.items():
-                setattr(self, name, value)
-            raise
+    def settle(self, ebm: ResidualEnergy, log_z_error: float | None = None) -> None:
+        """Refresh until the chains have followed θ; an empty pool has none that could."""
+        if not self.is_empty:
+            super().settle(ebm)
 
     def _take(self, context: Tensor, everything: bool) -> None:
         """Replace the oldest contexts, or all of them, by random rows of others."""
@@ -176,31 +148,19 @@ class ContextPool(TemperedPool):
     def _advance(
         self, ebm: ResidualEnergy, state: LangevinState, generator: torch.Generator
     ) -> None:
-        betas = adapt_ladder(self.betas, self.swap_rate)
-        found = temper(
-            ebm.residual_and_grad,
-            state,
-            betas,
-            self.step_size[1:],
-            self.scales(),
-            kernel=self.kernel,
-            num_moves=self.num_moves,
-            generator=generator,
-        )
+        betas = self.next_betas()
+        found = self._climb(ebm, state, betas, generator)
         active = self.age >= self.burn_in
         f = torch.stack([snapshot.f for snapshot in found.snapshots])  # (S, L, 2 n)
         log_z = integrate(f.unflatten(-1, (2, -1))[..., active], betas)
         self.log_z = log_z.mean(-1)
         self.log_z_variance = log_z.var(-1) / log_z.shape[-1]
-        self.log_partition = self.log_z[-1].clone()
         counts = torch.where(active, 0.0, -torch.inf).to(f).repeat(2 * len(f))
         self.log_weights = torch.log_softmax(counts, 0)
         self.negative_u = torch.cat([snapshot.u[-1] for snapshot in found.snapshots])
         self.negative_f = f[:, -1].flatten()
-        self.fisher = running_fisher(self.fisher, found.state, betas)
-        self.u, self.f, self.betas = found.state.u, found.state.f, betas
         self.age = self.age + 1
-        self._record(found)
+        self._record(found, betas)
 
     def negatives(self) -> tuple[Tensor, Tensor]:
         """Return the chains (n, d) of β = 1 and their normalised log weights (n,)."""
@@ -245,34 +205,6 @@ class ContextPool(TemperedPool):
         weights = self.log_weights.exp().reshape(pairs.shape).sum((0, 1))
         variance: Tensor = (weights * 0.5 * (pairs[:, 0] - pairs[:, 1]).square().mean(0)).sum()
         return variance
-
-
-def pool_for(pool: Pool | None, context_shape: torch.Size | None) -> Pool:
-    """Return the pool of an LVEBM, by default the usual one, with room for its contexts.
-
-    Args:
-        pool: What the user gave.
-        context_shape: Shape of one context; None where there are none.
-
-    Raises:
-        ValueError: If there are contexts and the pool is none for them, or the other way round, or
-            the pool belongs to another LVEBM; it is then unchanged.
-    """
-    if pool is None:
-        pool = TemperedPool() if context_shape is None else ContextPool()
-    if pool.u.shape[-1] > 0:
-        raise ValueError(
-            "the pool belongs to another LVEBM, whose chains and log Z it holds; give each LVEBM a "
-            "pool of its own"
-        )
-    if isinstance(pool, ContextPool) != (context_shape is not None):
-        raise ValueError(
-            f"a conditional LVEBM needs a ContextPool, and others none; got {type(pool).__name__} "
-            f"with context_shape={context_shape}"
-        )
-    if isinstance(pool, ContextPool) and context_shape is not None:
-        pool.context = torch.zeros(pool.num_contexts, *context_shape)
-    return pool
 
 
 def integrate(f: Tensor, betas: Tensor) -> Tensor:

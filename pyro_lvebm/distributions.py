@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pyro distributions of an LVEBM: the joint, the posterior, and the two sites of the primitive.
+"""Distributions of the sites of the primitive `lvebm`.
 
 They hold the LVEBM and ask it for energies and draws; they own no parameters.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,141 +14,18 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 from torch.distributions.kl import register_kl
 
-from pyro_lvebm.conditional import context_rows, expand_context
-from pyro_lvebm.conditional_energies import draw_conditional, given_x, given_z
+from pyro_lvebm.conditional import context_rows
+from pyro_lvebm.conditional_energies import draw_conditional, given_z
 from pyro_lvebm.missing import Completion
-from pyro_lvebm.pair_support import PairSupport
+from pyro_lvebm.model import LVEBM
+from pyro_lvebm.posterior_law import Shape, as_problems, expand_events
 
-if TYPE_CHECKING:
-    from pyro_lvebm.model import LVEBM
-
-Shape = torch.Size | list[int] | tuple[int, ...]
 _EMPTY = torch.Size()
 _JOINT_PARTICLES = 64
 """Particles of the run behind each draw of (x, z) at a context."""
 
 _MAX_RUNS = 1024
 """Such runs that go side by side."""
-
-
-class JointEnergy(TorchDistribution):
-    """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
-
-    x is in data coordinates, also where its support is bounded; `support` says so to Pyro.
-    `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
-    from the pool and moves the draws on by MALA; draws are as good as the pool has converged.
-
-    Args:
-        ebm: The LVEBM.
-        batch_shape: Batch shape.
-
-    Example:
-        >>> import torch
-        >>> from pyro_lvebm import LVEBM, QuadraticEnergy
-        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-        >>> ebm = LVEBM.from_data(QuadraticEnergy(3, 2), x, z_dim=2)
-        >>> ebm.joint().sample((10,)).shape
-        torch.Size([10, 5])
-    """
-
-    arg_constraints: dict[str, Any] = {}
-
-    def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
-        if ebm.context_shape is not None:
-            raise ValueError("a conditional LVEBM has a joint for each context: ebm.at(c).joint()")
-        self.ebm = ebm
-        shape = torch.Size((ebm.x_shape.numel() + ebm.z_shape.numel(),))
-        super().__init__(torch.Size(batch_shape), shape, validate_args=False)
-
-    @constraints.dependent_property(event_dim=1)
-    def support(self) -> constraints.Constraint:
-        """Real vectors, or pairs of an x on its support and a real z."""
-        x = self.ebm.base_x.support
-        return constraints.real_vector if x.is_real else PairSupport(x, self.ebm.z_shape.numel())
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> JointEnergy:
-        """Return the distribution with another batch shape."""
-        return JointEnergy(self.ebm, torch.Size(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return −E_θ (*b,) for values (*b, entries), in nats, without log Z."""
-        k = self.ebm.x_shape.numel()
-        x = value[..., :k].reshape(*value.shape[:-1], *self.ebm.x_shape)
-        z = value[..., k:].reshape(*value.shape[:-1], *self.ebm.z_shape)
-        log_prob = -self.ebm.energy(x, z)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
-
-    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
-        """Draw from the pool."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        u = self.ebm.pool.draw(self.ebm, shape.numel())
-        x, z = self.ebm.unwhiten(u)
-        return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, *self.event_shape)
-
-
-class Posterior(TorchDistribution):
-    """The conditional p_θ(z | x), sampled by annealed Langevin from base_z.
-
-    `log_prob` is the unnormalised −f(x, z) + log base_z(z); its normaliser is what
-    `log_evidence` estimates. Every draw is the outcome of a small sequential Monte Carlo run of
-    its own, so draws are independent.
-
-    Args:
-        ebm: The LVEBM.
-        x: Observations (*b, *x_shape).
-        context: Contexts (*b, *context_shape) of a conditional LVEBM.
-        num_particles: Particles of the run behind each draw.
-    """
-
-    arg_constraints: dict[str, Any] = {}
-
-    def __init__(
-        self, ebm: LVEBM, x: Tensor, context: Tensor | None = None, num_particles: int = 16
-    ) -> None:
-        self.ebm, self.x, self.num_particles = ebm, x, num_particles
-        batch_shape = x.shape[: x.dim() - len(ebm.x_shape)]
-        given = expand_context(context, ebm.context_shape, batch_shape)
-        self.context = given[0] if given else None
-        super().__init__(batch_shape, ebm.z_shape, validate_args=False)
-
-    @constraints.dependent_property
-    def support(self) -> constraints.Constraint:
-        """Real events of the shape of z."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Posterior:
-        """Return the distribution with another batch shape."""
-        x = self.x.expand(*batch_shape, *self.ebm.x_shape)
-        return Posterior(self.ebm, x, self.context, self.num_particles)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return −f(x, z) + log base_z(z) (*b,), in nats, without its normaliser."""
-        x = _expand_events(self.x, value, self.ebm.x_shape, self.ebm.z_shape)
-        z = _expand_events(value, self.x, self.ebm.z_shape, self.ebm.x_shape)
-        return self.ebm.base_z.log_prob(value) - self.ebm.residual_of(x, z, self.context)
-
-    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
-        """Draw z given x by annealed Langevin."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        w_x = self.ebm.base_x.whiten(self.x).expand(*shape, -1)
-        context = _as_problems(self.context, self.ebm, shape)
-        f = given_x(self.ebm, w_x.reshape(-1, 1, w_x.shape[-1]), context)
-        v = draw_conditional(f, shape.numel(), self.ebm.base_z.dim, self.num_particles, w_x)
-        return self.ebm.base_z.unwhiten(v).reshape(*shape, *self.event_shape)
-
-
-def _as_problems(context: Tensor | None, ebm: LVEBM, shape: torch.Size) -> Tensor | None:
-    """Contexts (problems, 1, *context_shape) of as many problems as `shape` has elements."""
-    given = expand_context(context, ebm.context_shape, shape)
-    return given[0].reshape(-1, 1, *given[0].shape[len(shape) :]) if given else None
-
-
-def _expand_events(a: Tensor, b: Tensor, a_event: torch.Size, b_event: torch.Size) -> Tensor:
-    """Expand a's batch shape to that of a and b together."""
-    batch = torch.broadcast_shapes(
-        a.shape[: a.dim() - len(a_event)], b.shape[: b.dim() - len(b_event)]
-    )
-    return a.expand(*batch, *a_event)
 
 
 class Pairing:
@@ -206,13 +82,13 @@ class LatentSite(TorchDistribution):
 
     def _draw(self, shape: torch.Size) -> Tensor:
         """Draw u (n, d) for all n elements of a shape."""
-        ebm, contexts = self.ebm, _as_problems(self.context, self.ebm, shape)
+        ebm, contexts = self.ebm, as_problems(self.context, self.ebm, shape)
         if contexts is None:
             return ebm.pool.draw(ebm, shape.numel())
         # A run for each draw would fill the memory if all ran side by side.
         runs = [
             draw_conditional(
-                partial(ebm.residual_and_grad, context=part),
+                ebm.given(part).residual_and_grad,
                 len(part),
                 ebm.dim,
                 _JOINT_PARTICLES,
@@ -291,8 +167,8 @@ class ObservedSite(TorchDistribution):
             return paired_x.clone()
         w_z = self.ebm.base_z.whiten(z)
         shape = w_z.shape[:-1]
-        context = _as_problems(self.context, self.ebm, shape)
-        f = given_z(self.ebm, w_z.reshape(-1, 1, w_z.shape[-1]), context)
+        context = as_problems(self.context, self.ebm, shape)
+        f = given_z(self.ebm.given(context), w_z.reshape(-1, 1, w_z.shape[-1]))
         v = draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
         return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)
 
@@ -313,8 +189,8 @@ class ObservedSite(TorchDistribution):
         if self.missing is not None:
             completion, entries = self.missing
             value = completion.complete(entries, value)
-        x = _expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
-        return x, _expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
+        x = expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
+        return x, expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +11,8 @@ from torch import Tensor
 
 from pyro_lvebm.annealing import standard_normal
 from pyro_lvebm.langevin import ULA, init_state
+from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
-
-if TYPE_CHECKING:
-    from pyro_lvebm.model import LVEBM
 
 _REFRESHES_PER_SAMPLE = 4
 _DRAW_MOVES = 20
@@ -45,8 +41,7 @@ def model_draws(
     ebm: LVEBM, size: tuple[int, int, int], num_refreshes: int, seed: int
 ) -> np.ndarray:
     """Draw (*size, d) from a copy of the pool, each sample from refreshes of its own."""
-    pool = copy.deepcopy(ebm.pool)
-    pool.seed = derive_seed(seed, Stream.RATE_POOL, pool.seed)
+    pool = ebm.pool.copy_for(derive_seed(seed, Stream.RATE_POOL, ebm.pool.seed))
     generator = generator_for(seed, Stream.RATE_DRAWS, device=ebm.base_x.loc.device)
     for _ in range(num_refreshes):
         pool.refresh(ebm)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import TrainingWarning
 
 _PACKAGE = "pyro_lvebm"
@@ -103,18 +102,7 @@ def pool_statistics(ebm: LVEBM) -> dict[str, float]:
     constant = 0.5 * ebm.dim * math.log(2 * math.pi)
     energy = pool.negative_residuals() + 0.5 * (u * u).sum(-1) + constant
     energy = energy + ebm.base_x.log_abs_det(u[..., : ebm.base_x.dim]) + ebm.base_z.log_det
-    statistics = {
-        "negative_energy": float((log_w.exp() * energy).sum()),
-        "log_partition": float(pool.log_partition),
-        "ess": float(pool.ess),
-    }
-    for level, rate in enumerate(pool.acceptance.tolist()):
-        statistics[f"acceptance_{level}"] = rate
-    if isinstance(pool, TemperedPool):
-        statistics["log_partition_se"] = float(pool.log_partition_std_error)
-        for pair, rate in enumerate(pool.swap_rate.tolist()):
-            statistics[f"swap_rate_{pair}"] = rate
-    return statistics
+    return {"negative_energy": float((log_w.exp() * energy).sum())} | pool.statistics()
 
 
 def symptoms(rows: list[dict[str, float]], num_chains: dict[str, int]) -> dict[str, str]:

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pyro_lvebm.annealing import anneal, pick_draws, pilot, standard_normal
 from pyro_lvebm.conditional import check_context, context_rows
 from pyro_lvebm.conditional_energies import given_observed
+from pyro_lvebm.density import Density
 from pyro_lvebm.missing import Completion, observed_entries
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.validation import check_rows
-
-if TYPE_CHECKING:
-    from pyro_lvebm.model import LVEBM
 
 _NUM_PARTICLES = 256
 _MAX_PROBLEMS = 256
@@ -24,7 +20,7 @@ _MAX_PROBLEMS = 256
 
 
 def impute(
-    ebm: LVEBM,
+    density: Density,
     x: Tensor,
     observed: Tensor | None,
     context: Tensor | None,
@@ -33,12 +29,12 @@ def impute(
     seed: int,
 ) -> Tensor:
     """Draw the missing entries of x; `LVEBM.impute` says how."""
-    check_rows(x, ebm.x_shape, missing=True)
+    check_rows(x, density.x_shape, missing=True)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
-    observed = observed_entries(x, observed, ebm.x_shape)
-    ebm.base_x.support.check(x, observed)
-    context_rows(context, ebm.context_shape)
+    observed = observed_entries(x, observed, density.x_shape)
+    density.base_x.support.check(x, observed)
+    context_rows(context, density.context_shape)
     if context is not None:
         check_context(context, x)
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
@@ -48,30 +44,28 @@ def impute(
     draws = []
     for index in torch.arange(num_samples * len(x), device=x.device).split(_MAX_PROBLEMS):
         rows = index % len(x)
-        given = None if context is None else context[rows]
-        draws.append(_complete(ebm, x[rows], observed[rows], given, columns, generator))
+        at_rows = density.given(None if context is None else context[rows, None])
+        draws.append(_complete(at_rows, x[rows], observed[rows], columns, generator))
     return torch.cat(draws).reshape(num_samples, *x.shape)
 
 
 def _complete(
-    ebm: LVEBM,
+    density: Density,
     x: Tensor,
     observed: Tensor,
-    context: Tensor | None,
     columns: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
     """Complete every row (n, *x_shape) once, by a run of its own."""
-    completion = Completion(ebm.base_x, x[:, None], observed[:, None])
-    k = ebm.base_z.dim
+    completion = Completion(density.base_x, x[:, None], observed[:, None])
+    k = density.base_z.dim
     shape = (1, len(x), _NUM_PARTICLES, k + len(columns))
-    with ebm.frozen(), torch.no_grad():
-        given = None if context is None else context[:, None]
-        f = given_observed(ebm, completion, columns, given)
+    with density.frozen(), torch.no_grad():
+        f = given_observed(density, completion, columns)
         schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
         start = standard_normal(shape, x, generator)
         state = anneal(f, start, schedule, num_moves=4, generator=generator).state
     v = x.new_zeros(len(x), 1, completion.dim)
     v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
-    values = ebm.base_x.support.constrain(completion.unwhiten(v))
+    values = density.base_x.support.constrain(completion.unwhiten(v))
     return completion.complete(values)[:, 0]

@@ -205,13 +205,14 @@ def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPa
     plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
     if not plain or _is_moved(x_name, names, at):
         return None
+    density = fn.ebm.given(fn.context)
     if completion is None:
         x = x_node["value"]
-        f = given_x(fn.ebm, fn.ebm.base_x.whiten(x), fn.context)
+        f = given_x(density, fn.ebm.base_x.whiten(x))
         log_base = fn.ebm.base_x.log_prob(x)
     else:
         entries = torch.arange(completion.dim, device=completion.mean.device)
-        f = given_observed(fn.ebm, completion, entries, fn.context)
+        f = given_observed(density, completion, entries)
         log_base = completion.log_base()
     return _OwnPart(f, log_base - fn.ebm.log_partition, x_name, first["scale"])
 

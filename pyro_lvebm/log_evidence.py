@@ -19,6 +19,7 @@ from pyro_lvebm.annealing import (
 from pyro_lvebm.conditional import check_context, context_rows
 from pyro_lvebm.conditional_energies import given_observed, given_x
 from pyro_lvebm.conditional_partition import ConditionalLogPartition, conditional_log_partition
+from pyro_lvebm.density import Density
 from pyro_lvebm.langevin import ValueAndGrad
 from pyro_lvebm.log_partition import LogPartition, check_range, log_partition
 from pyro_lvebm.missing import Completion
@@ -129,8 +130,8 @@ def log_evidence(
     rows = max(1, MAX_PARTICLES // (num_particles * num_runs))
     with ebm.frozen(), torch.no_grad():
         for chunk, part in enumerate(x.split(rows)):
-            given = None if context is None else context.split(rows)[chunk]
-            f, dim, log_base = _latent_energy(ebm, part, given)
+            given = None if context is None else context.split(rows)[chunk][:, None]
+            f, dim, log_base = _latent_energy(ebm.given(given), part)
             log_c = anneal_latents(
                 f,
                 (len(part), num_particles, dim),
@@ -166,19 +167,16 @@ def _check_log_z(
         )
 
 
-def _latent_energy(
-    ebm: LVEBM, x: Tensor, context: Tensor | None
-) -> tuple[ValueAndGrad, int, Tensor]:
+def _latent_energy(density: Density, x: Tensor) -> tuple[ValueAndGrad, int, Tensor]:
     """Residual energy of the latents of rows x, their number, and log base_x(x_o) (N,)."""
     observed = ~x.isnan()
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
-    context = None if context is None else context[:, None]
     if not len(columns):
-        f = given_x(ebm, ebm.base_x.whiten(x)[:, None], context)
-        return f, ebm.base_z.dim, ebm.base_x.log_prob(x)
-    completion = Completion(ebm.base_x, x[:, None], observed[:, None])
-    f = given_observed(ebm, completion, columns, context)
-    return f, ebm.base_z.dim + len(columns), completion.log_base()[:, 0]
+        f = given_x(density, density.base_x.whiten(x)[:, None])
+        return f, density.base_z.dim, density.base_x.log_prob(x)
+    completion = Completion(density.base_x, x[:, None], observed[:, None])
+    f = given_observed(density, completion, columns)
+    return f, density.base_z.dim + len(columns), completion.log_base()[:, 0]
 
 
 def anneal_latents(

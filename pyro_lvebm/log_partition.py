@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import Pool
 from pyro_lvebm.reweighting import ess
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
-from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import TrainingWarning
 
 _REJUVENATION_MOVES = 20
@@ -166,8 +164,7 @@ def log_partition(
             raise ValueError(f"{name} must be positive; got {value}")
     like = ebm.base_x.loc
     generator = generator_for(seed, Stream.LOG_PARTITION, device=like.device)
-    pool = copy.deepcopy(ebm.pool)
-    pool.seed = derive_seed(seed, Stream.LOG_PARTITION_POOL, pool.seed)
+    pool = ebm.pool.copy_for(derive_seed(seed, Stream.LOG_PARTITION_POOL, ebm.pool.seed))
     with ebm.frozen():
         start = standard_normal((1, 1, 2 * num_particles, ebm.dim), like, generator)
         schedule = pilot(
@@ -230,8 +227,8 @@ def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
     """
     if not ebm.pool_is_fresh():
         return
-    pool, online = ebm.pool, float(ebm.log_partition)
-    online_error = float(pool.log_partition_std_error) if isinstance(pool, TemperedPool) else 0.0
+    online, stated = float(ebm.log_partition), ebm.pool.log_partition_std_error
+    online_error = 0.0 if stated is None else float(stated)
     error = math.hypot(annealed.std_error, online_error)
     limit = math.hypot(surprise(annealed.num_runs) * annealed.std_error, 3.0 * online_error)
     if abs(online - annealed.estimate) > limit:

@@ -1,41 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LVEBM: a residual energy, two Gaussian bases and a pool of negatives in one module."""
+"""The LVEBM: a residual energy, two bases and a pool of negatives in one module."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.conditional import (
-    AtContext,
-    check_context,
-    check_contexts_finite,
-    expand_context,
-)
-from pyro_lvebm.context_pool import ContextPool, pool_for
-from pyro_lvebm.distributions import JointEnergy, Posterior
-from pyro_lvebm.energies import MLPEnergy, WhitenedEnergy, check_energy
+from pyro_lvebm.conditional import check_context, check_contexts_finite
+from pyro_lvebm.context_pool import ContextPool
+from pyro_lvebm.density import Density
+from pyro_lvebm.energies import MLPEnergy
 from pyro_lvebm.imputation import impute
-from pyro_lvebm.langevin import value_and_grad
+from pyro_lvebm.pair_support import PairSupport
 from pyro_lvebm.pool import Pool
+from pyro_lvebm.posterior_law import Posterior, Shape
 from pyro_lvebm.rng import Stream, derive_seed
 from pyro_lvebm.supports import Support
 from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.validation import check_data
 
-_SETTLING_REFRESHES = 20
-_MAX_REFRESHES = 80
+_EMPTY = torch.Size()
 
 
-class LVEBM(nn.Module):
+class LVEBM(Density):
     """A latent-variable energy-based model, one normalised density over pairs (x, z).
 
         p_θ(x, z) = exp(−E_θ(x, z)) / Z_θ,    E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
@@ -77,8 +71,6 @@ class LVEBM(nn.Module):
         torch.Size([100])
     """
 
-    base_x: GaussianBase
-    base_z: GaussianBase
     expects_missing: Tensor  # whether the data of `from_data` had missing entries
 
     def __init__(
@@ -90,22 +82,16 @@ class LVEBM(nn.Module):
         *,
         context_shape: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(energy, nn.Module):
-            raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
-        base_x = GaussianBase.from_bounded(base_x, "base_x")
-        base_z = GaussianBase.from_distribution(base_z, "base_z")
-        if context_shape == ():
-            raise ValueError("context_shape must have one axis at least, as (1,) for a number")
-        self.context_shape = None if context_shape is None else torch.Size(context_shape)
-        pool = pool_for(pool, self.context_shape)
-        if isinstance(energy, WhitenedEnergy):
-            energy.bind(base_x, base_z)
-        check_energy(energy, base_x, base_z, self.context_shape)
-        self.f, self.base_x, self.base_z = energy, base_x, base_z
-        self.pool = pool.to(device=base_x.loc.device, dtype=base_x.loc.dtype)
-        self.pool.initialise(self.dim)
-        self.pool_theta: list[Tensor] = []
+        if pool is None:
+            pool = TemperedPool() if context_shape is None else ContextPool()
+        pool.check_free(context_shape)  # before the energy is bound to the bases
+        super().__init__(energy, base_x, base_z, context_shape=context_shape)
+        self._take(pool)
+
+    def _take(self, pool: Pool) -> None:
+        like = self.base_x.loc
+        pool.prepare(self.dim, self.context_shape)
+        self.pool = pool.to(device=like.device, dtype=like.dtype)
         self.register_buffer("expects_missing", torch.tensor(False))
 
     @classmethod
@@ -170,72 +156,6 @@ class LVEBM(nn.Module):
             energy.standardise(context)
         return ebm
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro leaves weak references on the parameters it knows, and these cannot be pickled.
-        for p in self.parameters():
-            p.__dict__.pop("unconstrained", None)
-        return self.__dict__.copy()
-
-    @property
-    def dim(self) -> int:
-        """Number of unconstrained entries of x and z together."""
-        return self.base_x.dim + self.base_z.dim
-
-    @property
-    def x_shape(self) -> torch.Size:
-        """Event shape of x."""
-        return self.base_x.event_shape
-
-    @property
-    def z_shape(self) -> torch.Size:
-        """Event shape of z."""
-        return self.base_z.event_shape
-
-    def energy(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the total energy E_θ (*b,), in nats, for x (*b, *x_shape) and z (*b, *z_shape)."""
-        f = self.residual_of(x, z, context)
-        energy: Tensor = f - self.base_x.log_prob(x) - self.base_z.log_prob(z)
-        return energy
-
-    def residual_of(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return f (*b,) for x (*b, *x_shape) and z (*b, *z_shape), in nats.
-
-        Args:
-            x: Observations.
-            z: Latents.
-            context: Contexts whose shape expands to (*b, *context_shape), in a conditional LVEBM.
-
-        Raises:
-            ValueError: If there is a context and should be none, or the other way round.
-        """
-        batch = x.shape[: x.dim() - len(self.x_shape)]
-        result: Tensor = self.f(x, z, *expand_context(context, self.context_shape, batch))
-        return result
-
-    def whiten(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return u (*b, dim) for x (*b, *x_shape) and z (*b, *z_shape)."""
-        return torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1)
-
-    def unwhiten(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x (*b, *x_shape) and z (*b, *z_shape) for u (*b, dim)."""
-        k = self.base_x.dim
-        return self.base_x.unwhiten(u[..., :k]), self.base_z.unwhiten(u[..., k:])
-
-    def residual(self, u: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return f (*b,) at whitened coordinates u (*b, dim); contexts as in `residual_of`."""
-        given = expand_context(context, self.context_shape, u.shape[:-1])
-        if isinstance(self.f, WhitenedEnergy):
-            return self.f.whitened(u, *given)
-        result: Tensor = self.f(*self.unwhiten(u), *given)
-        return result
-
-    def residual_and_grad(self, u: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f (*b,) and its gradient in u (*b, dim), without a graph."""
-        if isinstance(self.f, WhitenedEnergy):
-            given = expand_context(context, self.context_shape, u.shape[:-1])
-            return self.f.value_and_grad(u, *given)
-        return value_and_grad(lambda u: self.residual(u, context))(u)
-
     def at(self, context: Tensor) -> LVEBM:
         """Return the LVEBM p_θ(x, z | c) of one context, with the same θ and a pool of its own.
 
@@ -264,12 +184,13 @@ class LVEBM(nn.Module):
                 f"{tuple(context.shape)}"
             )
         check_contexts_finite(context, self.base_x.loc)
+        ebm = LVEBM.__new__(LVEBM)
+        nn.Module.__init__(ebm)
+        ebm._compose(self.f, self.base_x, self.base_z, self.context_shape, context.detach().clone())
         seed = derive_seed(self.pool.seed, Stream.POOL_AT_CONTEXT)
-        pool = TemperedPool(num_levels=self.pool.num_levels, seed=seed)
-        ebm = LVEBM(AtContext(self, context), self.base_x, self.base_z, pool)
+        ebm._take(TemperedPool(num_levels=self.pool.num_levels, seed=seed))
         ebm.expects_missing.copy_(self.expects_missing)
-        for _ in range(_SETTLING_REFRESHES):
-            pool.refresh(ebm)
+        ebm.pool.settle(ebm)
         ebm.mark_pool(fresh=True)
         return ebm
 
@@ -296,11 +217,7 @@ class LVEBM(nn.Module):
             return self.pool.log_partition
         # Optimisers that write through `.data` leave no trace but the values themselves.
         if not self.pool_is_fresh():
-            if isinstance(self.pool, ContextPool) and context is not None:
-                assert self.context_shape is not None
-                self.pool.refresh(self, context.reshape(-1, *self.context_shape))
-            else:
-                self.pool.refresh(self)
+            self.pool.refresh(self, context)
             self.mark_pool(fresh=True)
         f, log_w = self.negative_residuals()
         surrogate = -(log_w.exp() * f).sum()
@@ -309,18 +226,15 @@ class LVEBM(nn.Module):
     def negative_residuals(self) -> tuple[Tensor, Tensor]:
         """Return f (n,) at the negatives of the pool, with a graph, and their log weights (n,)."""
         u, log_w = self.pool.negatives()
-        context = None
-        if isinstance(self.pool, ContextPool):
-            context = self.pool.negative_contexts()
-        return self.residual(u, context), log_w
+        return self.residual(u, self.pool.negative_contexts()), log_w
 
     def pool_is_fresh(self) -> bool:
         """Return whether the pool has been refreshed under the present θ."""
-        return _all_equal(list(self.f.parameters()), self.pool_theta)
+        return self.pool.is_fresh(self.f.parameters())
 
     def mark_pool(self, *, fresh: bool) -> None:
         """Record that the pool has, or has not, been refreshed under the present θ."""
-        self.pool_theta = [p.detach().clone() for p in self.f.parameters()] if fresh else []
+        self.pool.mark(self.f.parameters() if fresh else ())
 
     def settle(self, log_z_error: float | None = None) -> None:
         """Let the pool catch up with the present θ.
@@ -329,46 +243,22 @@ class LVEBM(nn.Module):
 
         Args:
             log_z_error: Go on, up to 80 refreshes in all, until a `TemperedPool` states this
-                standard error of log Z, in nats. With contexts it does not count: what such a
-                pool states is the spread of log Z over contexts.
+                standard error of log Z, in nats. It does not count where a pool states none.
 
         Raises:
             ValueError: If `log_z_error` is not positive.
         """
         if log_z_error is not None and not log_z_error > 0:
             raise ValueError(f"log_z_error must be positive; got {log_z_error}")
-        if isinstance(self.pool, ContextPool) and self.pool.is_empty:
-            return
         if any(p.requires_grad for p in self.f.parameters()) or not self.pool.refreshes:
-            for _ in range(_SETTLING_REFRESHES):
-                self.pool.refresh(self)
-            pool = self.pool if self.context_shape is None else None
-            if log_z_error is not None and isinstance(pool, TemperedPool):
-                for _ in range(_MAX_REFRESHES - _SETTLING_REFRESHES):
-                    if float(pool.log_partition_std_error) <= log_z_error:
-                        break
-                    self.pool.refresh(self)
-            self.mark_pool(fresh=True)
+            self.pool.settle(self, log_z_error)
+            if self.pool.refreshes:
+                self.mark_pool(fresh=True)
 
     def kl_of_update(self) -> Tensor:
         """Return KL(p_old ‖ p_θ) in nats, with p_old the model at the pool's last refresh."""
         with torch.no_grad():
             return self.pool.kl_to(self.negative_residuals()[0])
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Hold θ fixed inside the block: no gradients for it, and the pool stays where it is."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        for p in params:
-            p.requires_grad_(False)
-        try:
-            with warnings.catch_warnings():
-                # A PyroModule announces all its parameters, and these are meant to rest.
-                warnings.filterwarnings("ignore", message=".*not registered in the param store")
-                yield
-        finally:
-            for p in params:
-                p.requires_grad_(True)
 
     def joint(self) -> JointEnergy:
         """Return the distribution over (x, z), flattened and concatenated, with log_prob −E."""
@@ -426,8 +316,56 @@ class LVEBM(nn.Module):
         return impute(self, x, observed, context, num_samples=num_samples, seed=seed)
 
 
-def _all_equal(a: list[nn.Parameter], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        p.shape == q.shape and p.device == q.device and p.dtype == q.dtype and torch.equal(p, q)
-        for p, q in zip(a, b, strict=True)
-    )
+class JointEnergy(TorchDistribution):
+    """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
+
+    x is in data coordinates, also where its support is bounded; `support` says so to Pyro.
+    `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
+    from the pool and moves the draws on by MALA; draws are as good as the pool has converged.
+
+    Args:
+        ebm: The LVEBM.
+        batch_shape: Batch shape.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(3, 2), x, z_dim=2)
+        >>> ebm.joint().sample((10,)).shape
+        torch.Size([10, 5])
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
+        if ebm.context_shape is not None:
+            raise ValueError("a conditional LVEBM has a joint for each context: ebm.at(c).joint()")
+        self.ebm = ebm
+        shape = torch.Size((ebm.x_shape.numel() + ebm.z_shape.numel(),))
+        super().__init__(torch.Size(batch_shape), shape, validate_args=False)
+
+    @constraints.dependent_property(event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Real vectors, or pairs of an x on its support and a real z."""
+        x = self.ebm.base_x.support
+        return constraints.real_vector if x.is_real else PairSupport(x, self.ebm.z_shape.numel())
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> JointEnergy:
+        """Return the distribution with another batch shape."""
+        return JointEnergy(self.ebm, torch.Size(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return −E_θ (*b,) for values (*b, entries), in nats, without log Z."""
+        k = self.ebm.x_shape.numel()
+        x = value[..., :k].reshape(*value.shape[:-1], *self.ebm.x_shape)
+        z = value[..., k:].reshape(*value.shape[:-1], *self.ebm.z_shape)
+        log_prob = -self.ebm.energy(x, z)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
+        """Draw from the pool."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        u = self.ebm.pool.draw(self.ebm, shape.numel())
+        x, z = self.ebm.unwhiten(u)
+        return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, *self.event_shape)

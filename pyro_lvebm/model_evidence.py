@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from pyro_lvebm.log_partition import LogPartition, log_partition
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.probing import CheapLatents
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
-from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tracing import (
     Model,
     at_minibatch,
@@ -258,8 +256,8 @@ def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
         relative_ess=0.9,
         generator=generator,
     )
-    pool = ebm.pool
-    online = float(pool.log_partition_std_error) if isinstance(pool, TemperedPool) else 0.0
+    stated = ebm.pool.log_partition_std_error
+    online = 0.0 if stated is None else float(stated)
     annealed = float(log_mean_std_error(log_z, 0))
     limit = math.hypot(surprise(len(log_z)) * annealed, 3.0 * online)
     difference = float(log_mean_exp(log_z, 0)) - float(ebm.log_partition)
@@ -273,7 +271,7 @@ def _log_z_of_contexts(ebm: LVEBM, contexts: Tensor, generator: torch.Generator)
     total = 0.0
     for part in contexts.split(max(1, MAX_PARTICLES // (num_particles * num_runs))):
         log_z = anneal_latents(
-            partial(ebm.residual_and_grad, context=part[:, None]),
+            ebm.given(part[:, None]).residual_and_grad,
             (len(part), num_particles, ebm.dim),
             ebm.base_x.loc,
             num_runs=num_runs,

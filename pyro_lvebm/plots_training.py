@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pyro_lvebm.figures import axes_or_new, new_figure
+from pyro_lvebm.ladder import ladder_of
 from pyro_lvebm.log_partition import LogPartition
-from pyro_lvebm.tempered_pool import TemperedPool
+from pyro_lvebm.pool import Pool
 
 SMOOTHING = 20
 """Steps over which the lines of a history are averaged."""
@@ -217,7 +218,7 @@ def plot_log_partition(
     return axes
 
 
-def plot_ladder(pool: TemperedPool, axes: Axes | None = None) -> Axes:
+def plot_ladder(pool: Pool, axes: Axes | None = None) -> Axes:
     """Draw the ladder of a pool: its inverse temperatures, exchanges and moves, by level.
 
     Level 0 is the base, the last the model. Bars are exchange rates between neighbours: a low bar
@@ -242,16 +243,15 @@ def plot_ladder(pool: TemperedPool, axes: Axes | None = None) -> Axes:
         >>> plot_ladder(ebm.pool).get_xlabel()
         'level'
     """
-    if not isinstance(pool, TemperedPool):
-        raise ValueError(f"only a TemperedPool has a ladder; got {type(pool).__name__}")
-    swap_rate = pool.swap_rate.double().cpu().numpy()
+    ladder = ladder_of(pool)
+    swap_rate = ladder.swap_rate.double().cpu().numpy()
     if not np.isfinite(swap_rate).all():
         raise ValueError("the pool has no rates yet: take a step, or refresh it")
     axes = axes_or_new(axes, 5, 3)
-    level = np.arange(len(pool.betas))
+    level = np.arange(len(ladder.betas))
     axes.bar(level[:-1] + 0.5, swap_rate, 0.7, color="C0", alpha=0.4, label="exchange rate")
-    axes.plot(level, pool.betas.double().cpu().numpy(), "o-", color="C1", label="β")
-    rates = pool.acceptance.double().cpu().numpy()
+    axes.plot(level, ladder.betas.double().cpu().numpy(), "o-", color="C1", label="β")
+    rates = ladder.acceptance.double().cpu().numpy()
     axes.plot(level, rates, "x", color="C2", label="acceptance of moves")
     axes.set_ylim(-0.03, 1.03)
     axes.set_xticks(level[:: max(1, len(level) // 8)])

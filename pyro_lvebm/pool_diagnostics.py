@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.conditional import check_unconditional
+from pyro_lvebm.ladder import LadderPool, ladder_of
 from pyro_lvebm.langevin import LangevinState, init_state
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pool import check_finite
 from pyro_lvebm.reweighting import ess, log_mixture, mbar_log_z
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.tempered_pool import TemperedPool
 from pyro_lvebm.tempering import exchange, move_levels
 
 Labels = Callable[[Tensor, Tensor], Tensor]
@@ -114,15 +114,10 @@ def pool_diagnostics(
         (1.0, True)
     """
     check_unconditional(ebm, "pool_diagnostics")
-    if not isinstance(ebm.pool, TemperedPool):
-        raise ValueError(
-            f"a {type(ebm.pool).__name__} has no ladder to diagnose; look at pool.ess and "
-            "pool.acceptance, or train with a TemperedPool"
-        )
+    pool = copy.deepcopy(ladder_of(ebm.pool))
     if num_refreshes < _BATCHES or num_refreshes % _BATCHES:
         raise ValueError(f"num_refreshes must be a multiple of {_BATCHES}; got {num_refreshes}")
     labels = None if modes is None else _labels(ebm, modes)
-    pool = copy.deepcopy(ebm.pool)
     generator = generator_for(seed, Stream.POOL_DIAGNOSTICS, pool.seed, device=pool.u.device)
     chains, shares = _Chains(pool), []
     ess_sum, accepted_sum, swapped_sum = (pool.u.new_zeros(pool.num_levels) for _ in range(3))
@@ -174,7 +169,7 @@ def pool_diagnostics(
 class _Chains:
     """Marks that travel with chains: since which move from the base, and whether at the top."""
 
-    def __init__(self, pool: TemperedPool) -> None:
+    def __init__(self, pool: LadderPool) -> None:
         shape = (pool.num_levels, pool.num_chains, 1)
         self.born = pool.u.new_full(shape, math.nan, dtype=torch.float64)  # NaN: before this run
         self.arrived = torch.zeros_like(self.born)

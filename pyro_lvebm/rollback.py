@@ -14,14 +14,11 @@ from pyro_lvebm.model import LVEBM
 
 def pool_snapshot(ebms: list[LVEBM]) -> Callable[[], None]:
     """Return an action that puts the pools back to where they are now."""
-    pools = [(ebm, dict(ebm.pool.named_buffers()), ebm.pool_theta) for ebm in ebms]
+    snapshots = [ebm.pool.snapshot() for ebm in ebms]
 
     def put_back() -> None:
-        for ebm, buffers, theta in pools:
-            # A pool replaces its buffers and never writes into them, so these are the old values.
-            for name, value in buffers.items():
-                setattr(ebm.pool, name, value)
-            ebm.pool_theta = theta
+        for restore in snapshots:
+            restore()
 
     return put_back
 

@@ -368,7 +368,7 @@ def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
         ebm.pool.refresh(ebm, c)
         young.append(int((ebm.pool.age <= ebm.pool.burn_in).sum()))
     assert max(young) <= num_contexts / 8 + 1 and max(young) >= 1
-    assert torch.isfinite(ebm.pool.log_partition_std_error)
+    assert ebm.pool.log_partition_std_error is None  # the spread over contexts is another thing
 
 
 def test_a_refresh_that_fails_leaves_the_pool_as_it_was() -> None:

@@ -24,7 +24,9 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 from pyro_lvebm import LVEBM, JointEnergy, QuadraticEnergy, TemperedPool
 from pyro_lvebm import distributions as package
 from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing, Posterior
+from pyro_lvebm.density import Density
+from pyro_lvebm.distributions import LatentSite, ObservedSite, Pairing
+from pyro_lvebm.posterior_law import Posterior
 
 
 def shaped_ebm(full_z: bool = False) -> LVEBM:
@@ -290,10 +292,10 @@ def test_xgiven_z_has_the_exact_moments() -> None:
 def test_conditional_check_fails_for_the_gradient_of_the_other_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def confused(ebm: LVEBM, w_z: Tensor, context: None) -> object:
+    def confused(density: Density, w_z: Tensor) -> object:
         def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
             u = torch.cat([w_z.expand(*v.shape[:-1], -1), v], -1)  # (z, x) for (x, z)
-            value, grad = ebm.residual_and_grad(u, context)
+            value, grad = density.residual_and_grad(u)
             return value, grad[..., w_z.shape[-1] :]
 
         return evaluate

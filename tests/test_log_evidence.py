@@ -37,6 +37,7 @@ from pyro_lvebm import (
 )
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.conditional_energies import given_x
+from pyro_lvebm.density import Density
 from pyro_lvebm.langevin import ValueAndGrad
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -134,8 +135,8 @@ def test_default_settings(ebm: LVEBM, x: Tensor) -> None:
 def test_checks_fail_for_the_posterior_of_another_row(
     ebm: LVEBM, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shifted(ebm: LVEBM, w_x: Tensor, context: None) -> ValueAndGrad:
-        return given_x(ebm, w_x.roll(1, 0), context)
+    def shifted(density: Density, w_x: Tensor) -> ValueAndGrad:
+        return given_x(density, w_x.roll(1, 0))
 
     monkeypatch.setattr(MODULE, "given_x", shifted)
     result, expected = evidence_at_exact_log_z(ebm, x), ebm.f.log_evidence(x).detach()

@@ -69,7 +69,7 @@ def test_the_ladder_shows_temperatures_and_rates() -> None:
 
 
 def test_a_pool_without_a_ladder_is_refused() -> None:
-    with pytest.raises(ValueError, match="only a TemperedPool has a ladder; got PersistentPool"):
+    with pytest.raises(ValueError, match="a PersistentPool has no ladder"):
         plot_ladder(PersistentPool(8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no rates yet: take a step"):
         plot_ladder(TemperedPool(3, 8))
