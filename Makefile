@@ -21,8 +21,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARVIZ1_VENV := .venv-arviz1
 ARVIZ1_STAMP := $(ARVIZ1_VENV)/.stamp
 ARVIZ1_PIP := $(ARVIZ1_VENV)/bin/python -m pip --disable-pip-version-check
-ARVIZ1_TESTS = $(shell grep -lE 'arviz|plot' tests/test_*.py) \
-	tests/test_tutorials.py::test_tutorial_runs[posterior_analysis]
+ARVIZ1_TESTS = $(shell grep -rlE 'arviz|plot' tests --include='test_*.py') \
+	tests/whole/test_tutorials.py::test_tutorial_runs[posterior_analysis]
 
 .PHONY: help setup setup-arviz1 test test-arviz1 demo lint docs clean
 .PHONY: bench bench-training bench-calibration bench-tightness

@@ -46,7 +46,7 @@ from pyro_lvebm import (
     log_evidence,
     log_partition,
 )
-from pyro_lvebm.energies import WhitenedEnergy
+from pyro_lvebm.energies.whitened import WhitenedEnergy
 
 CONFIDENCE = 0.95
 """Of every interval, and the share of brackets that must hold the truth."""

@@ -25,7 +25,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import KFold
 from threadpoolctl import threadpool_limits
 
-from pyro_lvebm.baselines import MAX_ITER, HeldOut, gaussian
+from pyro_lvebm.cli.baselines import MAX_ITER, HeldOut, gaussian
 
 COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100)
 REG_COVAR = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)

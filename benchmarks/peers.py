@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed import bare_network
-from pyro_lvebm.annealing import anneal, log_mean_exp, log_mean_std_error, pilot, standard_normal
-from pyro_lvebm.baselines import gaussian
-from pyro_lvebm.langevin import value_and_grad
+from pyro_lvebm.cli.baselines import gaussian
+from pyro_lvebm.sampling.annealing import anneal, pilot, standard_normal
+from pyro_lvebm.sampling.langevin import value_and_grad
+from pyro_lvebm.sampling.weights import log_mean_exp, log_mean_std_error
 
 Energy = Callable[[Tensor], Tensor]
 """Maps u (n, D) to energies (n,)."""

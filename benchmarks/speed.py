@@ -22,9 +22,12 @@ import torch
 from pyro.optim import Adam
 from torch import Tensor, nn
 
-from pyro_lvebm.energies import MLPEnergy
-from pyro_lvebm.guides import AutoParticles
-from pyro_lvebm.langevin import (
+from pyro_lvebm.energies.mlp import MLPEnergy
+from pyro_lvebm.guides.particles import AutoParticles
+from pyro_lvebm.model.lvebm import LVEBM
+from pyro_lvebm.pools.base import Pool
+from pyro_lvebm.pools.persistent import PersistentPool
+from pyro_lvebm.sampling.langevin import (
     MALA,
     ULA,
     Kernel,
@@ -33,11 +36,8 @@ from pyro_lvebm.langevin import (
     init_state,
     value_and_grad,
 )
-from pyro_lvebm.model import LVEBM
-from pyro_lvebm.persistent_pool import PersistentPool
-from pyro_lvebm.pool import Pool
-from pyro_lvebm.saddle import Saddle
-from pyro_lvebm.sites import lvebm
+from pyro_lvebm.sites.primitive import lvebm
+from pyro_lvebm.training.saddle import Saddle
 
 LANGEVIN_BARS = {"ULA": 1.05, "MALA": 1.2}
 SADDLE_BAR = 1.5

@@ -35,9 +35,9 @@ from benchmarks.peers import DOCUMENTED, TUNED, available, run_peer
 from benchmarks.suite import NAMES, DataSet, load
 from benchmarks.tables import table
 from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, Saddle, log_evidence, log_partition, lvebm
-from pyro_lvebm.data import split
-from pyro_lvebm.schedules import half_cosine
-from pyro_lvebm.tempered_pool import TemperedPool
+from pyro_lvebm.cli.data import split
+from pyro_lvebm.pools.tempered import TemperedPool
+from pyro_lvebm.training.fit import half_cosine
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_SETS = ("two moons", "8 Gaussians", "Lorenz-63", "digits")

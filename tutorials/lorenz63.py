@@ -30,15 +30,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 from sklearn.mixture import GaussianMixture
 
-from pyro_lvebm import (
-    LVEBM,
-    AutoParticles,
-    MLPEnergy,
-    Saddle,
-    log_evidence,
-    log_partition,
-    lvebm,
-)
+from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, Saddle, log_evidence, log_partition, lvebm
 
 SMOKE = os.environ.get("PYRO_LVEBM_SMOKE") == "1"  # few rows and steps: runs, but fits nothing
 NAMES = ("X", "Y", "Z")

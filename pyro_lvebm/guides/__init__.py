@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guides: latent particles, and restricted guides that subsample correctly."""
+"""Particles, and restricted guides that subsample."""
 
 from pyro_lvebm.guides.amortised import AutoAmortisedMultivariateNormal, AutoAmortisedNormal
 from pyro_lvebm.guides.checks import check_guide, find_particles, own_parameters
-from pyro_lvebm.guides.particles import AutoParticles
+from pyro_lvebm.guides.particles import AutoParticles, undo_particles
 from pyro_lvebm.guides.per_datum_gaussian import (
     AutoPerDatumLowRankMultivariateNormal,
     AutoPerDatumMultivariateNormal,
@@ -20,4 +20,5 @@ __all__ = [
     "check_guide",
     "find_particles",
     "own_parameters",
+    "undo_particles",
 ]

@@ -13,14 +13,18 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_lvebm.bases import GaussianBase
-from pyro_lvebm.conditional import expand_context
-from pyro_lvebm.distributions import LatentSite
-from pyro_lvebm.guides.incomplete import features, law_of_entries
-from pyro_lvebm.guides.inputs import SiteInputs, check_observed, read_inputs
+from pyro_lvebm.bases import Completion, GaussianBase
+from pyro_lvebm.guides.encoder_inputs import (
+    SiteInputs,
+    check_observed,
+    features,
+    law_of_entries,
+    read_inputs,
+)
 from pyro_lvebm.guides.networks import zero_network
-from pyro_lvebm.guides.rows import KnownRows, open_plates
-from pyro_lvebm.missing import Completion, MissingSite
+from pyro_lvebm.guides.plates import KnownRows, open_plates
+from pyro_lvebm.model import expand_context
+from pyro_lvebm.sites import LatentSite, MissingSite
 from pyro_lvebm.validation import DataError
 
 

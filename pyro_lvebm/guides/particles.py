@@ -18,12 +18,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_lvebm.guides.full_size import draw_full_size
-from pyro_lvebm.guides.rows import KnownRows, open_plates
-from pyro_lvebm.probing import base_draw, is_costly
-
-PARTICLE_PLATE = "num_particles_vectorized"
-"""Name of the plate that Pyro's ELBOs open for vectorised particles."""
+from pyro_lvebm.guides.plates import KnownRows, draw_full_size, open_plates
+from pyro_lvebm.sites import PARTICLE_PLATE, base_draw, is_costly
 
 
 class AutoParticles(AutoGuide):
@@ -185,3 +181,24 @@ def _first_draw(site: dict[str, Any]) -> Tensor:
 def _key(name: str) -> str:
     # Buffer names may not contain dots, and must not hide attributes of the module.
     return "particles_" + name.replace(".", "__")
+
+
+def undo_particles(
+    guide: AutoParticles, indices: dict[str, Tensor], names: list[str]
+) -> Callable[[], None]:
+    """Return an action that puts particles of a minibatch, and their step sizes, back.
+
+    Args:
+        guide: The particles.
+        indices: Data indices of each plate.
+        names: The sites.
+    """
+    values = {name: guide.read(name, indices).clone() for name in names}
+    steps = {name: guide.step_size(name).clone() for name in names}
+
+    def undo() -> None:
+        for name, value in values.items():
+            guide.write(name, indices, value)
+            guide.step_size(name).copy_(steps[name])
+
+    return undo

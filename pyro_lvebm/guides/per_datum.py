@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.kl import register_kl
 
-from pyro_lvebm.guides.full_size import draw_full_size
-from pyro_lvebm.guides.rows import KnownRows, open_plates
+from pyro_lvebm.guides.plates import KnownRows, draw_full_size, open_plates
 
 
 class PerDatumGuide(AutoGuide):

@@ -13,9 +13,9 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
-from pyro_lvebm.distributions import LatentSite
 from pyro_lvebm.guides.per_datum import PerDatumGuide
 from pyro_lvebm.rng import Stream, generator_for
+from pyro_lvebm.sites import LatentSite
 
 
 class AutoPerDatumMultivariateNormal(PerDatumGuide):

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where x and z start: Gaussian bases, their supports, and what they say of missing entries."""
+
+from pyro_lvebm.bases.completion import Completion, observed_entries
+from pyro_lvebm.bases.gaussian import GaussianBase
+from pyro_lvebm.bases.pairs import PairSupport
+from pyro_lvebm.bases.supports import Support
+
+__all__ = ["Completion", "GaussianBase", "PairSupport", "Support", "observed_entries"]

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast Langevin dynamics carry the base to the model, against the theory's rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_lvebm.diagnostics.divergences import (
+    debiased_squared_w2,
+    free_energy,
+    gaussian_kl,
+    squared_w2,
+)
+from pyro_lvebm.diagnostics.flow import langevin_flow, model_draws, to_numpy, whitened_draws
+from pyro_lvebm.model import LVEBM, check_unconditional
+
+Estimator = Literal["neighbours", "gaussian"]
+
+_ASSIGNED = 256
+"""Draws of each sample that are assigned to each other; the cost is their number cubed."""
+
+_CLEAR = 3.0
+"""Standard errors by which KL has to exceed the noise floor."""
+
+
+@dataclass(frozen=True)
+class ConvergenceRate:
+    """KL and W2 to the model along the Langevin flow from the base, and the decay rate of KL."""
+
+    frame: pd.DataFrame  # columns t, kl, kl_se, w2, w2_se, fitted; a row for each time
+    rate: float  # −d log KL / dt over the fitted times; NaN if fewer than three are fitted
+    std_error: float  # of the rate, by the jackknife over replicates
+    plateau: float  # KL in nats at which the decay has stopped; NaN if it has not
+    kl_floor: float  # KL in nats that two samples of the model may show
+    w2_floor: float  # W2 between two samples of the model, which has been taken off w2²
+    estimator: str
+    step_size: float
+
+    @property
+    def verdict(self) -> str:
+        """What the fit says of the log-Sobolev constant, in one sentence."""
+        count = int(self.frame["fitted"].sum())
+        if math.isnan(self.rate):
+            return (
+                f"KL is above its noise at {count} times, and a rate needs three: the base is "
+                "close to the model, or the flow soon arrives; take more chains, or a shorter "
+                "duration"
+            )
+        if not math.isnan(self.plateau):
+            return (
+                f"KL falls as exp(−{self.rate:.2f} t) over {count} times and then stays at "
+                f"{self.plateau:.2g} nats: chains are held in modes, or step_size is too large; "
+                "the rate is that of the first phase only"
+            )
+        return (
+            f"KL falls as exp(−{self.rate:.2f} t) over {count} times; half of that, "
+            f"{0.5 * self.rate:.2f} ± {0.5 * self.std_error:.2f}, estimates the log-Sobolev "
+            "constant from above"
+        )
+
+    def __str__(self) -> str:
+        return self.verdict
+
+
+def convergence_rate(
+    ebm: LVEBM,
+    *,
+    duration: float = 2.0,
+    num_times: int = 11,
+    fit_from: float = 0.0,
+    step_size: float = 0.01,
+    num_chains: int = 512,
+    num_replicates: int = 8,
+    estimator: Estimator = "neighbours",
+    draws: Tensor | None = None,
+    num_refreshes: int = 50,
+    seed: int = 0,
+) -> ConvergenceRate:
+    """Measure how fast the law r_t of Langevin dynamics from the base comes to the model.
+
+        du = −∇E(u) dt + √2 dB,    KL(r_t ‖ p) ≤ e^{−2λt} KL(r_0 ‖ p),    W2² ≤ (2 / λ) KL
+
+    in coordinates u whitened by the base, with λ the log-Sobolev constant of the model: for a
+    quadratic energy the smallest eigenvalue of its Hessian, for a strongly convex one at least
+    the smallest curvature. Many chains start in the base N(0, I) and take unadjusted Langevin
+    steps of size η, so k steps are the time t = kη; for a curvature λ this makes the rate too
+    large by a share ηλ / 2, and the limit is that of the biased kernel. The rate is the slope of
+    log KL on t, by least squares weighted with the estimated precision of log KL, over times from
+    `fit_from` up to the first at which KL is not clearly above its noise floor. Where KL in the
+    last third of the times is clearly above the floor and twice what the fit says, it has a
+    `plateau`. As λ holds for every start and all times, half the rate is at least λ: it bounds λ
+    from above, up to errors, and never from below.
+
+    KL is estimated from samples of r_t and of p. "neighbours" is the difference of their
+    `free_energy`, with entropies from distances between neighbours: right for every density as
+    samples grow, and too small where r_t or p has thin structures or the dimension is high.
+    "gaussian" compares moments (`gaussian_kl`): unbiased where all r_t are Gaussian, which they are
+    for a quadratic energy, and otherwise the divergence of other laws. W2 is that of exact
+    assignments between samples of at most 256. They have a distance even if both are of one law;
+    `debiased_squared_w2` takes it off.
+
+    Args:
+        ebm: The LVEBM; unchanged.
+        duration: Last time, in units of the whitened dynamics.
+        num_times: Times at which both are estimated, from 0 to `duration`.
+        fit_from: First time of the fit; early times show the fast directions of the energy.
+        step_size: η; `duration` / (`num_times` − 1) is rounded to a multiple of it.
+        num_chains: Chains in each sample.
+        num_replicates: Independent repetitions, at least 3, each with two samples of r_t and of
+            p, behind all standard errors.
+        estimator: "neighbours" or "gaussian".
+        draws: Independent draws of the model (m, entries of x and z) as `ebm.joint().sample`
+            returns them, at least 2 × `num_replicates` × `num_chains`. If None they come from a
+            copy of the pool, and are as good as the pool has converged.
+        num_refreshes: Refreshes of that copy before draws are taken.
+        seed: Fixes every random number.
+
+    Returns:
+        The estimates by time, and the rate. `w2` is 0 where the estimate of W2² is negative.
+
+    Raises:
+        ValueError: If the LVEBM is conditional, a number is out of range, `draws` are too few, or
+            the chains diverge.
+
+    Source:
+        Bakry, Gentil and Ledoux (2014), Analysis and geometry of Markov diffusion operators,
+        theorem 5.2.1 (KL); Otto and Villani (2000), theorem 1 (W2); docs/maths.md.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, convergence_rate
+        >>> energy = QuadraticEnergy(1, 1)
+        >>> x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(energy, x, z_dim=1)
+        >>> energy.set_precision(torch.eye(2), torch.tensor([2.0, 0.0]))  # λ = 1
+        >>> result = convergence_rate(ebm, estimator="gaussian", num_chains=200)
+        >>> abs(result.rate - 2.0) < 4.0 * result.std_error
+        True
+    """
+    check_unconditional(ebm, "convergence_rate")
+    stride = _check(duration, num_times, fit_from, step_size, num_chains, num_replicates)
+    if estimator not in ("neighbours", "gaussian"):
+        raise ValueError(f"estimator must be 'neighbours' or 'gaussian'; got {estimator!r}")
+    size = (num_replicates, 2, num_chains)
+    with ebm.frozen():
+        p = (
+            model_draws(ebm, size, num_refreshes, seed)
+            if draws is None
+            else whitened_draws(ebm, draws, size)
+        )
+        flow = langevin_flow(ebm, size, num_times, stride, step_size, seed)
+        divergences = _gaussian_kls if estimator == "gaussian" else _neighbour_kls
+        kl, null = divergences(ebm, flow, p)
+    few = slice(min(num_chains, _ASSIGNED))
+    pairs = [[(r[:, few], q[:, few]) for r, q in zip(at, p, strict=True)] for at in flow]
+    w2 = np.array([[debiased_squared_w2(*pair) for pair in row] for row in pairs])
+    kl_floor = float(abs(null.mean()) + 2.0 * _std_error(null))
+    t = step_size * stride * np.arange(num_times)
+    squared, squared_se = w2.mean(1), _std_error(w2)
+    distance = np.sqrt(np.maximum(squared, 0.0))
+    frame = pd.DataFrame(
+        {
+            "t": t,
+            "kl": kl.mean(1),
+            "kl_se": _std_error(kl),
+            "w2": distance,
+            # The slope of the root ends where the root is within its own error.
+            "w2_se": 0.5 * squared_se / np.maximum(distance, np.sqrt(squared_se)),
+        }
+    )
+    clear = frame["kl"] > kl_floor + _CLEAR * frame["kl_se"]
+    late = t >= fit_from - 0.5 * step_size
+    frame["fitted"] = late & (clear | ~late).cummin()
+    rate, std_error, fitted = _fit(t, kl, frame)
+    late_kl, expected = kl[-num_times // 3 :].mean(0), fitted[-num_times // 3 :].mean()
+    clearly = float(late_kl.mean() - _CLEAR * _std_error(late_kl))
+    stopped = clearly > max(kl_floor, 2.0 * expected)
+    plateau = float(late_kl.mean()) if stopped else math.nan
+    floor = math.sqrt(np.mean([squared_w2(*pair[:, few]) for pair in p]))
+    return ConvergenceRate(frame, rate, std_error, plateau, kl_floor, floor, estimator, step_size)
+
+
+def _check(
+    duration: float,
+    num_times: int,
+    fit_from: float,
+    step_size: float,
+    num_chains: int,
+    num_replicates: int,
+) -> int:
+    """Return the steps between two times, or raise a ValueError."""
+    counts = {"num_times": num_times, "num_chains": num_chains, "num_replicates": num_replicates}
+    for name, least in (("num_times", 3), ("num_chains", 8), ("num_replicates", 3)):
+        if counts[name] < least:
+            raise ValueError(f"{name} must be at least {least}; got {counts[name]}")
+    if not step_size > 0.0:
+        raise ValueError(f"step_size must be positive; got {step_size}")
+    stride = round(duration / (num_times - 1) / step_size)
+    if stride < 1:
+        raise ValueError(
+            f"duration must be at least (num_times − 1) step_size, which is "
+            f"{(num_times - 1) * step_size:g}; got {duration}"
+        )
+    if not 0.0 <= fit_from < duration:
+        raise ValueError(f"fit_from must lie between 0 and duration {duration:g}; got {fit_from}")
+    return stride
+
+
+def _gaussian_kls(
+    ebm: LVEBM, flow: list[np.ndarray], p: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL by time and replicate (T, R), and between the two samples of the model (R,)."""
+    kl = [
+        [gaussian_kl(r, q) for r, q in zip(_samples(at), _samples(p), strict=True)] for at in flow
+    ]
+    return np.reshape(kl, (len(flow), -1, 2)).mean(-1), np.array([gaussian_kl(*pair) for pair in p])
+
+
+def _neighbour_kls(
+    ebm: LVEBM, flow: list[np.ndarray], p: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL by time and replicate (T, R), and between the two samples of the model (R,)."""
+
+    def free_energies(u: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            f = to_numpy(ebm.residual(torch.from_numpy(u).to(ebm.base_x.loc)))
+        energy = (f + 0.5 * (u * u).sum(-1)).reshape(-1, u.shape[-2])
+        values = [free_energy(*sample) for sample in zip(_samples(u), energy, strict=True)]
+        return np.reshape(values, u.shape[:2])
+
+    at_model = free_energies(p)
+    kl = np.array([(free_energies(at) - at_model).mean(1) for at in flow])
+    return kl, at_model[:, 0] - at_model[:, 1]
+
+
+def _samples(u: np.ndarray) -> np.ndarray:
+    """Samples (R, 2, n, d) as (2 R, n, d)."""
+    return u.reshape(-1, *u.shape[2:])
+
+
+def _std_error(values: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the last axis."""
+    error: np.ndarray = values.std(-1, ddof=1) / math.sqrt(values.shape[-1])
+    return error
+
+
+def _fit(t: np.ndarray, kl: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, np.ndarray]:
+    """Slope of −log KL over the fitted times, its jackknife standard error, and the fitted KL (T,).
+
+    Args:
+        t: Times (T,).
+        kl: Estimates by replicate (T, R).
+        frame: Columns `kl`, `kl_se` and `fitted`.
+    """
+    used = frame["fitted"].to_numpy()
+    if used.sum() < 3:
+        return math.nan, math.nan, np.full(len(t), np.nan)
+    root_weight = (frame["kl"] / frame["kl_se"]).to_numpy()[used]
+
+    def line(mean: np.ndarray) -> np.ndarray:
+        coefficients: np.ndarray = np.polyfit(t[used], np.log(mean[used]), 1, w=root_weight)
+        return coefficients
+
+    n, total, whole = kl.shape[1], kl.sum(1), line(kl.mean(1))
+    left_out = np.array([line((total - one) / (n - 1))[0] for one in kl.T])
+    return -float(whole[0]), math.sqrt((n - 1) * left_out.var()), np.exp(np.polyval(whole, t))

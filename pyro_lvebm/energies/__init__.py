@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual energies f."""
+
+from pyro_lvebm.energies.mlp import MLPEnergy
+from pyro_lvebm.energies.quadratic import QuadraticEnergy
+from pyro_lvebm.energies.whitened import WhitenedEnergy, check_energy
+
+__all__ = ["MLPEnergy", "QuadraticEnergy", "WhitenedEnergy", "check_energy"]

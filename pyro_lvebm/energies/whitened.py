@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual energies f(x, z) on coordinates whitened by the bases."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.sampling import value_and_grad
+
+
+class WhitenedEnergy(nn.Module):
+    """A residual energy that is a function of u = (whitened x, whitened z) ∈ R^d.
+
+    Subclasses implement `whitened`. Called as f(x, z) on data coordinates it whitens first, so
+    it is an energy like any other; an `LVEBM` skips that detour in its inner loops.
+
+    Args:
+        x_dim: Number of entries of x, unconstrained: K − 1 on a simplex with K entries.
+        z_dim: Number of entries of z.
+        kl_penalty: Strength of the `kl_to_base` that a `Saddle` adds to its loss, in nats; 0
+            leaves maximum likelihood.
+
+    Raises:
+        ValueError: If a dimension is less than 1, or the strength is negative or not finite.
+    """
+
+    def __init__(self, x_dim: int, z_dim: int, *, kl_penalty: float = 0.0) -> None:
+        super().__init__()
+        for name, size in (("x_dim", x_dim), ("z_dim", z_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
+        if not 0 <= kl_penalty < math.inf:
+            raise ValueError(f"kl_penalty must be finite and not negative; got {kl_penalty}")
+        self.kl_penalty = kl_penalty
+        self.x_dim, self.z_dim = x_dim, z_dim
+        self.dim = x_dim + z_dim
+        self.base_x = GaussianBase(torch.zeros(x_dim), torch.ones(x_dim))
+        self.base_z = GaussianBase(torch.zeros(z_dim), torch.ones(z_dim))
+        self._bound = False
+
+    def bind(self, base_x: GaussianBase, base_z: GaussianBase) -> None:
+        """Take the coordinates of these bases; an `LVEBM` calls this when it is built.
+
+        Raises:
+            ValueError: If the dimensions do not fit, or the energy already belongs to an `LVEBM`
+                with other bases.
+        """
+        if (base_x.dim, base_z.dim) != (self.x_dim, self.z_dim):
+            raise ValueError(
+                f"the energy has x_dim={self.x_dim} and z_dim={self.z_dim}, but the bases have "
+                f"{base_x.dim} and {base_z.dim} (unconstrained) dimensions"
+            )
+        if self._bound and not (_same(self.base_x, base_x) and _same(self.base_z, base_z)):
+            raise ValueError(
+                "this energy already belongs to an LVEBM with other bases, in whose coordinates "
+                "it is defined; build a new energy for the other LVEBM"
+            )
+        self.base_x, self.base_z, self._bound = base_x, base_z, True
+
+    def forward(self, x: Tensor, z: Tensor, *context: Tensor) -> Tensor:
+        """Return f(x, z) (*b,) for x (*b, *x_shape) and z (*b, *z_shape)."""
+        u = torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1)
+        return self.whitened(u, *context)
+
+    def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim).
+
+        A conditional energy takes a context (*b, *context_shape) too.
+        """
+        raise NotImplementedError
+
+    def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f (*b,) and ∇f (*b, d) at u, without a graph; by autograd unless overridden."""
+        return value_and_grad(lambda u: self.whitened(u, *context))(u)
+
+
+def _same(a: GaussianBase, b: GaussianBase) -> bool:
+    w = torch.linspace(-1.0, 1.0, a.dim).to(a.loc)  # tells supports apart
+    return (
+        a.event_shape == b.event_shape
+        and a.diagonal == b.diagonal
+        and torch.equal(a.loc, b.loc)
+        and torch.equal(a.scale, b.scale)
+        and torch.equal(a.unwhiten(w), b.unwhiten(w))
+    )
+
+
+def check_energy(
+    energy: nn.Module,
+    base_x: GaussianBase,
+    base_z: GaussianBase,
+    context_shape: torch.Size | None,
+) -> None:
+    """Evaluate f at the means of the bases, and say what is wrong with the answer.
+
+    Args:
+        energy: The residual energy, called as f(x, z) or f(x, z, context).
+        base_x: The base of x.
+        base_z: The base of z.
+        context_shape: Shape of one context; None where there are none.
+
+    Raises:
+        ValueError: If it cannot be called so, or returns the wrong shape or NaN.
+    """
+    x = base_x.unwhiten(torch.stack([base_x.loc.new_zeros(base_x.dim)] * 2))
+    z = base_z.unwhiten(torch.stack([base_z.loc.new_zeros(base_z.dim)] * 2))
+    context = () if context_shape is None else (x.new_zeros(2, *context_shape),)
+    arguments = "energy(x, z, context)" if context else "energy(x, z)"
+    try:
+        with torch.no_grad():
+            value = energy(x, z, *context)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != (2,):
+        raise ValueError(
+            f"{arguments} must return one value for each pair: for x {tuple(x.shape)} and z "
+            f"{tuple(z.shape)} expected shape (2,); got {shape}"
+        )
+    if torch.isnan(value).any():
+        raise ValueError(f"{arguments} is NaN at the mean of the bases")

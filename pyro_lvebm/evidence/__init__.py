@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""log Z and log p(x), with their errors."""
+
+from pyro_lvebm.evidence.annealed import fit_gaussian, posterior_draws, relative_to
+from pyro_lvebm.evidence.contexts import ConditionalLogPartition, conditional_log_partition
+from pyro_lvebm.evidence.importance_weighted import ImportanceWeightedELBO
+from pyro_lvebm.evidence.log_evidence import LogEvidence, log_evidence
+from pyro_lvebm.evidence.log_partition import LogPartition, log_partition, total
+from pyro_lvebm.evidence.pointwise import marginal_likelihood
+from pyro_lvebm.evidence.programs import (
+    Terms,
+    log_evidence_of,
+    missed_log_z,
+    model_log_evidence,
+    row_log_z,
+    warn_of_unreliable,
+)
+
+__all__ = [
+    "ConditionalLogPartition",
+    "ImportanceWeightedELBO",
+    "LogEvidence",
+    "LogPartition",
+    "Terms",
+    "conditional_log_partition",
+    "fit_gaussian",
+    "log_evidence",
+    "log_evidence_of",
+    "log_partition",
+    "marginal_likelihood",
+    "missed_log_z",
+    "model_log_evidence",
+    "posterior_draws",
+    "relative_to",
+    "row_log_z",
+    "total",
+    "warn_of_unreliable",
+]

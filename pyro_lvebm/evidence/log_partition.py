@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log partition function of an LVEBM, as a bracket."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_lvebm.evidence.bracket import Runs, both_directions, bracket, surprise
+from pyro_lvebm.model import LVEBM
+from pyro_lvebm.pools import Pool
+from pyro_lvebm.rng import Stream, derive_seed, generator_for
+from pyro_lvebm.sampling import MALA, Schedule, ess, init_state, pilot, standard_normal
+from pyro_lvebm.validation import TrainingWarning
+
+_REJUVENATION_MOVES = 20
+
+_REFRESHES_PER_RUN = 8
+
+_MAX_ELEMENTS = 2**22
+"""Numbers kept for all runs that are annealed side by side; bounds the memory."""
+
+
+@dataclass(frozen=True)
+class LogPartition:
+    """An estimate of log Z with a bracket, in nats."""
+
+    estimate: float  # Bennett's acceptance ratio of both directions
+    std_error: float
+    lower: float
+    upper: float
+    forward: float  # log of the mean Ẑ of runs from the base
+    reverse: float  # −log of the mean 1/Ẑ of runs from model draws
+    reverse_limit: float  # with its Monte Carlo error added
+    ess: float  # of the forward runs' final particles, weighted by the Ẑ of their run
+    num_temperatures: int
+    num_runs: int
+    max_width: float  # the bracket that was asked for
+
+    def times(self, count: int) -> LogPartition:
+        """Return the bracket of log Z counted so often, as where an LVEBM stands at many sites."""
+        ends = ("estimate", "std_error", "lower", "upper", "forward", "reverse", "reverse_limit")
+        scaled = {name: count * getattr(self, name) for name in ends}
+        return replace(self, **scaled, max_width=count * self.max_width)
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether both directions agree, and the bracket is as narrow as was asked."""
+        return self._failure is None
+
+    @property
+    def verdict(self) -> str:
+        """What the two directions say about each other, in one sentence."""
+        agreement = f"forward and reverse agree within {self.upper - self.lower:.3f} nats"
+        return self._failure or agreement
+
+    @property
+    def _failure(self) -> str | None:
+        difference = self.reverse - self.forward
+        slack = surprise(self.num_runs) * self.std_error
+        inside = self.lower - slack <= self.estimate <= self.upper + slack
+        if self.reverse_limit < self.lower or not inside:
+            return (
+                f"forward and reverse differ by {difference:.2f} nats: the pool misses a mode "
+                "that annealing from the base finds, so its draws and its gradients are wrong; "
+                "give the TemperedPool more levels or chains, or refresh it more often"
+            )
+        if self.upper - self.lower > self.max_width:
+            return (
+                f"forward and reverse differ by {difference:.2f} nats and the bracket is "
+                f"{self.upper - self.lower:.2f} wide where {self.max_width:.2f} was asked: "
+                "annealing is too fast for this energy, or the base misses a mode that the pool "
+                "has found; raise relative_ess, num_moves or num_particles"
+            )
+        return None
+
+    def __str__(self) -> str:
+        text = (
+            f"log Z = {self.estimate:.4f} ± {self.std_error:.4f} "
+            f"in [{self.lower:.4f}, {self.upper:.4f}]"
+        )
+        return text if self.is_reliable else f"{text}; NOT RELIABLE: {self.verdict}"
+
+
+def log_partition(
+    ebm: LVEBM,
+    *,
+    seed: int = 0,
+    num_particles: int = 1024,
+    num_runs: int = 16,
+    num_moves: int = 4,
+    relative_ess: float = 0.97,
+    num_refreshes: int = 50,
+    target_se: float | None = None,
+    max_runs: int = 512,
+    max_width: float = 0.5,
+) -> LogPartition:
+    """Bracket log Z by annealing from the base (from below) and from model draws (from above).
+
+    A pilot run finds temperatures, step sizes and covariances. With these fixed, R independent
+    sequential Monte Carlo runs from exact base draws give unbiased Ẑ_r, and as many runs from
+    model draws back to the base give unbiased estimates of 1/Z if the draws are exact. Then
+
+        lower    = log mean_r Ẑ_r − t s                  as E[log mean Ẑ] ≤ log Z
+        upper    = −log mean_r (1/Ẑ_r^reverse) + t s'    as its mean is ≥ log Z for exact draws,
+                   and no less than log mean_r Ẑ_r + t s
+        estimate = mean_r Σ_k c_rk
+
+    with s and s' the standard errors of these logarithms of means, t the 99 % quantile of
+    Student's distribution for R − 1 degrees of freedom, so that each end allows for its own Monte
+    Carlo error, and c_rk Bennett's acceptance ratio between temperatures k and k + 1 for the
+    particles of both directions. The estimate is consistent, but not unbiased; its standard error
+    comes from the spread over r, and takes the draws to follow the model. The upper end is a bound
+    only as far as they do: they come from a copy of the pool, refreshed `num_refreshes` times and
+    then on between the runs. A pool and base that both miss a mode give a narrow bracket around a
+    wrong value.
+
+    Args:
+        ebm: The LVEBM; unchanged.
+        seed: Fixes every random number.
+        num_particles: Particles of each run.
+        num_runs: R, independent runs in each direction, at least 2.
+        num_moves: MALA steps at each temperature, before one move with a proposal from the base.
+        relative_ess: Wanted ESS / n between temperatures in the pilot run, in (0, 1).
+        num_refreshes: Refreshes of the copied pool before model draws are taken.
+        target_se: Add `num_runs` further runs until `std_error` is at most this, in nats.
+        max_runs: Add no runs beyond this number in all.
+        max_width: Width of the bracket, in nats, beyond which the verdict says that it failed.
+
+    Returns:
+        The bracket, in nats.
+
+    Raises:
+        ValueError: If a number is out of range, or the energy is NaN.
+        RuntimeError: If the energy is too rough for the pilot run.
+
+    Source:
+        Neal (2001), Annealed importance sampling; Del Moral, Doucet and Jasra (2006); Burda,
+        Grosse and Salakhutdinov (2015), arXiv 1412.8566 (the reverse direction); Bennett (1976);
+        docs/estimators.md.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, log_partition
+        >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> energy = QuadraticEnergy(2, 1)
+        >>> ebm = LVEBM.from_data(energy, x, z_dim=1)
+        >>> energy.set_precision(torch.diag(torch.tensor([2.0, 1.0, 0.5])))
+        >>> log_z = log_partition(ebm, seed=0)
+        >>> log_z.lower < energy.log_partition().item() < log_z.upper
+        True
+    """
+    check_range(num_particles, num_runs, num_moves, relative_ess)
+    for name, value in (("target_se", target_se), ("max_width", max_width)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive; got {value}")
+    like = ebm.base_x.loc
+    generator = generator_for(seed, Stream.LOG_PARTITION, device=like.device)
+    pool = ebm.pool.copy_for(derive_seed(seed, Stream.LOG_PARTITION_POOL, ebm.pool.seed))
+    with ebm.frozen():
+        start = standard_normal((1, 1, 2 * num_particles, ebm.dim), like, generator)
+        schedule = pilot(
+            ebm.residual_and_grad,
+            start,
+            relative_ess=relative_ess,
+            num_moves=num_moves,
+            precondition=True,
+            generator=generator,
+        )
+        for _ in range(num_refreshes):
+            pool.refresh(ebm)
+        # Positions, or f at every temperature in both directions and both precisions.
+        per_particle = max(ebm.dim, 6 * len(schedule.betas))
+        side_by_side = max(1, _MAX_ELEMENTS // (num_particles * per_particle))
+        runs: list[Runs] = []
+        while True:
+            for first in range(0, num_runs, side_by_side):
+                count = min(side_by_side, num_runs - first)
+                size = (count, num_particles)
+                runs.append(_both_directions(ebm, pool, schedule, size, num_moves, generator))
+            forward, _, bar = (torch.cat(parts) for parts in zip(*runs, strict=True))
+            error = float(bar.std()) / math.sqrt(len(bar))
+            if target_se is None or error <= target_se or len(bar) + num_runs > max_runs:
+                break
+    ends = bracket(Runs(*(torch.cat(parts) for parts in zip(*runs, strict=True))))
+    result = LogPartition(
+        **{name: float(value) for name, value in ends._asdict().items()},
+        ess=num_particles * float(ess(forward[:, 0])),
+        num_temperatures=len(schedule.betas) - 1,
+        num_runs=len(bar),
+        max_width=max_width,
+    )
+    _compare_online(ebm, result)
+    return result
+
+
+def _both_directions(
+    ebm: LVEBM,
+    pool: Pool,
+    schedule: Schedule,
+    size: tuple[int, int],
+    num_moves: int,
+    generator: torch.Generator,
+) -> Runs:
+    """Anneal `size` = (runs, particles) up from the base and down from draws of the pool."""
+    num_runs, num_particles = size
+    start = standard_normal((num_runs, 1, num_particles, ebm.dim), ebm.base_x.loc, generator)
+    draws = _model_draws(ebm, pool, schedule, size, generator)
+    return both_directions(
+        ebm.residual_and_grad, start, draws, schedule, num_moves=num_moves, generator=generator
+    )
+
+
+def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
+    """Warn where the pool's own log Z, if it belongs to the present θ, contradicts annealing.
+
+    They do where they differ by more than three standard errors, and by more where few runs say
+    what that of annealing is (`surprise`).
+    """
+    if not ebm.pool_is_fresh():
+        return
+    online, stated = float(ebm.log_partition), ebm.pool.log_partition_std_error
+    online_error = 0.0 if stated is None else float(stated)
+    error = math.hypot(annealed.std_error, online_error)
+    limit = math.hypot(surprise(annealed.num_runs) * annealed.std_error, 3.0 * online_error)
+    if abs(online - annealed.estimate) > limit:
+        warnings.warn(
+            f"log Z online is {online:.3f}, annealed {annealed.estimate:.3f} ± {error:.3f}: "
+            "the pool does not follow the model, and training had a wrong gradient. Use a "
+            "TemperedPool, with more levels, chains or moves if it is one already",
+            TrainingWarning,
+            stacklevel=3,
+        )
+
+
+def _model_draws(
+    ebm: LVEBM, pool: Pool, schedule: Schedule, size: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """Draw from the model, (num_runs, 1, num_particles, d), and leave the pool moved.
+
+    Each run has draws from several refreshes of its own, which average the error of a finite pool
+    within a run, and show what is left of it as spread between the runs.
+    """
+    f, kernel, runs = ebm.residual_and_grad, MALA(), []
+    num_runs, num_particles = size
+    for _ in range(num_runs):
+        parts = []
+        for _ in range(_REFRESHES_PER_RUN):
+            pool.refresh(ebm)
+            u, log_w = pool.negatives()
+            count = -(-num_particles // _REFRESHES_PER_RUN)
+            chosen = torch.multinomial(log_w.exp(), count, replacement=True, generator=generator)
+            parts.append(u[chosen])
+        runs.append(torch.cat(parts)[:num_particles])
+    state = init_state(f, torch.stack(runs)[:, None])
+    scale = None if schedule.scales is None else schedule.scales[-1]
+    for _ in range(_REJUVENATION_MOVES):
+        state, _ = kernel.step(f, state, schedule.step_sizes[-1], scale=scale, generator=generator)
+    return state.u
+
+
+def check_range(num_particles: int, num_runs: int, num_moves: int, relative_ess: float) -> None:
+    """Raise a ValueError unless the settings of an annealing run make sense."""
+    for name, value, least in (
+        ("num_particles", num_particles, 2),
+        ("num_runs", num_runs, 2),
+        ("num_moves", num_moves, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+    if not 0.0 < relative_ess < 1.0:
+        raise ValueError(f"relative_ess must lie between 0 and 1; got {relative_ess}")
+
+
+def total(log_zs: list[LogPartition]) -> LogPartition:
+    """Return the bracket of a sum of log Z, with the errors of independent estimates.
+
+    Of no log Z at all it is zero. The ends of a sum of several are those of its terms, added.
+    """
+    if len(log_zs) == 1:
+        return log_zs[0]
+    sums = {
+        name: float(sum(getattr(z, name) for z in log_zs))
+        for name in (
+            "estimate",
+            "lower",
+            "upper",
+            "forward",
+            "reverse",
+            "reverse_limit",
+            "max_width",
+        )
+    }
+    return LogPartition(
+        **sums,
+        std_error=math.hypot(*(z.std_error for z in log_zs)),
+        ess=min((z.ess for z in log_zs), default=math.inf),
+        num_temperatures=max((z.num_temperatures for z in log_zs), default=0),
+        num_runs=min((z.num_runs for z in log_zs), default=0),
+    )

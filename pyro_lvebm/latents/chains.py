@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Particles run on as Markov chains at frozen θ: warm-up, metrics, and blocks in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lvebm.latents.blocks import LatentBlock
+from pyro_lvebm.latents.positive_phase import kernel_for, step_factors
+from pyro_lvebm.sampling import MALA, Kernel, ValueAndGrad, init_state, secant_root
+
+_MOVES_IN_TURN = 4
+"""Moves of a block before the next one has its turn."""
+
+
+class Chain(NamedTuple):
+    """Draws of one block and their statistics."""
+
+    v: Tensor  # (num_samples, K, *B, D)
+    energy: Tensor  # (num_samples, K, *B), −log p of the block given all others, nats
+    acceptance: Tensor  # (num_samples, K, *B)
+
+
+class Kept(NamedTuple):
+    """One draw of one block, and what its chains did on the way."""
+
+    v: Tensor  # (K, *B, D)
+    energy: Tensor  # (K, *B), −log p of the block given all others, nats
+    acceptance: Tensor  # (K, *B), mean of the last turn
+    step_size: Tensor  # (*B), fixed since the warm-up
+
+
+def run_chains(
+    blocks: Sequence[LatentBlock],
+    step_sizes: Sequence[Tensor],
+    kernel: Kernel,
+    *,
+    num_samples: int,
+    num_warmup: int,
+    thinning: int,
+    generator: torch.Generator,
+) -> list[Chain]:
+    """Return a chain for each block, of all that `chain_draws` yields."""
+    draws = chain_draws(
+        blocks,
+        step_sizes,
+        kernel,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        thinning=thinning,
+        generator=generator,
+    )
+    return [
+        Chain(*(torch.stack(part) for part in list(zip(*kept, strict=True))[:3]))
+        for kept in zip(*draws, strict=True)
+    ]
+
+
+def chain_draws(
+    blocks: Sequence[LatentBlock],
+    step_sizes: Sequence[Tensor],
+    kernel: Kernel,
+    *,
+    num_samples: int,
+    num_warmup: int,
+    thinning: int,
+    generator: torch.Generator,
+) -> Iterator[list[Kept]]:
+    """Run the particles of all blocks on as Markov chains, and keep every `thinning`-th position.
+
+    One block takes one move in each step. Several take four moves each in turn, given the present
+    values of the others (Gibbs sampling). In the warm-up the step size adapts, separately for each
+    datum, and with MALA a metric too where more than an LVEBM steers the latents (`secant_root`),
+    from the positions and gradients of windows that grow by a half; its last quarter is for the
+    step sizes alone. Afterwards both are fixed.
+
+    Args:
+        blocks: The blocks of one minibatch, with all else fixed. Their `fix` is called.
+        step_sizes: First step size of each block, a scalar.
+        kernel: `MALA()` or `ULA()`.
+        num_samples: Draws to keep.
+        num_warmup: Steps before the first of them.
+        thinning: Steps from one draw to the next.
+        generator: Source of randomness.
+
+    Yields:
+        The draws of all blocks, one position at a time.
+
+    Source:
+        Seyboldt, Carlson and Carpenter (2026), Preconditioning Hamiltonian Monte Carlo by
+        minimizing Fisher divergence, arXiv 2603.18845 (metric); Stan's warm-up (growing windows).
+    """
+    walks = [_Walk(b, s, kernel) for b, s in zip(blocks, step_sizes, strict=True)]
+    ends = window_ends(num_warmup)
+    for step in range(1, num_warmup + 1):
+        _sweep(walks, generator, warming=True)
+        if step in ends:
+            for walk in walks:
+                walk.renew_metric()
+    for _ in range(num_samples):
+        for _ in range(thinning):
+            _sweep(walks, generator, warming=False)
+        yield [
+            Kept(walk.v, walk.energy(), walk.acceptance.movedim(-1, 0), walk.steps)
+            for walk in walks
+        ]
+
+
+def window_ends(num_warmup: int) -> list[int]:
+    """Return the steps of the warm-up after which metrics are renewed; none if it is short.
+
+    Example:
+        >>> window_ends(200)
+        [20, 50, 150]
+    """
+    end, width, ends = 3 * num_warmup // 4, 20, [0]
+    while ends[-1] + width <= end:
+        ends.append(ends[-1] + width)
+        width += width // 2
+    return [*ends[1:-1], end] if len(ends) > 1 else []
+
+
+def _sweep(walks: list[_Walk], generator: torch.Generator, *, warming: bool) -> None:
+    if len(walks) == 1:
+        walks[0].move(generator, 1, warming=warming)
+        return
+    for walk in walks:
+        walk.look_again()
+        walk.move(generator, _MOVES_IN_TURN, warming=warming)
+        walk.block.fix(walk.v)
+
+
+class _Walk:
+    """The particles of one block on their way, with the batch before the particles."""
+
+    def __init__(self, block: LatentBlock, step_size: Tensor, kernel: Kernel) -> None:
+        self.block, self.kernel = block, kernel_for(block, kernel)
+        self.f = _particles_last(block.f)
+        self.state = init_state(self.f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
+        self.steps = step_size.expand(self.state.f.shape[:-1])  # (*B,)
+        self.scale: Tensor | None = None  # (*B, D, D)
+        self.acceptance = torch.zeros_like(self.state.f)  # (*B, K)
+        self._open_window()
+
+    @property
+    def v(self) -> Tensor:
+        """Positions (K, *B, D)."""
+        return self.state.u.movedim(-2, 0)
+
+    def energy(self) -> Tensor:
+        """−log p (K, *B) of the block given all others, as they were at its turn, in nats."""
+        u = self.state.u
+        base = 0.5 * (u * u).sum(-1) + 0.5 * u.shape[-1] * math.log(2 * math.pi)
+        conditional = (base + self.state.f).movedim(-1, 0)
+        return conditional - self.block.offset + self.block.log_abs_det(self.v)
+
+    def look_again(self) -> None:
+        """Evaluate the energy anew, after other blocks have moved."""
+        self.state = init_state(self.f, self.state.u)
+
+    def move(self, generator: torch.Generator, num_moves: int, *, warming: bool) -> None:
+        self.acceptance = torch.zeros_like(self.acceptance)
+        for factor in step_factors(self.block, self.kernel, num_moves, generator):
+            options: dict[str, Any] = {} if self.scale is None else {"scale": self.scale}
+            self.state, accepted = self.kernel.step(
+                self.f, self.state, factor * self.steps[..., None], generator=generator, **options
+            )
+            accepted = accepted.expand(self.state.f.shape)
+            self.acceptance += accepted / num_moves
+            if warming:
+                self._learn(accepted, factor)
+
+    def _learn(self, accepted: Tensor, factor: float) -> None:
+        if factor == 1.0:
+            # Fast at first: the first step size may be a thousand times too large.
+            self.age += 1
+            rate = max(0.1, self.age**-0.5)
+            self.steps = self.kernel.adapt(self.steps, accepted.mean(-1), rate)
+        if not self.block.is_direct:
+            moved = self._pairs() - self.origin
+            self.first += moved.sum(-2)
+            self.second += moved.mT @ moved
+            self.count += moved.shape[-2]
+
+    def renew_metric(self) -> None:
+        """Take the metric of the window that ends, and open the next."""
+        if self.block.is_direct or not isinstance(self.kernel, MALA):
+            return
+        mean, d = self.first / self.count, self.state.u.shape[-1]
+        cov = self.second / self.count - mean[..., :, None] * mean[..., None, :]
+        self.scale = secant_root(cov[..., :d, :d], cov[..., d:, d:], self.count)
+        self.steps = torch.full_like(self.steps, d ** (-1 / 3))
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self.origin = self._pairs().mean(-2, keepdim=True)  # sums lose fewer digits from here
+        self.first = torch.zeros_like(self.origin[..., 0, :])
+        self.second = torch.zeros_like(self.origin.mT @ self.origin)
+        self.count = self.age = 0
+
+    def _pairs(self) -> Tensor:
+        """Positions and gradients of the energy there, (*B, K, 2 D)."""
+        return torch.cat([self.state.u, self.state.u + self.state.grad], -1)
+
+
+def _particles_last(f: ValueAndGrad) -> ValueAndGrad:
+    def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = f(u.movedim(-2, 0))
+        return value.movedim(0, -1), grad.movedim(0, -2)
+
+    return evaluate

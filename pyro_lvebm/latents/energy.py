@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The energy of latent sites that share their plates, as a function of one flat vector a datum.
+
+A block collects latent sites inside the same plates. Its coordinates are v (K, *B, D): K
+particles, B the batch shape in a minibatch, D the unconstrained (and for an LVEBM whitened) event
+dimensions of all its sites, flattened. Its residual energy f is defined by
+
+    log p(sites | v) + log |dz/dv| = offset + log N(v; 0, I) − f(v)
+
+so that the kernels of `langevin` and the runs of `annealing` apply to it with base precision 1,
+and log ∫ p dz = offset + log E_{N(0,I)}[exp(−f)].
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_lvebm.guides import AutoParticles
+from pyro_lvebm.latents.blocks import (
+    BlockAxes,
+    LatentBlock,
+    LatentColumns,
+    ModelAt,
+    depends_on,
+    whitening,
+)
+from pyro_lvebm.latents.enumeration import check_latents_held
+from pyro_lvebm.model import given_observed, given_x
+from pyro_lvebm.sampling import ValueAndGrad, value_and_grad
+from pyro_lvebm.sites import (
+    LatentSite,
+    Model,
+    ObservedSite,
+    all_nodes,
+    is_enumerated,
+    sample_nodes,
+    subsample_nodes,
+)
+
+
+def latent_blocks(
+    model: Model,
+    guide: AutoParticles,
+    guide_trace: Trace,
+    nesting: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    traced: bool = False,
+) -> tuple[list[LatentBlock], Trace]:
+    """Group the particle sites of a guide by their plates, each group with its energy.
+
+    Args:
+        model: The Pyro model.
+        guide: The particles.
+        guide_trace: A trace of the guide under `vectorise` with its own number of particles;
+            fixes the minibatch, and the latents that other guides hold.
+        nesting: Number of batch dimensions of the model.
+        args: Arguments of the model.
+        kwargs: Keyword arguments of the model.
+        traced: Run the model at every evaluation, also where an LVEBM stands alone, so that
+            energies follow the values of other latents in all their terms.
+
+    Returns:
+        The blocks, and a trace of the vectorised model at the particles.
+
+    Raises:
+        ValueError: If a site outside a plate depends on a latent inside it.
+    """
+    nodes = {n: d for n, d in all_nodes(guide_trace).items() if d["type"] == "sample"}
+    at = ModelAt(model, nesting, nodes, args, kwargs)
+    with torch.no_grad():
+        trace = at.trace(guide.num_particles)
+    # A guide without latents in a plate does not open it; all evaluations share one minibatch.
+    at.nodes.update(subsample_nodes(trace))
+    check_latents_held(sample_nodes(trace), set(nodes), guide.prototype_trace.stochastic_nodes)
+    groups: dict[tuple[Any, ...], list[LatentColumns]] = {}
+    for name, proto in guide.prototype_trace.iter_stochastic_nodes():
+        if name not in trace:
+            raise ValueError(
+                f"the model has no site '{name}' in this minibatch, but the guide has. Where "
+                "entries of x are missing, give lvebm(..., observed=...) in every minibatch"
+            )
+        fn, transform = all_nodes(trace)[name]["fn"], guide.transform(name)
+        columns = LatentColumns(
+            name,
+            transform,
+            transform.inverse_shape(fn.event_shape),
+            whitening(fn, nesting),
+        )
+        frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
+        groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
+    return [_block(group, guide, at, trace, traced) for group in groups.values()], trace
+
+
+def _block(
+    columns: list[LatentColumns], guide: AutoParticles, at: ModelAt, trace: Trace, traced: bool
+) -> LatentBlock:
+    proto = guide.prototype_trace.nodes[columns[0].name]
+    choices = subsample_nodes(trace)
+    frames = proto["cond_indep_stack"]
+    indices = {f.name: choices[f.name]["value"] for f in frames}
+    v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
+    subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
+    axes = BlockAxes(columns[0].name, proto["fn"].batch_shape, frames, at.nesting)
+    if traced:
+        f, offset, is_direct = _traced_energy(columns, at, axes), v.new_zeros(()), False
+    else:
+        f, offset, is_direct = _energy(columns, at, trace, axes)
+    is_global = bool(subsampled - set(indices))
+    return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)
+
+
+def _energy(
+    columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes
+) -> tuple[ValueAndGrad, Tensor, bool]:
+    """Return f, its offset, and whether f is that of an LVEBM alone.
+
+    The part of an LVEBM comes straight from its energy, and what else depends on the latents from
+    a trace of the model. Where there is nothing else the model is not run at all: a trace at every
+    Langevin step would double its time.
+    """
+    names = [c.name for c in columns]
+    own = _own_part(columns, at, trace)
+    if own is None:
+        zero = all_nodes(trace)[names[0]]["value"].new_zeros(())
+        return _traced_energy(columns, at, axes), zero, False
+    others = set(sample_nodes(trace)) - {*names, own.x_name}
+    depending, log_rest = _split_others(names, others, at, axes)
+    offset = own.log_base + log_rest / own.scale
+    if not depending:
+        return own.f, offset, True
+    log_prob = _traced_log_prob(columns, at, axes, depending)
+    return _sum(own.f, value_and_grad(lambda v: -log_prob(v))), offset, False
+
+
+@dataclass(frozen=True)
+class _OwnPart:
+    """What a block of the latents of one LVEBM has of that LVEBM."""
+
+    f: ValueAndGrad  # its residual energy at the observations
+    log_base: Tensor  # (*B), nats: with log N(v; 0, I) − f the log density, without log Z
+    x_name: str
+    scale: Tensor | float
+
+
+def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPart | None:
+    """Return the part of an LVEBM if its latents are the block, and nothing alters its sites."""
+    nodes = all_nodes(trace)
+    names = [c.name for c in columns]
+    first = nodes[names[0]]
+    if not isinstance(first["fn"], LatentSite):
+        return None
+    x_name, x_node = next(
+        (name, node)
+        for name, node in nodes.items()
+        if isinstance(node.get("fn"), ObservedSite) and node["fn"].pairing is first["fn"].pairing
+    )
+    fn = x_node["fn"]
+    completion = None if fn.missing is None else fn.missing[0]
+    expected = [fn.ebm.base_z] if completion is None else [fn.ebm.base_z, completion]
+    if [c.gaussian for c in columns] != expected:
+        return None
+    same_scale = bool(torch.as_tensor(x_node["scale"] == first["scale"]).all())
+    plain = x_node["is_observed"] and x_node["mask"] is None and same_scale
+    if not plain or _is_moved(x_name, names, at):
+        return None
+    density = fn.ebm.given(fn.context)
+    if completion is None:
+        x = x_node["value"]
+        f = given_x(density, fn.ebm.base_x.whiten(x))
+        log_base = fn.ebm.base_x.log_prob(x)
+    else:
+        entries = torch.arange(completion.dim, device=completion.mean.device)
+        f = given_observed(density, completion, entries)
+        log_base = completion.log_base()
+    return _OwnPart(f, log_base - fn.ebm.log_partition, x_name, first["scale"])
+
+
+def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:
+    """Whether other latents move the observations, as in `obs=x - shift`, by autograd."""
+    held = {
+        name: node["value"].detach()
+        for name, node in at.nodes.items()
+        if name not in names and not node["is_observed"] and node["value"].is_floating_point()
+    }
+    if not held:
+        return False
+    with torch.enable_grad():
+        values = {name: value.requires_grad_(True) for name, value in held.items()}
+        x = all_nodes(at.trace(len(at.nodes[names[0]]["value"]), **values))[x_name]["value"]
+        return any(depends_on(x, value) for value in values.values())
+
+
+def _split_others(
+    names: list[str], others: set[str], at: ModelAt, axes: BlockAxes
+) -> tuple[set[str], Tensor]:
+    """Return which other sites depend on the latents, by autograd, and log p (*B) of the rest.
+
+    Where a site is enumerated its sum does not split, and all sites count as depending.
+    """
+    values: dict[str, Tensor] = {name: at.nodes[name]["value"].detach() for name in names}
+    z = values[names[0]]
+    if not others:
+        return set(), z.new_zeros(())
+    with torch.enable_grad():
+        values = {name: value.requires_grad_(True) for name, value in values.items()}
+        trace = at.trace(len(z), **values)
+        trace.compute_log_prob(lambda name, _: name in others)
+        nodes = {name: node for name, node in sample_nodes(trace).items() if name in others}
+        if any(is_enumerated(node) for node in nodes.values()):
+            return others, z.new_zeros(())
+        depending = {
+            name
+            for name, node in nodes.items()
+            if any(depends_on(node["log_prob"], value) for value in values.values())
+        }
+    rest = {name: node for name, node in nodes.items() if name not in depending}
+    for node in rest.values():
+        node["log_prob"] = node["log_prob"].detach()
+    batch = z.shape[1 + at.nesting - len(axes.batch_shape) : 1 + at.nesting]
+    log_rest: Tensor = axes.total_log_prob(rest, z.detach(), len(z), batch)
+    return depending, log_rest.mean(0)
+
+
+def _traced_log_prob(
+    columns: list[LatentColumns], at: ModelAt, axes: BlockAxes, sites: set[str] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return log p of some sites, by default of all, as a function of v, by tracing the model."""
+    dims = [c.dim for c in columns]
+
+    def log_prob(v: Tensor) -> Tensor:
+        batch = v.shape[1:-1]
+        parts = v.reshape(*axes.lead(len(v), batch), v.shape[-1]).split(dims, -1)
+        pairs = zip(columns, parts, strict=True)
+        trace = at.trace(len(v), **{c.name: c.transform(c.from_columns(p)) for c, p in pairs})
+        with warnings.catch_warnings():
+            # A proposal outside the support is NaN; MALA rejects it, and Pyro need not say so.
+            warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?-?inf)")
+            trace.compute_log_prob(lambda name, _: sites is None or name in sites)
+        nodes = sample_nodes(trace)
+        scale = nodes[columns[0].name]["scale"]
+        shown = {name: node for name, node in nodes.items() if sites is None or name in sites}
+        log_p: Tensor = axes.total_log_prob(shown, v, len(v), batch) / scale
+        return log_p
+
+    return log_prob
+
+
+def _traced_energy(columns: list[LatentColumns], at: ModelAt, axes: BlockAxes) -> ValueAndGrad:
+    """Return f of a block from a trace of the model at v."""
+    log_prob = _traced_log_prob(columns, at, axes)
+    dims = [c.dim for c in columns]
+    log_norm = 0.5 * sum(dims) * math.log(2 * math.pi)
+
+    def f(v: Tensor) -> Tensor:
+        log_p = log_prob(v)
+        for c, part in zip(columns, v.split(dims, -1), strict=True):
+            log_p = log_p + c.log_abs_det(part)
+        return -log_p - 0.5 * (v * v).sum(-1) - log_norm
+
+    return value_and_grad(f)
+
+
+def _sum(f: ValueAndGrad, g: ValueAndGrad) -> ValueAndGrad:
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        (a, grad_a), (b, grad_b) = f(v), g(v)
+        return a + b, grad_a + grad_b
+
+    return evaluate
+
+
+def as_problems(f: ValueAndGrad, batch: torch.Size) -> ValueAndGrad:
+    """Turn a block's f on v (K, *B, D) into one on v (runs, problems, particles, D).
+
+    The data of the block are the problems of an annealing run.
+    """
+
+    def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+        runs, problems, particles, d = v.shape
+        value, grad = f(v.transpose(1, 2).reshape(runs * particles, *batch, d))
+        value = value.reshape(runs, particles, problems).transpose(1, 2)
+        return value, grad.reshape(runs, particles, problems, d).transpose(1, 2)
+
+    return evaluate

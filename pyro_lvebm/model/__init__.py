@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LVEBM: a density, its pool, and what follows from it."""
+
+from pyro_lvebm.model.conditionals import draw_conditional, given_observed, given_x, given_z
+from pyro_lvebm.model.contexts import (
+    check_context,
+    check_contexts_finite,
+    check_unconditional,
+    context_rows,
+    expand_context,
+)
+from pyro_lvebm.model.density import Density
+from pyro_lvebm.model.lvebm import LVEBM, JointEnergy
+from pyro_lvebm.model.posterior import Shape, as_problems, expand_events
+
+__all__ = [
+    "LVEBM",
+    "Density",
+    "JointEnergy",
+    "Shape",
+    "as_problems",
+    "check_context",
+    "check_contexts_finite",
+    "check_unconditional",
+    "context_rows",
+    "draw_conditional",
+    "expand_context",
+    "expand_events",
+    "given_observed",
+    "given_x",
+    "given_z",
+]

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The joint density of a residual energy on two bases, unnormalised: it knows no pool."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.energies import WhitenedEnergy, check_energy
+from pyro_lvebm.model.contexts import context_rows, expand_context
+from pyro_lvebm.sampling import value_and_grad
+
+
+class Density(nn.Module):
+    """The unnormalised joint density exp(−E_θ(x, z)) of a residual energy and two bases.
+
+        E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
+
+    In coordinates u whitened by the bases it is E = ½ |u|² + f + const. With a `context_shape` f
+    has a context c as a third argument; `given(c)` is the density at contexts, and whoever has
+    that need not know of them.
+
+    Args:
+        energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
+            z (*b, *z_shape), and a context (*b, *context_shape) if there are any, to (*b).
+        base_x: Gaussian over x, or the transform of one by the bijection to its support.
+        base_z: Gaussian over z.
+        context_shape: Shape of one context; None for a density without contexts.
+
+    Raises:
+        ValueError: If a base is not a Gaussian, the transform of base_x is not that of `biject_to`,
+            or the energy returns the wrong shape or NaN.
+    """
+
+    base_x: GaussianBase
+    base_z: GaussianBase
+    context: Tensor | None  # where it is held, (*rows, *shape of one)
+
+    def __init__(
+        self,
+        energy: nn.Module,
+        base_x: dist.TorchDistribution | GaussianBase,
+        base_z: dist.TorchDistribution | GaussianBase,
+        *,
+        context_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(energy, nn.Module):
+            raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
+        base_x = GaussianBase.from_bounded(base_x, "base_x")
+        base_z = GaussianBase.from_distribution(base_z, "base_z")
+        if context_shape == ():
+            raise ValueError("context_shape must have one axis at least, as (1,) for a number")
+        shape = None if context_shape is None else torch.Size(context_shape)
+        if isinstance(energy, WhitenedEnergy):
+            energy.bind(base_x, base_z)
+        check_energy(energy, base_x, base_z, shape)
+        self._compose(energy, base_x, base_z, shape, None)
+
+    def _compose(
+        self,
+        energy: nn.Module,
+        base_x: GaussianBase,
+        base_z: GaussianBase,
+        context_shape: torch.Size | None,
+        context: Tensor | None,
+    ) -> None:
+        """Take checked parts; with a context the density is that at it, and has no others."""
+        self.f, self.base_x, self.base_z = energy, base_x, base_z
+        self.context_shape = context_shape if context is None else None
+        self._held_shape = None if context is None else context_shape
+        self.register_buffer("context", context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro leaves weak references on the parameters it knows, and these cannot be pickled.
+        for p in self.parameters():
+            p.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()
+
+    @property
+    def dim(self) -> int:
+        """Number of unconstrained entries of x and z together."""
+        return self.base_x.dim + self.base_z.dim
+
+    @property
+    def x_shape(self) -> torch.Size:
+        """Event shape of x."""
+        return self.base_x.event_shape
+
+    @property
+    def z_shape(self) -> torch.Size:
+        """Event shape of z."""
+        return self.base_z.event_shape
+
+    def given(self, context: Tensor | None) -> Density:
+        """Return the density at contexts, with the same θ and bases; itself where there are none.
+
+        Args:
+            context: Contexts (*b, *context_shape), which expand to the batch of what it is
+                evaluated at; None for a density without contexts.
+
+        Raises:
+            ValueError: If there is a context and should be none, or the other way round.
+        """
+        context_rows(context, self.context_shape)
+        if context is None:
+            return self
+        density = Density.__new__(Density)
+        nn.Module.__init__(density)
+        density._compose(self.f, self.base_x, self.base_z, self.context_shape, context)
+        return density
+
+    def _contexts(self, context: Tensor | None, batch: torch.Size) -> tuple[Tensor, ...]:
+        """Return the context of each element of a batch, as a tuple of one or none."""
+        if context is None and self.context is not None:
+            return expand_context(self.context, self._held_shape, batch)
+        return expand_context(context, self.context_shape, batch)
+
+    def energy(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the total energy E_θ (*b,), in nats, for x (*b, *x_shape) and z (*b, *z_shape)."""
+        f = self.residual_of(x, z, context)
+        energy: Tensor = f - self.base_x.log_prob(x) - self.base_z.log_prob(z)
+        return energy
+
+    def residual_of(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return f (*b,) for x (*b, *x_shape) and z (*b, *z_shape), in nats.
+
+        Args:
+            x: Observations.
+            z: Latents.
+            context: Contexts whose shape expands to (*b, *context_shape), if there are any.
+
+        Raises:
+            ValueError: If there is a context and should be none, or the other way round.
+        """
+        batch = x.shape[: x.dim() - len(self.x_shape)]
+        result: Tensor = self.f(x, z, *self._contexts(context, batch))
+        return result
+
+    def whiten(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return u (*b, dim) for x (*b, *x_shape) and z (*b, *z_shape)."""
+        return torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1)
+
+    def unwhiten(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (*b, *x_shape) and z (*b, *z_shape) for u (*b, dim)."""
+        k = self.base_x.dim
+        return self.base_x.unwhiten(u[..., :k]), self.base_z.unwhiten(u[..., k:])
+
+    def residual(self, u: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return f (*b,) at whitened coordinates u (*b, dim); contexts as in `residual_of`."""
+        given = self._contexts(context, u.shape[:-1])
+        if isinstance(self.f, WhitenedEnergy):
+            return self.f.whitened(u, *given)
+        result: Tensor = self.f(*self.unwhiten(u), *given)
+        return result
+
+    def residual_and_grad(self, u: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return f (*b,) and its gradient in u (*b, dim), without a graph."""
+        if isinstance(self.f, WhitenedEnergy):
+            return self.f.value_and_grad(u, *self._contexts(context, u.shape[:-1]))
+        return value_and_grad(lambda u: self.residual(u, context))(u)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Hold θ fixed inside the block: no gradients for it, and a pool stays where it is."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        for p in params:
+            p.requires_grad_(False)
+        try:
+            with warnings.catch_warnings():
+                # A PyroModule announces all its parameters, and these are meant to rest.
+                warnings.filterwarnings("ignore", message=".*not registered in the param store")
+                yield
+        finally:
+            for p in params:
+                p.requires_grad_(True)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws of the missing entries of x given the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_lvebm.bases import Completion, observed_entries
+from pyro_lvebm.model.conditionals import given_observed
+from pyro_lvebm.model.contexts import check_context, context_rows
+from pyro_lvebm.model.density import Density
+from pyro_lvebm.rng import Stream, generator_for
+from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
+from pyro_lvebm.validation import check_rows
+
+_NUM_PARTICLES = 256
+
+_MAX_PROBLEMS = 256
+"""Draws that are annealed side by side, which bounds the memory."""
+
+
+def impute(
+    density: Density,
+    x: Tensor,
+    observed: Tensor | None,
+    context: Tensor | None,
+    *,
+    num_samples: int,
+    seed: int,
+) -> Tensor:
+    """Draw the missing entries of x; `LVEBM.impute` says how."""
+    check_rows(x, density.x_shape, missing=True)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+    observed = observed_entries(x, observed, density.x_shape)
+    density.base_x.support.check(x, observed)
+    context_rows(context, density.context_shape)
+    if context is not None:
+        check_context(context, x)
+    columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
+    if not len(columns):
+        raise ValueError("nothing is missing: every entry of x is observed")
+    generator = generator_for(seed, Stream.IMPUTATION, device=x.device)
+    draws = []
+    for index in torch.arange(num_samples * len(x), device=x.device).split(_MAX_PROBLEMS):
+        rows = index % len(x)
+        at_rows = density.given(None if context is None else context[rows, None])
+        draws.append(_complete(at_rows, x[rows], observed[rows], columns, generator))
+    return torch.cat(draws).reshape(num_samples, *x.shape)
+
+
+def _complete(
+    density: Density,
+    x: Tensor,
+    observed: Tensor,
+    columns: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Complete every row (n, *x_shape) once, by a run of its own."""
+    completion = Completion(density.base_x, x[:, None], observed[:, None])
+    k = density.base_z.dim
+    shape = (1, len(x), _NUM_PARTICLES, k + len(columns))
+    with density.frozen(), torch.no_grad():
+        f = given_observed(density, completion, columns)
+        schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
+        start = standard_normal(shape, x, generator)
+        state = anneal(f, start, schedule, num_moves=4, generator=generator).state
+    v = x.new_zeros(len(x), 1, completion.dim)
+    v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
+    values = density.base_x.support.constrain(completion.unwhiten(v))
+    return completion.complete(values)[:, 0]

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LVEBM: a residual energy, two bases and a pool of negatives in one module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_lvebm.bases import GaussianBase, PairSupport, Support
+from pyro_lvebm.energies import MLPEnergy
+from pyro_lvebm.model.contexts import check_context, check_contexts_finite
+from pyro_lvebm.model.density import Density
+from pyro_lvebm.model.imputation import impute
+from pyro_lvebm.model.posterior import Posterior, Shape
+from pyro_lvebm.pools import ContextPool, Pool, TemperedPool
+from pyro_lvebm.rng import Stream, derive_seed
+from pyro_lvebm.validation import check_data
+
+_EMPTY = torch.Size()
+
+
+class LVEBM(Density):
+    """A latent-variable energy-based model, one normalised density over pairs (x, z).
+
+        p_θ(x, z) = exp(−E_θ(x, z)) / Z_θ,    E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
+
+    The bases are normalised, so Z_θ = E_base[exp(−f_θ)]; f = 0 is the base with log Z = 0. All
+    sampling happens in coordinates u whitened by the bases, where E = ½ |u|² + f + const.
+
+    With a `context_shape` it is conditional on a context c, such as covariates or a class:
+
+        p_θ(x, z | c) = exp(−E_θ(x, z; c)) / Z_θ(c)
+
+    with f_θ(x, z; c) and the same bases for all contexts. The methods that need an energy then
+    take a context; `at(c)` is the LVEBM of one context.
+
+    Args:
+        energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
+            z (*b, *z_shape), and a context (*b, *context_shape) if there are any, to (*b).
+        base_x: Gaussian over x: `Normal(...).to_event(k)` or `MultivariateNormal(...)`. Where x has
+            bounds, a `TransformedDistribution` of one, such as `LogNormal(...).to_event(k)`.
+        base_z: Gaussian over z.
+        pool: `TemperedPool(...)` (the default) or `PersistentPool(...)`; with contexts,
+            `ContextPool(...)`.
+        context_shape: Shape of one context; None for an LVEBM without contexts.
+
+    Raises:
+        ValueError: If a base is not a Gaussian, the transform of base_x is not that of `biject_to`,
+            the energy returns the wrong shape or NaN, the pool is not one for contexts where there
+            are some, or the other way round, or it belongs to another LVEBM.
+
+    Source:
+        Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy
+        >>> x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(x_dim=3, z_dim=2), x, z_dim=2)
+        >>> ebm.energy(x, torch.zeros(100, 2)).shape
+        torch.Size([100])
+    """
+
+    expects_missing: Tensor  # whether the data of `from_data` had missing entries
+
+    def __init__(
+        self,
+        energy: nn.Module,
+        base_x: dist.TorchDistribution | GaussianBase,
+        base_z: dist.TorchDistribution | GaussianBase,
+        pool: Pool | None = None,
+        *,
+        context_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        if pool is None:
+            pool = TemperedPool() if context_shape is None else ContextPool()
+        pool.check_free(context_shape)  # before the energy is bound to the bases
+        super().__init__(energy, base_x, base_z, context_shape=context_shape)
+        self._take(pool)
+
+    def _take(self, pool: Pool) -> None:
+        like = self.base_x.loc
+        pool.prepare(self.dim, self.context_shape)
+        self.pool = pool.to(device=like.device, dtype=like.dtype)
+        self.register_buffer("expects_missing", torch.tensor(False))
+
+    @classmethod
+    def from_data(
+        cls,
+        energy: nn.Module,
+        x: Tensor,
+        *,
+        z_dim: int,
+        support: Constraint | None = None,
+        context: Tensor | None = None,
+        pool: Pool | None = None,
+    ) -> LVEBM:
+        """Start from a Gaussian fitted to the data and a standard normal latent.
+
+        The Gaussian has the means and variances of the columns, and their correlations, shrunk
+        towards 0 by the share that cross-validation finds best; with many rows that is none. Where
+        entries are missing it is that of maximum likelihood, by expectation maximisation.
+
+        Args:
+            energy: The residual energy f.
+            x: Data (N, *x_shape), floating point, more rows than dimensions; NaN where an entry
+                is missing.
+            z_dim: Number of latent dimensions.
+            support: Where x lies, one of `torch.distributions.constraints`, such as
+                `constraints.positive`, of single entries or of the trailing axes of a row; the
+                real vectors if None. The Gaussian is then one of y = T⁻¹(x), T = `biject_to`
+                (support), and so are the whitened coordinates; f(x, z) still gets x.
+            context: Contexts (N, *context_shape) of a conditional LVEBM, floating point. An
+                `MLPEnergy` standardises its contexts by their means and standard deviations.
+            pool: The pool of negatives; `TemperedPool()` if None, or `ContextPool()`.
+
+        Raises:
+            ValueError: If x is empty, infinite or not floating point, has too few rows or
+                constant columns, does not lie inside the support, or has entries missing on one
+                that ties entries together; if z_dim < 1, no bijection to the support is known, or
+                the energy does not fit.
+
+        Example:
+            >>> import torch
+            >>> from torch.distributions import constraints
+            >>> from pyro_lvebm import LVEBM, MLPEnergy
+            >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).exp()
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1, support=constraints.positive)
+            >>> bool((ebm.unwhiten(torch.randn(50, 3))[0] > 0).all())
+            True
+        """
+        if z_dim < 1:
+            raise ValueError(f"z_dim must be at least 1; got {z_dim}")
+        check_data(x, missing=True)
+        base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
+        base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
+        energy.to(device=x.device, dtype=x.dtype)
+        shape = None
+        if context is not None:
+            shape = check_context(context, x)
+            if isinstance(energy, MLPEnergy):
+                energy.check_standardise(context)
+        ebm = cls(energy, base_x, base_z, pool, context_shape=shape)
+        ebm.expects_missing.copy_(x.isnan().any())
+        if context is not None and isinstance(energy, MLPEnergy):
+            energy.standardise(context)
+        return ebm
+
+    def at(self, context: Tensor) -> LVEBM:
+        """Return the LVEBM p_θ(x, z | c) of one context, with the same θ and a pool of its own.
+
+        The pool has followed the present θ. θ and bases are shared: `.to(dtype)` changes both.
+
+        Args:
+            context: One context c (*context_shape).
+
+        Raises:
+            ValueError: If this LVEBM is not conditional, or the context has another shape.
+
+        Example:
+            >>> import torch
+            >>> from pyro_lvebm import LVEBM, MLPEnergy, log_partition
+            >>> draw = torch.Generator().manual_seed(0)
+            >>> c, x = (torch.randn(100, 2, generator=draw) for _ in range(2))
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1, context_dim=2), x, z_dim=1, context=c)
+            >>> log_partition(ebm.at(c[0])).estimate  # an untrained f is zero
+            0.0
+        """
+        if self.context_shape is None:
+            raise ValueError("this LVEBM has no contexts; at(context) is for conditional LVEBMs")
+        if context.shape != self.context_shape:
+            raise ValueError(
+                f"at() takes one context of shape {tuple(self.context_shape)}; got "
+                f"{tuple(context.shape)}"
+            )
+        check_contexts_finite(context, self.base_x.loc)
+        ebm = LVEBM.__new__(LVEBM)
+        nn.Module.__init__(ebm)
+        ebm._compose(self.f, self.base_x, self.base_z, self.context_shape, context.detach().clone())
+        seed = derive_seed(self.pool.seed, Stream.POOL_AT_CONTEXT)
+        ebm._take(TemperedPool(num_levels=self.pool.num_levels, seed=seed))
+        ebm.expects_missing.copy_(self.expects_missing)
+        ebm.pool.settle(ebm)
+        ebm.mark_pool(fresh=True)
+        return ebm
+
+    @property
+    def log_partition(self) -> Tensor:
+        """The pool's present estimate of log Z, a scalar, in nats, without a gradient.
+
+        With contexts it is the mean over those of the pool.
+        """
+        return self.pool.log_partition
+
+    def log_norm(self, context: Tensor | None = None) -> Tensor:
+        """Return log Z with the pool's value and the gradient −E_pool[∇_θ f].
+
+        Where θ can change, the pool is refreshed first if θ has changed since it last was, so any
+        loss that contains this term trains θ, without anyone having to move the pool by hand.
+
+        Args:
+            context: Contexts (*b, *context_shape) of a minibatch, in a conditional LVEBM. What is
+                returned is then the mean of log Z(c) over contexts, the same for all data.
+        """
+        if not torch.is_grad_enabled() or not self.is_trained:
+            return self.pool.log_partition
+        self.follow(context)
+        f, log_w = self.negative_residuals()
+        surrogate = -(log_w.exp() * f).sum()
+        return self.pool.log_partition + (surrogate - surrogate.detach())
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any parameter of f takes gradients."""
+        return any(p.requires_grad for p in self.f.parameters())
+
+    def follow(self, context: Tensor | None = None) -> None:
+        """Refresh the pool if θ can change, and has changed since it last was.
+
+        Args:
+            context: Contexts (*b, *context_shape) of a minibatch, in a conditional LVEBM.
+        """
+        # Optimisers that write through `.data` leave no trace but the values themselves.
+        if self.is_trained and not self.pool_is_fresh():
+            self.pool.refresh(self, context)
+            self.mark_pool(fresh=True)
+
+    def negative_residuals(self) -> tuple[Tensor, Tensor]:
+        """Return f (n,) at the negatives of the pool, with a graph, and their log weights (n,)."""
+        u, log_w = self.pool.negatives()
+        return self.residual(u, self.pool.negative_contexts()), log_w
+
+    def pool_is_fresh(self) -> bool:
+        """Return whether the pool has been refreshed under the present θ."""
+        return self.pool.is_fresh(self.f.parameters())
+
+    def mark_pool(self, *, fresh: bool) -> None:
+        """Record that the pool has, or has not, been refreshed under the present θ."""
+        self.pool.mark(self.f.parameters() if fresh else ())
+
+    def settle(self, log_z_error: float | None = None) -> None:
+        """Let the pool catch up with the present θ.
+
+        A pool that has moved before rests where θ is frozen; one without contexts always does.
+
+        Args:
+            log_z_error: Go on, up to 80 refreshes in all, until a `TemperedPool` states this
+                standard error of log Z, in nats. It does not count where a pool states none.
+
+        Raises:
+            ValueError: If `log_z_error` is not positive.
+        """
+        if log_z_error is not None and not log_z_error > 0:
+            raise ValueError(f"log_z_error must be positive; got {log_z_error}")
+        if self.is_trained or not self.pool.refreshes:
+            self.pool.settle(self, log_z_error)
+            if self.pool.refreshes:
+                self.mark_pool(fresh=True)
+
+    def kl_of_update(self) -> Tensor:
+        """Return KL(p_old ‖ p_θ) in nats, with p_old the model at the pool's last refresh."""
+        with torch.no_grad():
+            return self.pool.kl_to(self.negative_residuals()[0])
+
+    def joint(self) -> JointEnergy:
+        """Return the distribution over (x, z), flattened and concatenated, with log_prob −E."""
+        return JointEnergy(self)
+
+    def posterior(self, x: Tensor, context: Tensor | None = None) -> Posterior:
+        """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin.
+
+        With contexts (*b, *context_shape) it is p_θ(z | x, c).
+        """
+        check_data(x, self.x_shape)
+        self.base_x.support.check(x)
+        return Posterior(self, x, context)
+
+    def impute(
+        self,
+        x: Tensor,
+        observed: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+    ) -> Tensor:
+        """Draw the missing entries of x, jointly with z, from p_θ(x_m | x_o).
+
+        The conditional of the Gaussian base is exact; from its draws, (z, x_m) is annealed to the
+        model by sequential Monte Carlo, every draw by a run of its own.
+
+        Args:
+            x: Observations (N, *x_shape), NaN where missing.
+            observed: Which entries are observed, boolean, of the shape of x, or of x_shape for all
+                rows alike; what x holds elsewhere does not matter. By default all but NaN.
+            context: Contexts (N, *context_shape) of a conditional LVEBM.
+            num_samples: Draws for each row.
+            seed: Fixes every random number.
+
+        Returns:
+            Completed observations (num_samples, N, *x_shape).
+
+        Raises:
+            ValueError: If x is infinite, of another shape, outside its support or NaN where it is
+                said to be observed, `observed` is no boolean mask of a shape that fits, nothing is
+                missing, or the support ties entries of x together.
+
+        Example:
+            >>> import torch
+            >>> from pyro_lvebm import LVEBM, MLPEnergy
+            >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1)
+            >>> x[0, 1] = torch.nan
+            >>> draws = ebm.impute(x[:3], num_samples=5)
+            >>> draws.shape, bool(draws.isnan().any())
+            (torch.Size([5, 3, 2]), False)
+        """
+        return impute(self, x, observed, context, num_samples=num_samples, seed=seed)
+
+
+class JointEnergy(TorchDistribution):
+    """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
+
+    x is in data coordinates, also where its support is bounded; `support` says so to Pyro.
+    `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
+    from the pool and moves the draws on by MALA; draws are as good as the pool has converged.
+
+    Args:
+        ebm: The LVEBM.
+        batch_shape: Batch shape.
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(3, 2), x, z_dim=2)
+        >>> ebm.joint().sample((10,)).shape
+        torch.Size([10, 5])
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
+        if ebm.context_shape is not None:
+            raise ValueError("a conditional LVEBM has a joint for each context: ebm.at(c).joint()")
+        self.ebm = ebm
+        shape = torch.Size((ebm.x_shape.numel() + ebm.z_shape.numel(),))
+        super().__init__(torch.Size(batch_shape), shape, validate_args=False)
+
+    @constraints.dependent_property(event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Real vectors, or pairs of an x on its support and a real z."""
+        x = self.ebm.base_x.support
+        return constraints.real_vector if x.is_real else PairSupport(x, self.ebm.z_shape.numel())
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> JointEnergy:
+        """Return the distribution with another batch shape."""
+        return JointEnergy(self.ebm, torch.Size(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return −E_θ (*b,) for values (*b, entries), in nats, without log Z."""
+        k = self.ebm.x_shape.numel()
+        x = value[..., :k].reshape(*value.shape[:-1], *self.ebm.x_shape)
+        z = value[..., k:].reshape(*value.shape[:-1], *self.ebm.z_shape)
+        log_prob = -self.ebm.energy(x, z)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
+        """Draw from the pool."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        u = self.ebm.pool.draw(self.ebm, shape.numel())
+        x, z = self.ebm.unwhiten(u)
+        return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, *self.event_shape)

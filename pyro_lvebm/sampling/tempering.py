@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves of chains on a ladder of temperatures, as pure functions of their state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_lvebm.sampling.langevin import MALA, LangevinState, ValueAndGrad, check_finite, init_state
+
+SNAPSHOT_STRIDE = 2
+"""Moves from one snapshot of the chains to the next."""
+
+_FORGETTING = 0.05
+"""Weight of the newest chains in the running mean of ∇E ∇Eᵀ."""
+
+
+class Tempered(NamedTuple):
+    """Chains after the moves of one refresh, and what the moves were like."""
+
+    state: LangevinState  # u (L, n, d)
+    snapshots: list[LangevinState]  # after every second move, the last one too
+    acceptance: Tensor  # (L − 1, 1), mean over the moves, of the levels above the base
+    swap_rate: Tensor  # (L − 1,), mean over the moves
+
+
+def temper(
+    f: ValueAndGrad,
+    state: LangevinState,
+    betas: Tensor,
+    step_size: Tensor,
+    scale: Tensor,
+    *,
+    kernel: MALA,
+    num_moves: int,
+    generator: torch.Generator,
+) -> Tempered:
+    """Move chains at all temperatures: draws at level 0, MALA above it, exchange of neighbours.
+
+    Args:
+        f: Residual energy.
+        state: Chains u (L, n, d) with f and ∇f.
+        betas: Inverse temperatures (L,), from 0 to 1.
+        step_size: η (L − 1, 1) of the levels above the base.
+        scale: Scale of their moves (L − 1, d, d).
+        kernel: The MALA kernel.
+        num_moves: Number of moves.
+        generator: Source of randomness.
+
+    Raises:
+        ValueError: If f or ∇f is NaN or infinite at a chain after the moves.
+    """
+    swap_rate = torch.zeros_like(betas[1:])
+    acceptance = torch.zeros_like(step_size)
+    snapshots = []
+    for move in range(num_moves):
+        state, accepted = move_levels(
+            f, state, betas, step_size, scale, kernel=kernel, generator=generator
+        )
+        acceptance += accepted.mean(-1, keepdim=True) / num_moves
+        state, swapped = exchange(state, betas, generator)
+        swap_rate += swapped / num_moves
+        if (num_moves - 1 - move) % SNAPSHOT_STRIDE == 0:
+            snapshots.append(state)
+    check_finite(state.f, state.grad)
+    return Tempered(state, snapshots, acceptance, swap_rate)
+
+
+def move_levels(
+    f: ValueAndGrad,
+    state: LangevinState,
+    betas: Tensor,
+    step_size: Tensor,
+    scale: Tensor,
+    *,
+    kernel: MALA,
+    generator: torch.Generator,
+) -> tuple[LangevinState, Tensor]:
+    """Draw level 0 afresh and move all others once; arguments as in `temper`.
+
+    Returns:
+        The new state, and the acceptance probability (L − 1, n) of the levels above the base.
+    """
+    moved, accepted = kernel.step(
+        f,
+        LangevinState(*(part[1:] for part in state)),
+        step_size,
+        inverse_temperature=betas[1:, None],
+        scale=scale,
+        generator=generator,
+    )
+    fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
+    base = init_state(f, fresh)
+    return LangevinState(*map(torch.cat, zip(base, moved, strict=True))), accepted
+
+
+def running_fisher(fisher: Tensor, state: LangevinState, betas: Tensor) -> Tensor:
+    """Return the running mean (L − 1, d, d) of ∇E ∇Eᵀ with that of the present chains in it.
+
+    Args:
+        fisher: The mean so far.
+        state: Chains u (L, n, d) with ∇f.
+        betas: Inverse temperatures (L,).
+    """
+    grad = state.u[1:] + betas[1:, None, None] * state.grad[1:]
+    return torch.lerp(fisher, grad.mT @ grad / grad.shape[1], _FORGETTING)
+
+
+def num_gradients(num_chains: int) -> int:
+    """Return how many gradients a running mean over refreshes of so many chains holds."""
+    return round(num_chains / _FORGETTING)
+
+
+def adapt_ladder(betas: Tensor, swap_rate: Tensor, rate: float = 0.05) -> Tensor:
+    """Widen the gaps that are easily crossed and narrow the others, β_0 = 0 and β_L = 1 fixed.
+
+        β_{l+1} − β_l ∝ (β_{l+1} − β_l) exp(rate (s_l − mean s))
+
+    At rest all neighbours exchange equally often.
+
+    Args:
+        betas: Inverse temperatures (L,).
+        swap_rate: s, acceptance (L − 1,) of the exchange of each pair; NaN before the first.
+        rate: How fast gaps change at each call.
+
+    Source:
+        Miasojedow, Moulines and Vihola (2013), An adaptive parallel tempering algorithm, section 3,
+        with equal rates in place of a given one.
+    """
+    s = torch.nan_to_num(swap_rate, nan=0.0)
+    gaps = betas.diff() * torch.exp(rate * (s - s.mean()))
+    inner = (gaps.cumsum(0) / gaps.sum())[:-1]
+    return torch.cat([betas[:1], inner, betas[-1:]])
+
+
+def exchange(
+    state: LangevinState, betas: Tensor, generator: torch.Generator | None = None
+) -> tuple[LangevinState, Tensor]:
+    """Exchange chains between neighbouring temperatures, even pairs first, then odd pairs.
+
+    Args:
+        state: Chains u (L, n, d) with f and ∇f.
+        betas: Inverse temperatures (L,).
+        generator: Source of randomness; None means torch's global generator.
+
+    Returns:
+        The new state, and the mean acceptance probability (L − 1,) of each pair.
+    """
+    u, f, grad = (part.clone() for part in state)
+    rate = torch.zeros_like(betas[1:])
+    for start in (0, 1):
+        low = torch.arange(start, len(betas) - 1, 2, device=betas.device)
+        if not len(low):
+            continue
+        high = low + 1
+        log_alpha = (betas[high] - betas[low])[:, None] * (f[high] - f[low])
+        accept = torch.empty_like(log_alpha).exponential_(generator=generator).neg_() < log_alpha
+        rate[low] = log_alpha.clamp(max=0.0).exp().mean(-1)
+        for part in (u, f, grad):
+            mask = accept[..., None] if part.dim() == 3 else accept
+            a, b = part[low], part[high]
+            part[low], part[high] = torch.where(mask, b, a), torch.where(mask, a, b)
+    return LangevinState(u, f, grad), rate

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Saddle needs to know of a model and a guide before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_lvebm.guides import check_guide
+from pyro_lvebm.model import LVEBM, context_rows
+from pyro_lvebm.rng import Stream, device_of, isolated_rng
+from pyro_lvebm.sites import (
+    CheapLatents,
+    GivenRows,
+    Node,
+    ObservedSite,
+    all_nodes,
+    at_minibatch,
+    energy_modules,
+    num_sites,
+    plate_nesting,
+    sample_nodes,
+)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model and its guide."""
+
+    nesting: int  # number of batch dimensions of model and guide
+    ebms: dict[str, LVEBM]  # by the site of x, the first if there are several
+    loose_params: dict[str, Tensor]  # unconstrained parameters outside all modules, by name
+
+
+def inspect(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Anatomy:
+    """Run model and guide once, refuse a guide that cannot work, and name the parts.
+
+    Raises:
+        ValueError: If the guide cannot work with the model, an energy depends on a latent beside
+            its own x and z, or parameters are not in Pyro's store.
+    """
+    with torch.no_grad(), poutine.block(), CheapLatents():
+        model_trace = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
+        check_guide(guide, model_trace)
+        for ebm in energy_modules(model_trace):
+            num_sites(model_trace, ebm)
+        with isolated_rng(0, Stream.PROBED_ENERGIES, device=device_of(args, kwargs)):
+            _check_energies(model, model_trace, args, kwargs)
+        guide_trace = poutine.trace(GivenRows()(guide)).get_trace(*args, **kwargs)
+    sites = {
+        id(node["fn"].ebm): name
+        for name, node in reversed(all_nodes(model_trace).items())
+        if isinstance(node.get("fn"), ObservedSite)
+    }
+    ebms = {sites[id(ebm)]: ebm for ebm in energy_modules(model_trace)}
+    modules: list[nn.Module] = [*ebms.values()]
+    if isinstance(guide, nn.Module):
+        modules.append(guide)
+    owned = {id(p) for module in modules for p in module.parameters()}
+    params = {
+        name: _unconstrained(name, node)
+        for trace in (model_trace, guide_trace)
+        for name, node in all_nodes(trace).items()
+        if node["type"] == "param"
+    }
+    nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+    return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
+
+
+def _unconstrained(name: str, node: Node) -> Tensor:
+    value = node["value"]
+    if not hasattr(value, "unconstrained"):
+        raise ValueError(
+            f"parameter '{name}' is not in Pyro's parameter store, where Saddle finds what it "
+            "trains, as SVI does. Leave pyro.settings 'module_local_params' off, or train with "
+            "Trace_ELBO()(model, guide) and an optimiser of torch"
+        )
+    unconstrained: Tensor = value.unconstrained()
+    return unconstrained
+
+
+class _Energies(Messenger):
+    """Evaluates the energy of every LVEBM site at two fixed pairs (x, z)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], ObservedSite):
+            ebm = msg["fn"].ebm
+            u = torch.tensor([[-0.5], [0.5]]).to(ebm.base_x.loc).expand(2, ebm.dim)
+            rows = context_rows(msg["fn"].context, ebm.context_shape)
+            u = u.reshape(2, *[1] * len(rows), ebm.dim).expand(2, *rows, ebm.dim)
+            energy = ebm.energy(*ebm.unwhiten(u), msg["fn"].context)
+            self.values[msg["name"]] = energy.detach().clone()
+
+
+def _check_energies(
+    model: Callable[..., Any], trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse an energy that changes with a latent, by drawing latents anew.
+
+    Raises:
+        ValueError: If one does.
+    """
+    nodes = sample_nodes(trace)
+    latents = [name for name, node in nodes.items() if not node["is_observed"]]
+    if len(latents) < 2:
+        return
+    others = {n: d for n, d in all_nodes(trace).items() if d["type"] == "sample"}
+
+    def energies(redrawn: list[str]) -> dict[str, Tensor]:
+        kept = {name: node for name, node in others.items() if name not in redrawn}
+        with _Energies() as seen:
+            at_minibatch(model, kept)(*args, **kwargs)
+        return seen.values
+
+    start = energies([])
+    if not _changed(start, energies(latents)):
+        return
+    for latent in latents:
+        for site in _changed(start, energies([latent])):
+            raise ValueError(
+                f"the energy of '{site}' depends on the latent '{latent}', so that log Z varies "
+                "with it and a pool, which estimates it at one value only, is wrong at all "
+                f"others: the posterior of '{latent}' is doubly intractable. Let '{latent}' act "
+                "on x or on what follows from z, or make it a parameter (pyro.param)"
+            )
+
+
+def _changed(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return [n for n in a if n in b and not torch.equal(a[n].nan_to_num(), b[n].nan_to_num())]

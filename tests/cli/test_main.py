@@ -1,0 +1,522 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, and the job behind it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from pyro.optim import Adam
+from torch import Tensor
+
+from pyro_lvebm import (
+    LVEBM,
+    AutoParticles,
+    LogPartition,
+    MLPEnergy,
+    Saddle,
+    TemperedPool,
+    log_evidence,
+    log_partition,
+    lvebm,
+)
+from pyro_lvebm.cli import job
+from pyro_lvebm.cli.data import DigitsData, dequantise_logit, read_observations, split
+from pyro_lvebm.cli.job import JobSettings
+from pyro_lvebm.cli.main import main
+from pyro_lvebm.evidence import programs as model_evidence
+
+cli = import_module("pyro_lvebm.cli.main")
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+OUTPUTS = {
+    "figure.png",
+    "elbo_table.csv",
+    "summary.json",
+    "posterior.nc",
+    "model.safetensors",
+}
+POSTERIORS = {
+    "Langevin particles",
+    "mean-field guide",
+    "full-covariance guide",
+    "amortised MLP encoder",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+    out: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        text = (self.out / "summary.json").read_text(encoding="utf-8")
+
+        def refuse(constant: str) -> float:
+            raise AssertionError(f"summary.json holds {constant}, which is no JSON")
+
+        result: dict[str, Any] = json.loads(text, parse_constant=refuse)
+        return result
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return pd.read_csv(self.out / "elbo_table.csv", index_col="posterior")
+
+
+def run(*arguments: str | Path, out: Path) -> Run:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            status = main([*map(str, arguments), "--out", str(out)])
+        except SystemExit as error:  # argparse
+            assert isinstance(error.code, int)
+            status = error.code
+    return Run(status, stdout.getvalue(), stderr.getvalue(), out)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Brackets of log Z with fewer particles: they are half of the time of a short job."""
+    cheap = partial(log_partition, num_particles=64, num_runs=8, num_refreshes=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_evidence, "log_partition", cheap)
+        patch.setattr(job, "log_partition", cheap)
+        yield
+
+
+def write_csv(path: Path, seed: int = 0) -> Path:
+    """200 rows on a bent curve, with a header."""
+    rng = np.random.default_rng(seed)
+    t = rng.normal(size=200)
+    rows = np.stack([t, 0.5 * t**2 + 0.3 * rng.normal(size=200)], 1)
+    pd.DataFrame(rows, columns=["left", "right"]).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("data") / "curve.csv")
+
+
+@pytest.fixture(scope="module")
+def fitted(quick: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("fit") / "new" / "folder"
+    short = ("--z-dim", "1", "--steps", "30", "--guide-steps", "10", "--seed", "3", "--quiet")
+    return run("fit", data, *short, "--validation", "0", out=out)
+
+
+# --- fit ------------------------------------------------------------------------------------
+
+
+def test_fit_writes_five_files_and_is_quiet(fitted: Run) -> None:
+    assert fitted.status == 0
+    assert {p.name for p in fitted.out.iterdir()} == OUTPUTS
+    assert fitted.stderr == ""
+
+
+def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
+    summary = fitted.summary
+    assert set(summary) == {
+        "data",
+        "settings",
+        "held_out_log_evidence",
+        "log_partition",
+        "elbo_table",
+        "baselines",
+        "seconds",
+        "seed",
+        "steps",
+        "versions",
+    }
+    assert summary["steps"] == 30
+    assert summary["data"] == {"train": [160, 2], "held_out": [40, 2]}
+    assert summary["seed"] == 3
+    chosen = {"z_dim": 1, "num_steps": 30, "guide_steps": 10, "seed": 3}
+    assert chosen.items() <= summary["settings"].items()
+    evidence, log_z = summary["held_out_log_evidence"], summary["log_partition"]
+    assert log_z["lower"] < log_z["estimate"] and log_z["lower"] < log_z["upper"]
+    assert evidence["lower"] == pytest.approx(
+        evidence["estimate"] + log_z["estimate"] - log_z["upper"], abs=1e-5
+    )
+    assert 0.0 < evidence["std_error"] < 1.0
+    assert set(summary["seconds"]) == {"fit", "elbo table", "held-out evidence", "export"}
+    assert all(s >= 0.0 for s in summary["seconds"].values())
+    versions = summary["versions"]
+    assert versions["torch"] == torch.__version__ or torch.__version__.startswith(versions["torch"])
+    assert versions["pyro-ppl"] == pyro.__version__ and versions["arviz"] == az.__version__
+
+
+def test_summary_and_table_agree(fitted: Run) -> None:
+    table = fitted.table
+    assert set(table.index) == POSTERIORS
+    numbers = ["elbo", "elbo_se", "kl_gap", "kl_gap_se", "pareto_k", "parameters", "seconds"]
+    assert list(table.columns) == numbers
+    records = pd.DataFrame(fitted.summary["elbo_table"]).set_index("posterior")
+    pd.testing.assert_frame_equal(records, table, rtol=1e-12)
+    assert table["elbo"].is_monotonic_decreasing
+    # After so short a fit the encoder is as good as exact, and may be first by noise.
+    best, particles = table.iloc[0], table.loc["Langevin particles"]
+    assert "Langevin particles" in table.index[:2]
+    assert best.elbo - particles.elbo < 3.0 * np.hypot(best.elbo_se, particles.elbo_se)
+    assert np.ptp(table["elbo"] + table["kl_gap"]) < 1e-9
+
+
+def test_standard_output_states_the_same_numbers(fitted: Run) -> None:
+    lines = fitted.stdout.splitlines()
+    assert "160 data" in fitted.stdout
+    for name, row in fitted.table.iterrows():
+        (line,) = [line for line in lines if line.startswith(str(name))]
+        words = line.removeprefix(str(name)).split()
+        assert [float(w) for w in words] == [pytest.approx(v, abs=5.1e-5) for v in row]
+    (held_out,) = [line for line in lines if "LVEBM (upper end of log Z)" in line]
+    value, sign, error = held_out.split()[-3:]
+    evidence = fitted.summary["held_out_log_evidence"]
+    assert sign == "±"
+    assert float(value) == pytest.approx(evidence["lower"], abs=5.1e-4)
+    assert float(error) == pytest.approx(evidence["std_error"], abs=5.1e-4)
+    for baseline in fitted.summary["baselines"]:
+        (line,) = [line for line in lines if line.strip().startswith(baseline["baseline"])]
+        assert float(line.split()[-3]) == pytest.approx(baseline["log_evidence"], abs=5.1e-4)
+        assert float(line.split()[-1]) == pytest.approx(baseline["std_error"], abs=5.1e-4)
+    log_z = LogPartition(**fitted.summary["log_partition"])
+    assert str(log_z) in fitted.stdout
+    assert "Held-out log p(x), nats per datum, 40 rows" in fitted.stdout
+    assert f"Wrote {fitted.out}/ in " in lines[-1]
+
+
+def test_baselines_are_those_of_the_same_split(fitted: Run, data: Path) -> None:
+    """The full Gaussian's held-out log density, from the file itself."""
+    train, test = split(read_observations(data), 0.2, 3)
+    mean, covariance = train.mean(0), np.cov(train.T, bias=True)
+    centred = test - mean
+    quadratic = (centred @ np.linalg.inv(covariance) * centred).sum(1)
+    log_density = -0.5 * (quadratic + np.linalg.slogdet(2 * math.pi * covariance)[1])
+    named = {b["baseline"]: b["log_evidence"] for b in fitted.summary["baselines"]}
+    assert named["full Gaussian"] == pytest.approx(log_density.mean(), abs=1e-9)
+    assert "full mixture, 10 components" in named and len(named) >= 4
+
+
+def test_posterior_file_opens_in_arviz(fitted: Run, data: Path) -> None:
+    idata = az.from_netcdf(str(fitted.out / "posterior.nc"))
+    latent = idata["posterior"]["observations_z"]
+    assert latent.shape == (2, 50, 160, 1)
+    assert latent.dims == ("chain", "draw", "data", "observations_z_dim_0")
+    train, _ = split(read_observations(data), 0.2, 3)
+    observed = idata["observed_data"]["observations"].to_numpy()
+    np.testing.assert_array_equal(observed, train.astype(np.float32))
+
+
+def test_figure_is_a_picture(fitted: Run) -> None:
+    pixels = matplotlib.image.imread(fitted.out / "figure.png")
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
+    half = pixels.shape[1] // 2
+    assert pixels[:, :half, :3].std() > 0.02 and pixels[:, half:, :3].std() > 0.02
+
+
+def rebuild(train: np.ndarray, seed: int) -> tuple[LVEBM, Any, Tensor]:
+    x = torch.as_tensor(train, dtype=torch.float32)
+    ebm = LVEBM.from_data(MLPEnergy(2, 1, seed=seed), x, z_dim=1, pool=TemperedPool(seed=seed))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=len(x)) as i:
+            lvebm("observations", ebm, obs=x[i])
+
+    return ebm, model, x
+
+
+def test_saved_model_loads_and_gives_the_stated_evidence(fitted: Run, data: Path) -> None:
+    """Rebuilt with the same sites but other weights; the held-out number follows to the bit."""
+    train, test = split(read_observations(data), 0.2, 3)
+    ebm, model, x = rebuild(train, seed=8)
+    before = [p.detach().clone() for p in ebm.f.parameters()]
+    saddle = Saddle.load(
+        fitted.out / "model.safetensors", model, AutoParticles(model, 2), Adam({"lr": 3e-3}), x
+    )
+    assert saddle.step_count == 30
+    assert any(not torch.equal(a, b) for a, b in zip(before, ebm.f.parameters(), strict=True))
+    log_z = LogPartition(**fitted.summary["log_partition"])
+    held_out = torch.as_tensor(test, dtype=torch.float32)
+    evidence = log_evidence(ebm, held_out, seed=3, log_z=log_z)
+    stated = fitted.summary["held_out_log_evidence"]
+    assert evidence.mean == pytest.approx(stated["estimate"], abs=1e-6)
+    untrained, _, _ = rebuild(train, seed=8)
+    other = log_evidence(untrained, held_out, seed=3, log_z=log_z)
+    assert abs(other.mean - stated["estimate"]) > 1e-3
+
+
+def test_the_same_command_gives_the_same_numbers(
+    fitted: Run, data: Path, tmp_path: Path, quick: None
+) -> None:
+    """Also with progress bars, and into a folder that holds the files of another run."""
+    (tmp_path / "summary.json").write_text("old")
+    (tmp_path / "notes.txt").write_text("kept")
+    short = ("--z-dim", "1", "--steps", "30", "--guide-steps", "10", "--seed", "3")
+    again = run("fit", data, *short, "--validation", "0", out=tmp_path)
+    assert again.status == 0
+    for bar in ("Saddle", "mean-field guide", "full-covariance guide", "amortised MLP encoder"):
+        assert bar in again.stderr
+    assert "30/30" in again.stderr and "log Z" in again.stderr
+    for key in ("held_out_log_evidence", "log_partition", "baselines"):
+        assert again.summary[key] == fitted.summary[key]
+    tables = [r.table.drop(columns="seconds") for r in (again, fitted)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert {p.name for p in tmp_path.iterdir()} == OUTPUTS | {"notes.txt"}
+
+
+def test_validation_rows_decide_when_to_stop(
+    data: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default a tenth of the rows that are not held out, which the fit never sees."""
+    seen = {}
+    fit = job.Saddle.fit
+
+    def record(self: Saddle, *args: Any, **options: Any) -> list[float]:
+        if "held_out" in options:
+            seen["rows"] = [len(args[0]), len(options["held_out"][0]), options["patience"]]
+        return fit(self, *args, **options)
+
+    monkeypatch.setattr(job.Saddle, "fit", record)
+    short = ("--z-dim", "1", "--steps", "8", "--guide-steps", "4", "--quiet")
+    result = run("fit", data, *short, out=tmp_path)
+    assert result.status == 0 and seen["rows"] == [144, 16, 5]
+    assert result.summary["data"] == {
+        "train": [144, 2],
+        "held_out": [40, 2],
+        "validation": [16, 2],
+    }
+    refused = run("fit", data, "--validation", "1.5", out=tmp_path / "out")
+    assert refused.status == 2 and "between 0 and 1" in refused.stderr
+
+
+# --- demo -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_digits() -> DigitsData:
+    """4 × 2 pixels with three grey levels, dark below."""
+    rng = np.random.default_rng(0)
+    levels = rng.binomial(2, np.repeat([0.2, 0.3, 0.6, 0.7], 2), size=(90, 8)).astype(float)
+    train, test = split(dequantise_logit(levels, 3, 0), 0.2, 0)
+    return DigitsData(train, test, (4, 2), 3)
+
+
+def test_demo_is_fit_on_the_digits(
+    tiny_digits: DigitsData, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[tuple[Any, ...]] = []
+    seeds: list[int] = []
+
+    def load(seed: int) -> DigitsData:
+        seeds.append(seed)
+        return tiny_digits
+
+    def keep(*args: Any) -> Any:
+        figures.append(args)
+        return image_figure(*args)
+
+    image_figure = job.image_figure
+    monkeypatch.setattr(cli, "load_digits_data", load)
+    monkeypatch.setattr(job, "image_figure", keep)
+    short = ("--z-dim", "2", "--steps", "4", "--guide-steps", "2", "--seed", "5", "--quiet")
+    demo = run("demo", *short, out=tmp_path / "demo")
+    assert demo.status == 0 and seeds == [5]
+    assert {p.name for p in demo.out.iterdir()} == OUTPUTS
+    assert demo.summary["data"] == {"train": [72, 8], "held_out": [18, 8]}
+    assert set(demo.table.index) == POSTERIORS
+
+    ((shown, draws, masked, below, table),) = figures
+    assert shown.shape == (72, 4, 2) and draws.shape == (100, 4, 2)
+    assert masked.shape == (10, 4, 2) and below.shape == (30, 4, 2)
+    # Grey levels, as they were before the noise.
+    assert shown.min() >= 0.0 and shown.max() <= 3.0 and np.ptp(shown) > 2.0
+    assert draws.min() >= 0.0 and draws.max() <= 3.0 and np.ptp(draws) > 2.0
+    assert not np.isnan(masked[:, :2]).any() and np.isnan(masked[:, 2:]).all()
+    first, second, truth = below.reshape(3, 10, 4, 2)
+    # Float32 and back.
+    for completed in (first, second):
+        np.testing.assert_allclose(completed[:, :2], masked[:, :2], atol=1e-4)
+        np.testing.assert_allclose(completed[:, :2], truth[:, :2], atol=1e-4)
+        assert (np.abs(completed[:, 2:] - truth[:, 2:]) > 1e-3).mean() > 0.9
+    assert (np.abs(first[:, 2:] - second[:, 2:]) > 1e-3).mean() > 0.9
+    assert list(table.rows.index) == list(demo.table.index)
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+
+def write(tmp_path: Path, name: str, text: str) -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+GOOD_ROWS = "\n".join(f"{i},{i * i % 7}" for i in range(40)) + "\n"
+
+WIDE_ROWS = "\n".join(",".join(str((i + 1) * (j + 2) % 11) for j in range(9)) for i in range(8))
+
+BAD_FILES = {
+    "ragged.csv": (GOOD_ROWS + "1,2,3\n", "not a table"),
+    "short.csv": (GOOD_ROWS + "1\n", "row 41, column 2 is empty"),
+    "nan.csv": (GOOD_ROWS + "nan,1\n", "row 41, column 1 holds 'nan'"),
+    "inf.csv": (GOOD_ROWS + "1,inf\n", "row 41, column 2 holds 'inf'"),
+    "words.csv": (GOOD_ROWS + "1,red\n", "row 41, column 2 holds 'red'"),
+    "empty.csv": ("", "the file is empty"),
+    "header.csv": ("a,b\n", "a header and no rows"),
+    "constant.csv": (GOOD_ROWS.replace(",", ",5,"), "columns [1] of x are constant"),
+    "few.csv": (WIDE_ROWS, "needs more than 9 rows; got 5"),
+    "collinear.csv": ("\n".join(f"{i},{2 * i}" for i in range(40)), "singular"),
+    "broken.npy": ("not an array", "cannot be read as NumPy data"),
+    "table.txt": (GOOD_ROWS, "cannot read the suffix '.txt'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(tmp_path: Path, name: str) -> None:
+    """Exit status 2, one line that names the fault, and nothing in the output folder."""
+    text, message = BAD_FILES[name]
+    result = run("fit", write(tmp_path, name, text), "--quiet", out=tmp_path / "out")
+    assert result.status == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert not result.out.exists()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    result = run("fit", tmp_path / "none.csv", out=tmp_path / "out")
+    assert result.status == 2 and "none.csv: no such file" in result.stderr
+    assert result.stderr.startswith("error: ") and not result.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--z-dim", "0", "z_dim must be at least 1; got 0"),
+        ("--z-dim", "-2", "z_dim must be at least 1; got -2"),
+        ("--steps", "0", "num_steps must be at least 1; got 0"),
+        ("--guide-steps", "-1", "guide_steps must be at least 1; got -1"),
+        ("--held-out", "0", "held_out is 0.0"),
+        ("--held-out", "1", "held_out is 1.0"),
+        ("--held-out", "nan", "held_out is nan"),
+        ("--held-out", "0.999", "leaves 0 rows for training"),
+        ("--seed", "-1", "non-negative"),
+    ],
+)
+def test_bad_settings(data: Path, tmp_path: Path, option: str, value: str, message: str) -> None:
+    result = run("fit", data, f"{option}={value}", out=tmp_path / "out")
+    assert result.status == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert not result.out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("fit",), ("train", "x.csv"), (), ("fit", "x.csv", "--steps", "many")]
+)
+def test_arguments_that_do_not_parse(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments, out=tmp_path / "out")
+    assert (
+        result.status == 2 and "usage: pyro_lvebm" in result.stderr and "error: " in result.stderr
+    )
+    assert not result.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"num_particles": 0}, "num_particles must be at least 1; got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive; got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive; got nan"),
+    ],
+)
+def test_settings_without_an_option(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        JobSettings(**change)
+
+
+def test_one_held_out_row_is_refused_before_the_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The standard error over held-out rows needs two."""
+    monkeypatch.setattr(Saddle, "fit", lambda *args, **options: pytest.fail("it was fitted"))
+    path = write(tmp_path, "five.csv", "1,2\n2,1\n3,5\n4,4\n0,7\n")
+    result = run("fit", path, "--quiet", out=tmp_path / "out")
+    assert result.status == 2 and "held out" in result.stderr and not result.out.exists()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_an_output_folder_that_is_a_file(
+    data: Path, tmp_path: Path, below: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Saddle, "fit", lambda *args, **options: pytest.fail("it was fitted"))
+    file = write(tmp_path, "taken", "kept")
+    result = run("fit", data, "--quiet", out=file / "out" if below else file)
+    assert result.status == 2 and result.stderr.startswith("error: ")
+    assert "taken" in result.stderr and file.read_text() == "kept"
+
+
+# --- help -----------------------------------------------------------------------------------
+
+
+def test_help_names_the_outputs_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "demo"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in OUTPUTS)
+        assert f"default: {JobSettings.num_steps}" in text
+        for option in ("--z-dim", "--steps", "--guide-steps", "--seed", "--quiet", "--out"):
+            assert option in text
+    assert "default: demo" in text and "1,797" in text
+
+
+def test_module_runs_as_a_program(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "pyro_lvebm", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert shown.returncode == 0 and "fit" in shown.stdout and "demo" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_module_ends_with_the_status_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pyro_lvebm", "fit", "none.csv", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("pyro_lvebm", run_name="__main__")
+    assert stop.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
+
+
+def test_columns_too_narrow_for_single_precision_are_refused(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 2)) + np.array([0.0, 1e7])
+    np.save(tmp_path / "far.npy", rows)
+    arguments = ["fit", str(tmp_path / "far.npy"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(arguments) == 2
+    assert not (tmp_path / "out").exists()
