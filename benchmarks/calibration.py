@@ -36,6 +36,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from benchmarks.noise import noise
 from benchmarks.tables import table
 from pyro_lvebm import (
     LVEBM,
@@ -154,7 +155,7 @@ def quadratic(dim: int, condition: float, pool: TemperedPool | None = None) -> L
     """Return a Gaussian model in random directions, wider than its base in some of them."""
     z_dim = 1 if dim == 2 else 2
     energy = QuadraticEnergy(dim - z_dim, z_dim)
-    generator = torch.Generator().manual_seed(dim)
+    generator = noise(0, dim)
     square = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     vectors = torch.linalg.qr(square).Q
     # Not symmetric about 1, so that log det does not vanish.
@@ -170,9 +171,7 @@ def neural(x_dim: int, seed: int, scale: float = 10.0) -> LVEBM:
     energy = MLPEnergy(x_dim, 1, hidden=(32, 32), seed=seed)
     weight = energy.out.weight
     with torch.no_grad():
-        weight.copy_(
-            scale * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-        )
+        weight.copy_(scale * torch.randn(weight.shape, generator=noise(seed, 1)))
     return standard_lvebm(energy, TemperedPool(6, 64))
 
 
@@ -425,11 +424,9 @@ def quadratic_data(ebm: LVEBM, count: int) -> Tensor:
     """Return draws x (count, d_x) of a Gaussian model whose bases are standard normal."""
     energy = in_double(ebm)
     assert isinstance(energy, QuadraticEnergy)
-    noise = torch.randn(
-        count, ebm.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
+    white = torch.randn(count, ebm.dim, dtype=torch.float64, generator=noise(0, 2))
     covariance = torch.cholesky_inverse(energy.tril)
-    u = noise @ torch.linalg.cholesky(covariance).T - covariance @ energy.linear
+    u = white @ torch.linalg.cholesky(covariance).T - covariance @ energy.linear
     return u[:, : energy.x_dim].float()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.noise import noise
 from benchmarks.speed import bare_network
 from pyro_lvebm.cli.baselines import gaussian
 from pyro_lvebm.sampling.annealing import anneal, pilot, standard_normal
@@ -235,9 +236,7 @@ def lowest_slope(energy: Energy, dim: int, seed: int) -> float:
 
     In one and two dimensions these leave no gap; in more they may miss a narrow cone.
     """
-    directions = torch.randn(
-        (8192, dim), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    directions = torch.randn((8192, dim), generator=noise(seed, 1), dtype=torch.float64)
     directions /= directions.norm(dim=-1, keepdim=True)
     radius = 1e4
     return float(((energy(2 * radius * directions) - energy(radius * directions)) / radius).min())
@@ -258,7 +257,7 @@ def _midpoint(energy: Energy, dim: int, half_width: float, nodes: int, hole: flo
 def _annealed(energy: Energy, dim: int, seed: int, falls: bool) -> LogPartition:
     """Estimate log Z by annealing from N(0, I), of which the residual energy is E − ½ |u|²."""
     f = value_and_grad(lambda v: energy(v) - 0.5 * (v * v).sum(-1))
-    generator, like = torch.Generator().manual_seed(seed + 1), torch.empty((), dtype=torch.float64)
+    generator, like = noise(seed, 2), torch.empty((), dtype=torch.float64)
     runs, particles = 8, 512
     try:
         start = standard_normal((1, 1, particles, dim), like, generator)

@@ -51,7 +51,6 @@ from pyro_lvebm.plots import (
     plot_latents,
     plot_log_partition,
     plot_pairs,
-    plot_ranks,
     plot_reconstructions,
 )
 from pyro_lvebm.pools import ContextPool, PersistentPool, TemperedPool
@@ -63,8 +62,6 @@ from pyro_lvebm.training import (
     half_cosine,
     ipla,
     kl_to_base,
-    spectral_norm,
-    weight_decay,
 )
 from pyro_lvebm.validation import TrainingWarning
 
@@ -121,11 +118,8 @@ __all__ = [
     "plot_latents",
     "plot_log_partition",
     "plot_pairs",
-    "plot_ranks",
     "plot_reconstructions",
     "pool_diagnostics",
-    "spectral_norm",
     "to_arviz",
     "traverse",
-    "weight_decay",
 ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from scipy import stats
 
 from pyro_lvebm.comparison import ElboTable
 from pyro_lvebm.plots.canvas import axes_or_new
@@ -112,60 +111,4 @@ def plot_latents(
     axes.set_ylabel("density" if len(columns) == 1 else f"z[{columns[1]}]")
     axes.set_title("posteriors of single data", fontsize=10)
     axes.legend(title="datum", fontsize=8)
-    return axes
-
-
-def plot_ranks(
-    truth: Any, draws: Any, *, num_bins: int = 20, level: float = 0.99, axes: Axes | None = None
-) -> Axes:
-    """Draw the histogram of ranks of true values among draws of their posteriors.
-
-    If (x_i, t_i) are draws of the model and the draws of p(t | x_i) are independent and exact, the
-    rank of t_i is uniform on 0 … S. A valley says that posteriors are too narrow, a hill that they
-    are too wide, a slope that they lie to one side. The band holds a bar with probability `level`.
-
-    Args:
-        truth: t (N,).
-        draws: Draws (S, N), thinned until they are hardly correlated.
-        num_bins: Bars; S + 1 ranks are shared out evenly if they can be.
-        level: Probability of the band, for one bar.
-        axes: Where to draw; a new figure if None.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If shapes do not fit, or there are more bars than ranks.
-
-    Source:
-        Talts, Betancourt, Simpson, Vehtari and Gelman (2018), Validating Bayesian inference
-        algorithms with simulation-based calibration, theorem 1.
-
-    Example:
-        >>> import numpy as np
-        >>> from pyro_lvebm import plot_ranks
-        >>> rng = np.random.default_rng(0)
-        >>> plot_ranks(rng.normal(size=500), rng.normal(size=(19, 500))).get_xlabel()
-        'rank among 19 draws'
-    """
-    t, s = np.asarray(truth, dtype=float), np.asarray(draws, dtype=float)
-    if t.ndim != 1 or s.shape[1:] != t.shape:
-        raise ValueError(f"truth must be (N,) and draws (S, N); got {t.shape} and {s.shape}")
-    if not 1 <= num_bins <= len(s) + 1:
-        raise ValueError(f"num_bins must lie in 1 … {len(s) + 1}, the ranks; got {num_bins}")
-    axes = axes_or_new(axes, 5, 3)
-    # Where the ranks cannot be shared out evenly, each bar has a band for its own share.
-    edges = np.round(np.linspace(0, len(s) + 1, num_bins + 1)).astype(int)
-    counts, _ = np.histogram((s < t).sum(0), bins=edges)
-    law = stats.binom(len(t), np.diff(edges) / (len(s) + 1))
-    low, high = law.ppf((1 - level) / 2), law.ppf((1 + level) / 2)
-    axes.stairs(high, edges, baseline=low, fill=True, color="0.85", label=f"{level:.0%} of a bar")
-    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="C0", alpha=0.6)
-    axes.stairs(law.mean(), edges, color="0.3", linestyle="--", baseline=None, label="uniform")
-    axes.set_xlim(0, len(s) + 1)
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel(f"rank among {len(s)} draws")
-    axes.set_ylabel("data")
-    axes.set_title("ranks of true values", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
     return axes

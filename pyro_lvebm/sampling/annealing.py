@@ -265,7 +265,7 @@ def independence_step(
 
     Example:
         >>> import torch
-        >>> from pyro_lvebm.langevin import init_state, value_and_grad
+        >>> from pyro_lvebm.sampling import init_state, value_and_grad
         >>> f = value_and_grad(lambda u: 0.5 * (u**2).sum(-1))
         >>> g = torch.Generator().manual_seed(0)
         >>> state = init_state(f, torch.full((4096, 1), 9.0))

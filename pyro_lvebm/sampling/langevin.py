@@ -97,7 +97,7 @@ class ULA:
 
     Example:
         >>> import torch
-        >>> from pyro_lvebm.langevin import init_state, value_and_grad
+        >>> from pyro_lvebm.sampling import init_state, value_and_grad
         >>> f = value_and_grad(lambda u: 0.5 * (u**2).sum(-1))
         >>> g = torch.Generator().manual_seed(0)
         >>> state = init_state(f, torch.zeros(4096, 1))
@@ -134,48 +134,11 @@ class ULA:
             have had (1 where `target_acceptance` is None and nothing needs it).
         """
         beta, kappa = inverse_temperature, base_precision
-        if self.target_acceptance is None:
-            new, _, _ = _propose(f, state, step_size, beta, kappa, generator)
-            return new, new.u.new_ones(())
-        new, acceptance, _ = self.weighted_step(
-            f,
-            state,
-            step_size,
-            inverse_temperature=beta,
-            base_precision=kappa,
-            generator=generator,
-        )
-        return new, acceptance
-
-    def weighted_step(
-        self,
-        f: ValueAndGrad,
-        state: LangevinState,
-        step_size: float | Tensor,
-        *,
-        inverse_temperature: float | Tensor = 1.0,
-        base_precision: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[LangevinState, Tensor, Tensor]:
-        """Move every chain once, and return what corrects its weight; arguments as in `step`.
-
-        With q(v | u) the density of the move, a chain of weight w for p_β keeps an exact weight
-        w α, although the move does not leave p_β invariant:
-
-            α = p_β(v) q(u | v) / (p_β(u) q(v | u)),    E_{u ~ p_β, v ~ q}[α g(v)] = E_{p_β}[g]
-
-        Returns:
-            The new state, the acceptance probability min(1, α) (*b,), and log α (*b,), which is
-            NaN where the energy of v is.
-
-        Source:
-            Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers, equation 12, with
-            the same kernel backwards.
-        """
-        beta, kappa = inverse_temperature, base_precision
         new, grad, xi = _propose(f, state, step_size, beta, kappa, generator)
+        if self.target_acceptance is None:
+            return new, new.u.new_ones(())
         log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa)
-        return new, log_alpha.clamp(max=0.0).exp_().nan_to_num_(0.0), log_alpha
+        return new, log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
         """Return η moved towards the target acceptance, η exp(rate (acceptance − target))."""
@@ -206,7 +169,7 @@ class MALA:
 
     Example:
         >>> import torch
-        >>> from pyro_lvebm.langevin import init_state, value_and_grad
+        >>> from pyro_lvebm.sampling import init_state, value_and_grad
         >>> f = value_and_grad(lambda u: 0.5 * (u**2).sum(-1))
         >>> g = torch.Generator().manual_seed(0)
         >>> state = init_state(f, torch.zeros(4096, 1))
@@ -249,32 +212,6 @@ class MALA:
             torch.where(accept[..., None], new.grad, state.grad),
         )
         return moved, log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
-
-    def weighted_step(
-        self,
-        f: ValueAndGrad,
-        state: LangevinState,
-        step_size: float | Tensor,
-        *,
-        inverse_temperature: float | Tensor = 1.0,
-        base_precision: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[LangevinState, Tensor, Tensor]:
-        """Move every chain once, as `ULA.weighted_step`, with nothing to correct.
-
-        Returns:
-            The new state, the acceptance probability (*b,), and zeros (*b,): the move leaves its
-            target invariant, so an exact weight stays exact.
-        """
-        moved, acceptance = self.step(
-            f,
-            state,
-            step_size,
-            inverse_temperature=inverse_temperature,
-            base_precision=base_precision,
-            generator=generator,
-        )
-        return moved, acceptance, torch.zeros_like(acceptance)
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
         """Return η moved towards the target acceptance, η exp(rate (acceptance − target))."""

@@ -50,7 +50,7 @@ def secant_root(positions: Tensor, gradients: Tensor, num_samples: int) -> Tenso
 
     Example:
         >>> import torch
-        >>> from pyro_lvebm.preconditioning import secant_root
+        >>> from pyro_lvebm.sampling.preconditioning import secant_root
         >>> p, c = torch.tensor([[4.0, 1.0], [1.0, 1.0]]), torch.tensor([[0.1, 0.0], [0.0, 0.2]])
         >>> root = secant_root(c, p @ c @ p, 1_000_000)
         >>> torch.linalg.inv(root @ root.T).round(decimals=3)

@@ -157,7 +157,7 @@ def _refuse_random(name: str, param: str) -> NoReturn:
         f"parameter '{param}' of the energy of '{name}' is given from outside, by PyroSample, "
         "poutine.lift or poutine.substitute. log Z varies with θ, and a pool estimates it at one θ "
         "only, so the posterior of θ is doubly intractable. Train θ by maximum likelihood; for a "
-        "prior on θ add a penalty, such as weight_decay"
+        "prior on θ add a penalty, such as energy_l2"
     )
 
 

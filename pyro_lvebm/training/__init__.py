@@ -4,7 +4,7 @@
 from pyro_lvebm.training.averaging import assign
 from pyro_lvebm.training.fit import half_cosine
 from pyro_lvebm.training.ipla import ipla
-from pyro_lvebm.training.penalties import energy_l2, kl_to_base, spectral_norm, weight_decay
+from pyro_lvebm.training.penalties import energy_l2, kl_to_base
 from pyro_lvebm.training.saddle import Saddle
 from pyro_lvebm.training.step import pool_snapshot
 
@@ -16,6 +16,4 @@ __all__ = [
     "ipla",
     "kl_to_base",
     "pool_snapshot",
-    "spectral_norm",
-    "weight_decay",
 ]

@@ -91,50 +91,6 @@ def kl_to_base(strength: float) -> Penalty:
     return penalty
 
 
-def spectral_norm(strength: float) -> Penalty:
-    """Penalise the Lipschitz constant: ½ strength Σ σ(W)², σ the largest singular value.
-
-    The sum is over the weight matrices of the energy.
-
-    Args:
-        strength: Factor of the penalty, not negative.
-
-    Raises:
-        ValueError: If the strength is negative or not finite.
-
-    Source:
-        Yoshida and Miyato (2017), Spectral norm regularization for improving the generalizability
-        of deep learning, equation 4.
-    """
-    _check(strength)
-
-    def penalty(ebm: LVEBM) -> Tensor:
-        norms = [torch.linalg.matrix_norm(w, ord=2) for w in _matrices(ebm)]
-        return 0.5 * strength * torch.stack([s**2 for s in norms]).sum()
-
-    return penalty
-
-
-def weight_decay(strength: float) -> Penalty:
-    """Penalise the size of the weights: ½ strength Σ |W|², over the weight matrices.
-
-    Args:
-        strength: Factor of the penalty, not negative.
-
-    Raises:
-        ValueError: If the strength is negative or not finite.
-
-    Source:
-        Krogh and Hertz (1991), A simple weight decay can improve generalization, equation 3.
-    """
-    _check(strength)
-
-    def penalty(ebm: LVEBM) -> Tensor:
-        return 0.5 * strength * torch.stack([(w**2).sum() for w in _matrices(ebm)]).sum()
-
-    return penalty
-
-
 def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
     """Add the gradients of penalties on energies that are not frozen, and return their sum.
 
@@ -152,13 +108,6 @@ def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
             penalty.backward()
             total += float(penalty.detach())
     return total
-
-
-def _matrices(ebm: LVEBM) -> list[Tensor]:
-    matrices: list[Tensor] = [p for p in ebm.f.parameters() if p.dim() == 2]
-    if not matrices:
-        raise ValueError("the energy has no weight matrix to penalise")
-    return matrices
 
 
 def _check(strength: float) -> None:

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
-from matplotlib.patches import Polygon, Rectangle, StepPatch
-from scipy import stats
+from matplotlib.patches import Polygon
 
-from pyro_lvebm import plot_latents, plot_ranks
+from pyro_lvebm import plot_latents
 
 RNG = np.random.default_rng(0)
 DRAWS = RNG.normal(size=(4, 250, 6, 3)) @ np.array([[1.0, 0.8, 0.0], [0.0, 0.5, 0], [0, 0, 2.0]])
@@ -74,56 +72,3 @@ def test_latents_that_do_not_exist(draws: Any, data: Any, columns: Any, message:
 
 
 # --- ranks ----------------------------------------------------------------------------------
-
-
-def parts(axes: Axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of the bars, and the lower and upper end of their band."""
-    counts = np.array([p.get_height() for p in axes.patches if isinstance(p, Rectangle)])
-    (band,) = [p for p in axes.patches if isinstance(p, StepPatch) and p.get_fill()]
-    return counts, np.asarray(band.get_data().baseline), band.get_data().values
-
-
-def test_bars_count_ranks() -> None:
-    """Three draws leave ranks 0 … 3, one bar for each."""
-    truth = np.array([-5.0, 0.5, 1.5, 9.0, 9.0])
-    axes = plot_ranks(truth, np.tile([[0.0], [1.0], [2.0]], (1, 5)), num_bins=4)
-    counts, _, _ = parts(axes)
-    assert counts.tolist() == [1, 1, 1, 2]
-    assert axes.get_xlabel() == "rank among 3 draws"
-
-
-@pytest.mark.parametrize("num_bins", [10, 7])
-def test_the_band_holds_bars_of_exact_draws_and_not_of_others(num_bins: int) -> None:
-    """Bands of 99.99 % for each of up to 10 bars: false alarm below 1e-3.
-
-    Too narrow draws make a valley, and moved ones a slope, beyond the band at both ends.
-    """
-    rng = np.random.default_rng(1)
-    truth, draws = rng.normal(size=2000), rng.normal(size=(19, 2000))
-    counts, low, high = parts(plot_ranks(truth, draws, num_bins=num_bins, level=0.9999))
-    assert counts.sum() == 2000 and (low <= counts).all() and (counts <= high).all()
-    counts, low, high = parts(plot_ranks(truth, 0.7 * draws, num_bins=num_bins))
-    assert counts[0] > high[0] and counts[-1] > high[-1] and (counts < low).any()
-    counts, low, high = parts(plot_ranks(truth, draws + 0.5, num_bins=num_bins))
-    assert counts[0] > high[0] and counts[-1] < low[-1]
-
-
-def test_the_band_is_binomial_for_bars_of_different_width() -> None:
-    counts, low, high = parts(plot_ranks(np.zeros(100), np.ones((4, 100)), num_bins=3, level=0.9))
-    for k, share in enumerate((2, 1, 2)):  # 5 ranks
-        law = stats.binom(100, share / 5)
-        assert (low[k], high[k]) == (law.ppf(0.05), law.ppf(0.95))
-    assert counts.tolist() == [100, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("truth", "draws", "bins", "message"),
-    [
-        (np.zeros(3), np.zeros((5, 4)), 2, r"got \(3,\) and \(5, 4\)"),
-        (np.zeros((3, 2)), np.zeros((5, 3, 2)), 2, r"got \(3, 2\) and"),
-        (np.zeros(3), np.zeros((5, 3)), 7, "num_bins must lie in 1 … 6, the ranks; got 7"),
-    ],
-)
-def test_ranks_that_do_not_fit(truth: Any, draws: Any, bins: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plot_ranks(truth, draws, num_bins=bins)

@@ -114,9 +114,6 @@ POOLS = pytest.mark.parametrize(
         lambda seed: PersistentPool(30, num_moves=3, seed=seed),
         lambda seed: PersistentPool(30, num_moves=3, kernel=MALA(), seed=seed),
         lambda seed: PersistentPool(30, num_moves=3, kernel=ULA(0.95), seed=seed),
-        lambda seed: PersistentPool(30, num_moves=3, step_size=0.2, seed=seed, jarzynski=True),
-        lambda seed: PersistentPool(30, kernel=MALA(), seed=seed, jarzynski=True),
-        lambda seed: PersistentPool(30, kernel=ULA(0.95), seed=seed, jarzynski=True),
     ],
 )
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -239,7 +236,6 @@ class Hole(nn.Module):
     [
         lambda: TemperedPool(3, 40),
         lambda: PersistentPool(40),
-        lambda: PersistentPool(40, jarzynski=True),
     ],
 )
 def test_nan_met_during_a_refresh_does_not_enter_the_pool(make: Callable[[], Pool]) -> None:

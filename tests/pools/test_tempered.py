@@ -40,6 +40,7 @@ from small_models import same, snapshot
 from torch import Tensor, nn
 
 from pyro_lvebm import LVEBM, MALA, ULA, TemperedPool
+from pyro_lvebm.pools import ladder
 from pyro_lvebm.pools import tempered as tempered_pool
 from pyro_lvebm.pools.log_z_filter import LogZTrack, predict
 from pyro_lvebm.sampling import langevin, tempering
@@ -419,7 +420,7 @@ def test_each_level_above_the_base_adapts_its_step(target: float) -> None:
 
 def test_each_level_needs_its_own_step_without_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        tempered_pool, "inverse_root", lambda m, _: torch.eye(m.shape[-1]).to(m).expand_as(m)
+        ladder, "inverse_root", lambda m, _: torch.eye(m.shape[-1]).to(m).expand_as(m)
     )
     pool = TemperedPool(4, 400, num_moves=1, step_size=0.03)
     ebm = frozen_ebm(pool, 20.0 * PRECISION)
@@ -549,7 +550,7 @@ def test_chains_reach_the_width_of_an_ill_conditioned_energy(
     monkeypatch.setattr(tempering, "exchange", lambda s, b, _: (s, torch.zeros(len(b) - 1)))
     assert spread_along_the_model(120, 1) == pytest.approx(2.0, rel=0.4)
     monkeypatch.setattr(
-        tempered_pool, "inverse_root", lambda m, _: torch.eye(m.shape[-1]).to(m).expand_as(m)
+        ladder, "inverse_root", lambda m, _: torch.eye(m.shape[-1]).to(m).expand_as(m)
     )
     assert spread_along_the_model(120, 1) < 1.0
 

@@ -333,85 +333,6 @@ def test_steps_report_the_probability_of_the_ratio() -> None:
     torch.testing.assert_close(moved.u, new.u)
 
 
-# --- weights of a biased move ---------------------------------------------------------------
-
-
-@BALANCE
-def test_weighted_ula_step_returns_the_whole_ratio(step_size, beta, kappa, shape) -> None:
-    """log α is not cut off at 0, and the move is that of `step`."""
-    f = value_and_grad(rough)
-    old = init_state(f, normal(shape, 17))
-    target = {"inverse_temperature": beta, "base_precision": kappa}
-    new, accepted, log_alpha = ULA().weighted_step(
-        f, old, step_size, generator=seeded(18), **target
-    )
-    xi = torch.empty_like(old.u).normal_(generator=seeded(18))
-    b = torch.as_tensor(beta, dtype=torch.float64)[..., None]
-    old_grad = kappa * old.u + b * old.grad
-    expected = _real_log_acceptance(old, new, old_grad, xi, step_size, beta, kappa)
-    torch.testing.assert_close(log_alpha, expected)
-    torch.testing.assert_close(accepted, expected.clamp(max=0.0).exp())
-    assert log_alpha.min() < 0.0 < log_alpha.max()
-    for kernel in (ULA(), ULA(0.9)):
-        plain, _ = kernel.step(f, old, step_size, generator=seeded(18), **target)
-        assert all(torch.equal(a, b) for a, b in zip(plain, new, strict=True))
-
-
-def test_weighted_mala_step_has_nothing_to_correct() -> None:
-    f = value_and_grad(rough)
-    old = init_state(f, normal((50, 3), 19))
-    new, accepted, log_alpha = MALA().weighted_step(f, old, 0.3, generator=seeded(20))
-    plain, also = MALA().step(f, old, 0.3, generator=seeded(20))
-    assert all(torch.equal(a, b) for a, b in zip(plain, new, strict=True))
-    assert torch.equal(accepted, also) and accepted.min() < 0.9
-    assert torch.equal(log_alpha, torch.zeros(50, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("kappa", [0.0, 0.4])
-@BOTH_DTYPES
-def test_log_ratio_on_a_quadratic_has_its_closed_form(kappa: float, dtype: torch.dtype) -> None:
-    """On E = ½ uᵀPu it is (η/4)(|Pu|² − |Pv|²), here for a η and a β of each level."""
-    eta = torch.tensor([[0.1], [0.2], [0.5]], dtype=dtype)
-    beta = torch.tensor([[0.2], [0.7], [1.0]], dtype=dtype)
-    matrix = torch.tensor([[1.5, 0.4], [0.4, 0.8]], dtype=dtype)
-    f = quadratic(matrix)
-    old = init_state(f, normal((3, 200, 2), 25, dtype))
-    new, _, log_alpha = ULA().weighted_step(
-        f, old, eta, inverse_temperature=beta, base_precision=kappa, generator=seeded(26)
-    )
-    before, after = (
-        (kappa * state.u + beta[..., None] * state.grad).square().sum(-1) for state in (old, new)
-    )
-    torch.testing.assert_close(log_alpha, 0.25 * eta * (before - after), rtol=1e-5, atol=1e-5)
-    assert log_alpha.std() > 0.01
-
-
-def reweighting_p_value(eta: float, factor: float, dtype: torch.dtype) -> float:
-    """p-value of E[α^factor g(v)] = E_p[g], from 40,000 exact draws u of a Gaussian.
-
-    g is 1, v, v² and a product. α g has a fourth moment where ηλ < ½.
-    """
-    variance = 1.0 / EIGENVALUES
-    start = normal((40000, 3), 27, dtype) * variance.sqrt().to(dtype)
-    f = quadratic(EIGENVALUES.diag().to(dtype))
-    state = init_state(f, start)
-    state, _, log_alpha = ULA().weighted_step(
-        f, state, eta, base_precision=0.0, generator=seeded(28)
-    )
-    v = state.u.double()
-    g = torch.cat([torch.ones_like(v[:, :1]), v, v**2, v[:, [0]] * v[:, [2]]], -1)
-    exact = torch.cat([torch.tensor([1.0, 0.0, 0.0, 0.0]), variance, torch.zeros(1)])
-    return mean_p_value((factor * log_alpha.double()).exp()[:, None] * g, exact)
-
-
-@pytest.mark.parametrize(("eta", "dtype"), [(0.19, torch.float32), (0.15, torch.float64)])
-def test_weights_of_ula_undo_its_bias(eta: float, dtype: torch.dtype) -> None:
-    """False alarms: 1e-3 a case. Next to no weight, the inverse and the root of it all fail."""
-    assert reweighting_p_value(eta, 1.0, dtype) > ALPHA
-    for factor in (0.01, -1.0, 0.5):
-        assert reweighting_p_value(eta, factor, dtype) < CERTAIN
-
-
 def test_accepted_share_equals_the_reported_probability() -> None:
     """Accepted minus reported is a martingale: mean 0 over steps. False alarms: 1e-3."""
     f, generator = value_and_grad(rough), seeded(15)
@@ -747,10 +668,6 @@ def test_a_proposal_without_an_energy_has_probability_zero() -> None:
     assert torch.equal(new.u[stayed], old.u[stayed])
     assert torch.equal(new.f[stayed], old.f[stayed])
     assert torch.equal(new.grad[stayed], old.grad[stayed])
-    # A weight has to show that the energy is missing, and not to hide it as a rejection would.
-    _, also, log_alpha = ULA().weighted_step(f, old, 0.5, base_precision=0.0, generator=seeded(32))
-    assert torch.equal(also, probability)
-    assert torch.equal(log_alpha.isnan(), stayed)
 
 
 # --- the state and the evaluations ----------------------------------------------------------
@@ -788,12 +705,6 @@ def test_a_step_is_pure_and_evaluates_once(
     assert len(calls) == 2
     assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(new, again, strict=True))
-    weighted, also, log_weight = kernel.weighted_step(counted, state, 0.05, generator=seeded(42))
-    assert len(calls) == 3
-    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(new, weighted, strict=True))
-    assert also.shape == log_weight.shape == shape[:-1]
-    assert also.dtype == log_weight.dtype == dtype
     assert (new.u.shape, new.f.shape, new.grad.shape) == (shape, shape[:-1], shape)
     assert new.u.dtype == new.f.dtype == new.grad.dtype == accepted.dtype == dtype
     # The state carries f and ∇f of its own positions.

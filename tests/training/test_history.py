@@ -87,7 +87,6 @@ def test_loading_replaces_what_was_there() -> None:
 POOLS = {
     "tempered": lambda: TemperedPool(4, 30, num_moves=2, seed=3),
     "persistent": lambda: PersistentPool(70, num_moves=2, seed=4),
-    "weighted": lambda: PersistentPool(70, num_moves=2, step_size=0.3, jarzynski=True),
     "mala": lambda: PersistentPool(50, kernel=MALA(0.7), num_moves=1),
 }
 
