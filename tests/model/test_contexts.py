@@ -14,7 +14,7 @@ import torch
 from conditional_models import C_DIM, X_DIM, Z_DIM, linear_ebm, model_of, tiny_pool
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam
+from pyro.optim import SGD, Adam
 from referee import ALPHA, CERTAIN, normal, seeded
 from scipy import stats
 from small_models import same, snapshot
@@ -66,9 +66,9 @@ def shift_ebm() -> LVEBM:
 
 def quadrature(ebm: LVEBM, c: Tensor) -> Tensor:
     """log Z(c) (n,) of scalars x and z."""
-    axis = torch.linspace(-7, 7, 141, dtype=torch.float64)
+    axis = torch.linspace(-7, 7, 71, dtype=torch.float64)
     u = torch.cartesian_prod(axis, axis)
-    cell = 2 * math.log(0.1) - math.log(2 * math.pi)
+    cell = 2 * math.log(0.2) - math.log(2 * math.pi)
     with torch.no_grad():
         log_p = -ebm.residual(u[:, None].expand(-1, len(c), -1), c)
         log_p = log_p - 0.5 * u.square().sum(-1)[:, None]
@@ -115,7 +115,12 @@ def test_at_a_context_is_an_ordinary_lvebm_with_the_same_parameters() -> None:
     one = ebm.at(c[3])
     z = normal((40, Z_DIM), 9)
     assert torch.equal(one.energy(x, z), ebm.energy(x, z, c[3]))
-    assert log_partition(one).lower < ebm.f.log_partition(c[3]) < log_partition(one).upper
+    log_z = log_partition(one, num_runs=8, num_particles=256, num_refreshes=10)
+    limit, exact = (
+        stats.t(7).ppf(1 - ALPHA / 2) * log_z.std_error,
+        float(ebm.f.log_partition(c[3]).detach()),
+    )
+    assert limit < 0.1 and abs(log_z.estimate - exact) < limit
     with torch.no_grad():
         ebm.f.linear.add_(1.0)
     assert torch.equal(one.energy(x, z), ebm.energy(x, z, c[3]))
@@ -228,11 +233,11 @@ def gradient_p_value(num_pools: int) -> float:
     errors = []
     for seed in range(num_pools):
         ebm, _, c = linear_ebm(7, ContextPool(4, 24, num_moves=2, seed=seed))
-        rows = torch.randint(40, (60, 16), generator=seeded(seed))
+        rows = torch.randint(40, (36, 16), generator=seeded(seed))
         total, exact = 0.0, 0.0
-        for step in range(60):
+        for step in range(36):
             ebm.pool.refresh(ebm, c[rows[step]])
-            if step < 20:
+            if step < 12:
                 continue
             ebm.mark_pool(fresh=True)
             (grad,) = torch.autograd.grad(ebm.log_norm(), ebm.f.by_context)
@@ -337,7 +342,7 @@ def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
     """On average one in eight is, and never more than its share and one."""
     ebm, _, c = linear_ebm(0, ContextPool(3, num_contexts, num_moves=num_moves))
     young = []
-    for _ in range(3 * 8 * ebm.pool.burn_in):
+    for _ in range(2 * 8 * ebm.pool.burn_in):
         ebm.pool.refresh(ebm, c)
         young.append(int((ebm.pool.age <= ebm.pool.burn_in).sum()))
     assert max(young) <= num_contexts / 8 + 1 and max(young) >= 1
@@ -380,17 +385,18 @@ def test_kl_of_an_update_is_that_of_the_conditionals() -> None:
 
 def test_brackets_hold_log_z_of_every_context() -> None:
     ebm, _, c = linear_ebm()
+    c = c[:16]
     exact = ebm.f.log_partition(c).detach()
-    z = []
+    z, wrong = [], torch.zeros(2)
     for seed in range(8):
         found = conditional_log_partition(ebm, c, seed=seed)
-        # Each end is wrong in 1 % of rows: 320 rows, 99.9 % quantile of a binomial is 9.
-        wrong = int((found.lower > exact).sum()), int((found.upper < exact).sum())
-        assert max(wrong) <= 9
+        wrong += torch.stack([(found.lower > exact).sum(), (found.upper < exact).sum()])
         mean = found.mean()
         assert mean.lower < exact.mean() < mean.upper and mean.is_reliable
         assert mean.upper - mean.lower < float((found.upper - found.lower).mean())
         z.append((float(found.estimate.mean()) - float(exact.mean())) / mean.std_error)
+    # Each end is wrong in 1 % of rows: 128 rows, 99.9 % quantile of a binomial is 6.
+    assert wrong.max() <= 6
     assert abs(float(np.mean(z))) < 3.3 / math.sqrt(8)
 
 
@@ -436,13 +442,14 @@ def test_log_evidence_is_that_of_the_conditional() -> None:
 
 
 def test_lower_ends_of_rows_are_below_the_truth() -> None:
-    """Each end is wrong in 1 % of rows: of 240 rows, the 99.9 % quantile of a binomial is 8."""
+    """Each end is wrong in 1 % of rows: of 120 rows, the 99.9 % quantile of a binomial is 6."""
     ebm, x, c = linear_ebm(3)
+    x, c = x[:20], c[:20]
     with torch.no_grad():
         ebm.f.by_context.mul_(2.0)
     exact = ebm.f.log_evidence(x, c).detach()
     low = [log_evidence(ebm, x, context=c, seed=seed).lower for seed in range(6)]
-    assert sum(int((lower > exact + 1e-6).sum()) for lower in low) <= 8
+    assert sum(int((lower > exact + 1e-6).sum()) for lower in low) <= 6
 
 
 def test_brackets_of_other_contexts_are_refused() -> None:
@@ -458,9 +465,10 @@ def test_brackets_of_other_contexts_are_refused() -> None:
 def test_imputation_follows_the_context() -> None:
     """The mean of the missing entry given the other and c, against Gaussian conditioning."""
     ebm, x, c = linear_ebm()
+    x, c = x[:16], c[:16]
     rows = x.clone()
     rows[:, 0] = torch.nan
-    draws = ebm.impute(rows, context=c, num_samples=60, seed=1)
+    draws = ebm.impute(rows, context=c, num_samples=30, seed=1)
     tril = ebm.base_x.scale
     inverse = torch.linalg.inv(ebm.f.precision)
     covariance = tril @ inverse[:X_DIM, :X_DIM] @ tril.T
@@ -470,7 +478,7 @@ def test_imputation_follows_the_context() -> None:
     std = (covariance[0, 0] - slope * covariance[0, 1]).sqrt()
     z = ((draws[..., 0] - exact) / std).detach().numpy()
     assert stats.kstest(z.ravel(), "norm").pvalue > ALPHA
-    other = ebm.impute(rows, context=c.flip(0), num_samples=60, seed=1)
+    other = ebm.impute(rows, context=c.flip(0), num_samples=30, seed=1)
     wrong = ((other[..., 0] - exact) / std).detach().numpy()
     assert stats.kstest(wrong.ravel(), "norm").pvalue < CERTAIN
     with pytest.raises(ValueError, match="conditional: give context"):
@@ -482,15 +490,15 @@ def test_imputation_follows_the_context() -> None:
 
 def test_draws_and_posterior_follow_their_context() -> None:
     ebm, x, c = linear_ebm()
-    pair = c[:2].repeat(2000, 1)
+    pair = c[:2].repeat(600, 1)
     with pyro.poutine.block(), torch.random.fork_rng():
         torch.manual_seed(0)
         with pyro.plate("data", len(pair)):
             drawn, _ = lvebm("scene", ebm, context=pair)
-        z = ebm.posterior(x[:2], c[:2]).sample((2000,))
+        z = ebm.posterior(x[:2], c[:2]).sample((600,))
     mean = -ebm.f.linear_at(c[:2]) @ torch.linalg.inv(ebm.f.precision)
     wanted = ebm.base_x.loc + mean[:, :X_DIM] @ ebm.base_x.scale.T
-    found = drawn.reshape(2000, 2, X_DIM)
+    found = drawn.reshape(600, 2, X_DIM)
     p = stats.ttest_1samp((found - wanted).detach().numpy(), 0.0).pvalue
     assert p.min() * p.size > ALPHA
     wrong = stats.ttest_1samp((found - wanted.flip(0)).detach().numpy(), 0.0).pvalue
@@ -556,7 +564,10 @@ def test_one_conditional_lvebm_stands_at_one_site() -> None:
             log_evidence_of(model, x, c)
 
 
-def test_an_lvebm_at_two_sites_has_log_z_twice() -> None:
+def test_an_lvebm_at_two_sites_has_log_z_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    # log Z keeps a standard error of 0.005 nats, which the tolerances allow for.
+    for name, value in (("num_runs", 6), ("num_refreshes", 10)):
+        monkeypatch.setitem(log_partition.__kwdefaults__, name, value)
     ebm = LVEBM.from_data(QuadraticEnergy(2, 1), normal((20, 2), 1), z_dim=1, pool=TemperedPool(4))
     ebm.f.set_precision(torch.diag(torch.tensor([3.0, 2.0, 2.0])).double())
     x = normal((6, 2), 2)
@@ -645,35 +656,49 @@ def test_a_context_that_needs_a_gradient_is_refused() -> None:
 
 
 def test_training_fits_a_conditional_density() -> None:
-    """x | c ~ N(c, 0.5²): the exact mean log evidence is −0.726, without contexts −1.5."""
+    """x | c ~ N(c, 0.5²): contexts are worth 0.8 nats of the mean log evidence.
+
+    Training gains 70 % of that at least. Over six seeds the gain was 101 % with a deviation of
+    6 %, in the sample: the limit is five deviations away. Without contexts the gain is about 0.
+    """
     draw = seeded(0)
     c = torch.randn(200, 1, generator=draw)
     x = c + 0.5 * torch.randn(200, 1, generator=draw)
-    energy = MLPEnergy(1, 1, (32,), 8, context_dim=1)
-    ebm = LVEBM.from_data(energy, x, z_dim=1, context=c, pool=ContextPool(5, 48, num_moves=4))
-    model = model_of(ebm, 128)
-    saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 1e-2}), seed=0)
-    saddle.fit(x, c, num_steps=250, progress=False)
-    exact = float(dist.Normal(c, 0.5).log_prob(x).mean())
-    with torch.no_grad():
-        axis = torch.linspace(-6, 6, 121)
+    energy = MLPEnergy(1, 1, (8,), context_dim=1)
+    ebm = LVEBM.from_data(energy, x, z_dim=1, context=c, pool=ContextPool(3, 128, num_moves=1))
+    model = model_of(ebm)
+    saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 2e-2}), seed=0, num_moves=1)
+    saddle.fit(x, c, num_steps=100, progress=False)
+    x, c = x[:60], c[:60]
+
+    def gain(c: Tensor) -> float:
+        """Mean log evidence given contexts, by quadrature, above that of the base."""
+        axis = torch.linspace(-6, 6, 61)
         u = torch.cartesian_prod(axis, axis)
-        some = torch.arange(100)
-        log_p = -ebm.residual(u[:, None].expand(-1, 100, -1), c[some])
-        log_p = log_p - 0.5 * u.square().sum(-1)[:, None]
-        log_z = torch.logsumexp(log_p, 0) + 2 * math.log(0.1) - math.log(2 * math.pi)
-        w = ebm.base_x.whiten(x[some])
-        pairs = torch.cat([w[None].expand(121, -1, -1), axis[:, None, None].expand(-1, 100, 1)], -1)
-        log_c = torch.logsumexp(-ebm.residual(pairs, c[some]) - 0.5 * axis[:, None] ** 2, 0)
-        log_c = log_c + math.log(0.1) - 0.5 * math.log(2 * math.pi) + ebm.base_x.log_prob(x[some])
-        found = (log_c - log_z) - dist.Normal(c[some], 0.5).log_prob(x[some])[:, 0]
-        base = ebm.base_x.log_prob(x).mean()
-    assert float(base) < exact - 0.5
-    assert float(found.mean()) > -0.1
+        with torch.no_grad():
+            log_p = -ebm.residual(u[:, None].expand(-1, len(c), -1), c)
+            log_p = log_p - 0.5 * u.square().sum(-1)[:, None]
+            log_z = torch.logsumexp(log_p, 0) + 2 * math.log(0.2) - math.log(2 * math.pi)
+            w = ebm.base_x.whiten(x).expand(61, -1, -1)
+            pairs = torch.cat([w, axis[:, None, None].expand(-1, len(c), 1)], -1)
+            log_c = torch.logsumexp(-ebm.residual(pairs, c) - 0.5 * axis[:, None] ** 2, 0)
+            return float((log_c - log_z).mean()) + math.log(0.2) - 0.5 * math.log(2 * math.pi)
+
+    base = float(ebm.base_x.log_prob(x).mean())
+    worth = float(dist.Normal(c, 0.5).log_prob(x).mean()) - base
+    assert worth > 0.5
+    assert gain(c) > 0.7 * worth
+    assert gain(c.flip(0)) < 0.0  # contexts of other rows
+    x, c = x[:30], c[:30]
+    expected = float(ebm.base_x.log_prob(x).mean()) + gain(c)
+    by_ebm = log_evidence(ebm, x, context=c, seed=3)
+    assert by_ebm.mean == pytest.approx(expected, abs=0.05)
+    model = model_of(ebm)
+    saddle = Saddle(model, AutoParticles(model, 2), SGD({"lr": 0.0}), seed=0)
+    saddle.step(x, c)
     table = compare_elbo(model, {"particles": saddle}, x, c)
     assert table.log_partitions[0].is_reliable
     by_model = log_evidence_of(model, x, c)
-    by_ebm = log_evidence(ebm, x, context=c, seed=3)
     assert by_model.mean == pytest.approx(by_ebm.mean, abs=0.02)
     assert table.log_evidence == pytest.approx(by_ebm.mean, abs=0.05)
     steered, _ = saddle.log_evidence(x, c)

@@ -37,6 +37,7 @@ from pyro_lvebm import (
 )
 from pyro_lvebm.pools.base import Pool
 from pyro_lvebm.sampling.annealing import RoughEnergyError
+from pyro_lvebm.training import history
 from pyro_lvebm.training.fit import half_cosine
 from pyro_lvebm.training.history import LOW_ESS, WINDOW, pool_statistics
 from pyro_lvebm.training.trust_region import default_radius
@@ -244,7 +245,7 @@ def test_looking_at_averages_changes_no_later_step(guide: str) -> None:
         ebm = quadratic_ebm()
         saddle, x = make(ebm, guide=guide, lr=0.05), data_of(ebm, 20)
         run = []
-        for _ in range(5):
+        for _ in range(3):
             run.append(saddle.step(x))
             if look:
                 saddle.log_evidence(x[:9])
@@ -275,7 +276,7 @@ def test_log_z_of_a_settled_pool_is_that_of_the_averages() -> None:
     error = float(ebm.pool.log_partition_std_error)
     exact = float(ebm.f.log_partition().detach())
     assert error < 0.05 and abs(float(ebm.log_partition) - exact) < 5 * error
-    assert abs(exact) > 0.5
+    assert abs(exact) > 10 * error  # the log Z of the base, 0, is another
 
 
 def test_a_pool_settles_until_it_states_the_error_that_was_asked_for() -> None:
@@ -558,15 +559,15 @@ def test_keyword_arguments_are_those_of_the_training_data() -> None:
     assert set(seen) == {(20, 0.5), (9, 0.5)}
 
 
-@pytest.mark.parametrize("guide", ["particles", "AutoNormal"])
 @pytest.mark.parametrize(
-    ("script", "best"),
+    ("guide", "script", "best"),
     [
-        ([0.0, -1.0, -2.0, -3.0], 0),
-        ([-3.0, -1.0, -2.0, -1.5], 1),
-        ([-3.0, -2.0, -2.5, -1.0], 3),
-        ([-math.inf, -math.inf, -5.0, -math.inf], 2),
-        ([-3.0, math.nan, -2.0, math.nan], 2),
+        ("particles", [0.0, -1.0, -2.0, -3.0], 0),
+        ("particles", [-3.0, -1.0, -2.0, -1.5], 1),
+        ("AutoNormal", [-3.0, -1.0, -2.0, -1.5], 1),
+        ("particles", [-3.0, -2.0, -2.5, -1.0], 3),
+        ("particles", [-math.inf, -math.inf, -5.0, -math.inf], 2),
+        ("particles", [-3.0, math.nan, -2.0, math.nan], 2),
     ],
 )
 def test_the_best_averages_are_restored(guide: str, script: list[float], best: int) -> None:
@@ -707,7 +708,7 @@ class Course:
     """
 
     def __init__(self, held_out: bool) -> None:
-        x, self.others = normal((8, 5), 5), normal((150, 5), 6)
+        x, self.others = normal((8, 5), 5), normal((100, 5), 6)
         energy, mask = QuadraticEnergy(5, 1).double(), torch.ones(6, 1).double()
         mask[-1] = 0.0
         energy.raw_tril.register_hook(lambda grad: grad * mask)
@@ -727,7 +728,7 @@ class Course:
 
         self.saddle.log_evidence = log_evidence  # type: ignore[method-assign]
         options = {"held_out": (self.others,), "evaluate_every": 15} if held_out else {}
-        self.saddle.fit(x, num_steps=120, progress=False, **options)
+        self.saddle.fit(x, num_steps=60, progress=False, **options)
         self.saddle.log_evidence = evaluate  # type: ignore[method-assign]
 
     def exact(self) -> float:
@@ -740,9 +741,9 @@ def course() -> Course:
 
 
 def test_evaluations_in_a_fit_are_those_of_the_closed_form(course: Course) -> None:
-    """Each of the nine to 0.2 nats, some four standard errors of log Z, of a range of 2."""
+    """Each of the five to 0.2 nats, some four standard errors of log Z, of a range of 2."""
     found = course.saddle.history["log_evidence"].dropna()
-    assert len(found) == 9
+    assert len(found) == 5
     np.testing.assert_allclose(found, course.exact_values, atol=0.2)
     assert np.ptp(course.exact_values) > 1.5
 
@@ -751,8 +752,8 @@ def test_overfitting_is_undone(course: Course) -> None:
     """The evidence rises above that of the base and falls again; the fit ends at its best."""
     found = course.saddle.history["log_evidence"].dropna()
     best, noise = found.max(), 5 * float(course.ebm.pool.log_partition_std_error)
-    assert 15 <= found.idxmax() <= 60 and noise < 0.4
-    assert best > found.loc[0] + 1.0 and best > found.loc[120] + 1.0
+    assert 15 <= found.idxmax() <= 45 and noise < 0.4
+    assert best > found.loc[0] + 1.0 and best > found.loc[60] + 1.0
     assert course.exact() == course.exact_values[int(found.argmax())]
     assert course.exact() > max(course.exact_values) - 0.2
     assert course.saddle.log_evidence(course.others)[0] == pytest.approx(best, abs=noise)
@@ -770,7 +771,7 @@ def test_without_held_out_data_it_stays(course: Course) -> None:
 @pytest.mark.parametrize("guide", ["particles", "AutoNormal"])
 def test_where_training_only_harms_the_base_is_restored(guide: str) -> None:
     """The base is a Gaussian fitted to the data, these are Gaussian, and the rows are few."""
-    x, others = normal((16, 4), 1, torch.float32), normal((100, 4), 2, torch.float32)
+    x, others = normal((16, 4), 1, torch.float32), normal((40, 4), 2, torch.float32)
     energy = MLPEnergy(4, 1, hidden=(32,), fourier_features=16, kl_penalty=0.0, seed=0)
     ebm = LVEBM.from_data(energy, x, z_dim=1, pool=TemperedPool(4, 48, num_moves=2))
     before = theta_of(ebm)
@@ -951,6 +952,13 @@ def test_a_step_that_failed_has_no_row() -> None:
 
 
 ROWS = normal((30, 3), 4)
+SHORT = 20
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 20 steps, which show the same as those of 50."""
+    monkeypatch.setattr(history, "WINDOW", SHORT)
 
 
 def sharp(pool: Pool, precision: float) -> LVEBM:
@@ -1006,29 +1014,31 @@ def warnings_of(saddle: Saddle, num_steps: int) -> list[str]:
     return [str(w.message) for w in caught]
 
 
+@pytest.mark.usefixtures("short_windows")
 @pytest.mark.parametrize("words", PROVOKED)
 def test_each_symptom_is_warned_of_once(words: str) -> None:
     """After the first window of steps, with the step, and not again while it lasts."""
     saddle = PROVOKED[words]()
-    assert warnings_of(saddle, WINDOW - 1) == []
+    assert warnings_of(saddle, SHORT - 1) == []
     (text,) = warnings_of(saddle, 1)
-    assert text.startswith(f"step {WINDOW}: ") and words in text
-    assert warnings_of(saddle, WINDOW) == []
+    assert text.startswith(f"step {SHORT}: ") and words in text
+    assert warnings_of(saddle, SHORT) == []
     with pytest.warns(TrainingWarning, match=words):  # another Saddle says it again
         again = PROVOKED[words]()
-        for _ in range(WINDOW):
+        for _ in range(SHORT):
             again.step(ROWS)
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_a_warning_may_come_late() -> None:
     """When the last steps, not those of the first window, show the symptom."""
     ebm = sharp(tiny_pool(), 1.0)
     saddle = make(ebm, optim=SGD({"lr": 1e-4}))
-    assert warnings_of(saddle, WINDOW) == []
+    assert warnings_of(saddle, SHORT) == []
     for group in saddle.optim.optim_objs.values():
         group.param_groups[0]["lr"] = 1e6
-    (text,) = warnings_of(saddle, WINDOW)
-    assert text.startswith(f"step {2 * WINDOW}: updates are halved 21 times")
+    (text,) = warnings_of(saddle, SHORT)
+    assert text.startswith(f"step {2 * SHORT}: updates are halved 21 times")
 
 
 @pytest.mark.parametrize(("num_steps", "found"), [(WINDOW // 2, True), (WINDOW // 2 - 1, False)])
@@ -1042,6 +1052,7 @@ def test_the_end_of_a_short_fit_is_looked_at(num_steps: int, found: bool) -> Non
     assert [t.startswith(f"step {num_steps}: updates are halved") for t in texts] == [True] * found
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_a_second_lvebm_is_named() -> None:
     a = quadratic_ebm(3, 2, seed=1)
     b = quadratic_ebm(2, 1, seed=2, pool=TemperedPool(2, 48, num_moves=2))
@@ -1049,7 +1060,7 @@ def test_a_second_lvebm_is_named() -> None:
     saddle, x, y = side_by_side(a, b)
     saddle.optim = SGD({"lr": 1e-9})
     with pytest.warns(TrainingWarning, match="levels 0 and 1 of the pool@second exchange only"):
-        for _ in range(WINDOW):
+        for _ in range(SHORT):
             saddle.step(x, y)
 
 
@@ -1070,12 +1081,12 @@ def test_a_warning_points_at_the_caller() -> None:
     assert warning.filename == __file__
 
 
-@pytest.mark.parametrize("guide", ["particles", "AutoNormal"])
 @pytest.mark.parametrize(
-    "pool",
+    ("pool", "guide"),
     [
-        lambda: TemperedPool(6, 48, num_moves=3),
-        lambda: PersistentPool(100, num_moves=3),
+        (lambda: TemperedPool(6, 48, num_moves=3), "particles"),
+        (lambda: TemperedPool(6, 48, num_moves=3), "AutoNormal"),
+        (lambda: PersistentPool(100, num_moves=3), "particles"),
     ],
 )
 def test_healthy_training_raises_no_warning(pool: Callable[[], Pool], guide: str) -> None:
