@@ -24,7 +24,7 @@ ARVIZ1_PIP := $(ARVIZ1_VENV)/bin/python -m pip --disable-pip-version-check
 ARVIZ1_TESTS = $(shell grep -rlE 'arviz|plot' tests --include='test_*.py') \
 	tests/whole/test_tutorials.py::test_tutorial_runs[posterior_analysis]
 
-.PHONY: help setup setup-arviz1 test test-arviz1 demo lint docs clean
+.PHONY: help setup setup-arviz1 test test-all test-arviz1 demo lint docs clean
 .PHONY: bench bench-training bench-calibration bench-tightness
 
 help: ## List the targets.
@@ -40,10 +40,15 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # ArviZ writes a file on the first import of a day, which two test processes must not do at once.
-test: setup ## Run the tests and the doctests of the package.
+# TIMEFORMAT adds the processor time of all test processes, which does not depend on WORKERS.
+test: PYTEST_SELECT := -m "not slow"
+test: ## Run the quick tests and the doctests of the package: all but those marked slow.
+test-all: ## Run all tests and doctests, the slow ones too.
+test test-all: setup
 	@$(BIN)/python -W ignore -c 'import arviz'
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
-	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_ARGS) pyro_lvebm tests
+	TIMEFORMAT='CPU seconds: %U user + %S system'; export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE; \
+	time $(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_SELECT) \
+		$(PYTEST_ARGS) pyro_lvebm tests
 
 setup-arviz1: $(ARVIZ1_STAMP) ## Create .venv-arviz1 with ArviZ 1 on ARVIZ1_PYTHON, 3.12 or newer.
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regression weights on the latents of an LVEBM, as particles or in a guide, against NUTS.
+"""Regression weights on the latents of an LVEBM, as particles or in a guide.
 
 The energy is frozen and quadratic, so each z has a Gaussian law given x, and integrates out of
 
     y = z·w + 0.1 ε    to    y | x, w ~ N(m(x)·w, wᵀVw + 0.01).
 
-NUTS samples w in two dimensions there, which is the exact marginal posterior of the model that the
-particles sample with all its latents.
+The rectangle rule over w in two dimensions is the referee: the marginal posterior of the model that
+the particles sample with all its latents.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from functools import cache
 from typing import Any
 
 import arviz as az
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal
+from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, init_to_value
 from pyro.optim import Adam
-from referee import global_seed, normal
+from referee import ALPHA, CERTAIN, global_seed, mean_p_value, normal
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import StandardScaler
 from small_models import exact_joint, exact_posterior, tiny_pool, warm
@@ -70,76 +68,67 @@ def model(x: Tensor, y: Tensor) -> None:
 
 
 @cache
-def nuts() -> Tensor:
-    """Two chains of NUTS with z integrated out, (2, 500, 2)."""
+def exact_weights() -> tuple[Tensor, Tensor]:
+    """Posterior means and standard deviations (2,) of w, z integrated out, by the rectangle rule.
+
+    A second mode, of weights with the other sign, has a mass of 1e-121.
+    """
     x, y = observations()
     with factor_analysis().frozen():
         law = exact_posterior(factor_analysis(), x)
-    m, v = law.mean.detach(), law.covariance_matrix.detach()
-
-    def integrated() -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
-        scale = (w @ v @ w + NOISE**2).sqrt()
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(m @ w, scale), obs=y)
-
-    found = []
-    for seed in range(2):
-        with global_seed(seed):
-            start = {"w": 0.1 * normal((2,), seed)}
-            mcmc = MCMC(
-                NUTS(integrated),
-                num_samples=500,
-                warmup_steps=150,
-                initial_params=start,
-                disable_progbar=True,
-            )
-            mcmc.run()
-        found.append(mcmc.get_samples()["w"])
-    return torch.stack(found)
+    m, v = law.mean.detach(), law.covariance_matrix.detach()[0]
+    axis = torch.linspace(-2.0, 2.0, 401).double()
+    w = torch.cartesian_prod(axis, axis)
+    scale = (((w @ v) * w).sum(-1) + NOISE**2).sqrt()
+    log_p = dist.Normal(w @ m.T, scale[:, None]).log_prob(y).sum(-1) - 0.5 * (w * w).sum(-1)
+    p = torch.softmax(log_p, 0)
+    mean = p @ w
+    return mean, (p @ (w - mean) ** 2).sqrt()
 
 
-def summary(w: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means, their Monte Carlo standard errors by ArviZ, and standard deviations, of (K, S, 2)."""
-    data = az.convert_to_dataset({"w": w.numpy()})
-    flat = w.flatten(0, 1)
-    return flat.mean(0).numpy(), az.mcse(data).w.values, flat.std(0).numpy()
-
-
-def agrees(w: Tensor) -> bool:
-    """Means within three standard errors of the difference, ratios of sd within 0.9 … 1.1.
-
-    With an ESS of 400 or more a ratio has a standard error of 0.045 at most; the seeds are fixed.
-    """
-    (mean, se, sd), (other, other_se, other_sd) = summary(w), summary(nuts())
-    close = np.abs(mean - other) < 3.0 * np.hypot(se, other_se)
-    ratio = sd / other_sd
-    return bool(close.all() and ((ratio > 0.9) & (ratio < 1.1)).all())
+def posterior_p_value(w: Tensor) -> float:
+    """Student's tests over particles of means and variances of draws w (K, S, 2)."""
+    mean, sd = exact_weights()
+    return min(
+        1.0,
+        2.0 * mean_p_value(w.mean(1), mean),
+        2.0 * mean_p_value(((w - mean) ** 2).mean(1), sd**2),
+    )
 
 
 def ready(num_particles: int) -> Saddle:
-    """Particles whose weights start near 0: with the wrong sign there is a second, tiny mode."""
+    """Particles of w twice as wide as the posterior, and of z as if y were unknown.
+
+    Weights that start at 0 may take z along to the mode of the other sign, and stay there.
+    """
     saddle = Saddle(model, AutoParticles(model, num_particles), Adam({"lr": 1e-3}))
     saddle.prepare(observations(), {})
     assert saddle.particles is not None
-    saddle.particles.write("w", {}, 0.1 * normal((num_particles, 2), 5))
+    mean, sd = exact_weights()
+    saddle.particles.write("w", {}, mean + 2.0 * sd * normal((num_particles, 2), 5))
+    with factor_analysis().frozen():
+        law = exact_posterior(factor_analysis(), observations()[0])
+    noise = normal((num_particles, ROWS, 2), 6) @ law.scale_tril[0].T
+    saddle.particles.write("scene_z", {"data": torch.arange(ROWS)}, (law.mean + noise).detach())
     return saddle
 
 
-def particle_weights() -> Tensor:
+def particle_weights(num_particles: int = 256) -> Tensor:
+    """Ten draws of each particle; particles are independent."""
     with factor_analysis().frozen():
-        draws = ready(16).sample_posterior(*observations(), num_samples=250, num_warmup=150)
-    return draws["w"]
+        saddle = ready(num_particles)
+        return saddle.sample_posterior(*observations(), num_samples=10, num_warmup=80)["w"]
 
 
-def test_weights_as_particles_follow_the_posterior_of_nuts() -> None:
-    assert agrees(particle_weights())
+def test_weights_as_particles_follow_their_exact_posterior() -> None:
+    """Of 256 particles; false alarm ALPHA."""
+    assert posterior_p_value(particle_weights()) > ALPHA
 
 
 def test_the_check_fails_where_latents_of_the_rows_are_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights then follow their law given z, which is too narrow."""
+    """Weights then follow their law given z."""
     move = chains._Walk.move
 
     def held(self: Any, generator: Any, num_moves: int, *, warming: bool) -> None:
@@ -147,39 +136,66 @@ def test_the_check_fails_where_latents_of_the_rows_are_held(
             move(self, generator, num_moves, warming=warming)
 
     monkeypatch.setattr(chains._Walk, "move", held)
-    assert not agrees(particle_weights())
+    assert posterior_p_value(particle_weights()) < CERTAIN
 
 
 def test_the_check_fails_where_blocks_do_not_see_each_other_move(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With one move in turn, which leaves an energy of before in place wherever it is refused."""
+    monkeypatch.setattr(chains, "_MOVES_IN_TURN", 1)
+    assert posterior_p_value(particle_weights(1024)) > ALPHA
     monkeypatch.setattr(chains._Walk, "look_again", lambda self: None)
-    assert not agrees(particle_weights())
+    assert posterior_p_value(particle_weights(1024)) < CERTAIN
 
 
 # --- in a guide -------------------------------------------------------------------------------
 
 
-def guide_weights(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of a Gaussian guide of w, beside particles of z."""
+def guide_weights(num_steps: int, lr: float, average_decay: float) -> tuple[Tensor, Tensor]:
+    """Errors of the means of a Gaussian guide of w beside particles of z, and its sd, in exact sd.
+
+    Its means start a fifth away from the exact ones, which is four standard deviations or more.
+    """
     pyro.clear_param_store()
     x, y = observations()
+    exact, exact_sd = exact_weights()
+    start = init_to_value(values={"w": 0.8 * exact})
     with global_seed(0):
         guide = AutoGuideList(model)
-        guide.append(AutoParticles(poutine.block(model, hide=["w"]), 32))
-        guide.append(AutoMultivariateNormal(poutine.block(model, expose=["w"]), init_scale=0.05))
+        guide.append(AutoParticles(poutine.block(model, hide=["w"]), 64))
+        exposed = poutine.block(model, expose=["w"])
+        guide.append(AutoMultivariateNormal(exposed, start, init_scale=0.05))
         with factor_analysis().frozen():
-            saddle = Saddle(model, guide, Adam({"lr": 0.03}), average_decay=0.998)
+            saddle = Saddle(model, guide, Adam({"lr": lr}), average_decay=average_decay)
             saddle.fit(x, y, num_steps=num_steps, progress=False)
     law = guide[1].get_posterior()
-    return law.mean.detach().numpy(), law.variance.detach().sqrt().numpy()
+    return (law.mean - exact).detach() / exact_sd, law.variance.sqrt().detach() / exact_sd
 
 
-def test_weights_in_a_guide_beside_particles_follow_the_posterior_of_nuts() -> None:
-    """Other seeds end within 0.11 standard deviations of its mean, at 0.93 to 0.99 times its sd."""
-    (mean, sd), (other, _, other_sd) = guide_weights(800), summary(nuts())
-    assert (np.abs(mean - other) < 0.25 * other_sd).all()
-    assert (np.abs(sd / other_sd - 1.0) < 0.1).all()
+SHORT = {"num_steps": 150, "lr": 0.03, "average_decay": 0.97}
+
+
+def test_weights_in_a_guide_beside_particles_are_near_their_exact_posterior() -> None:
+    """A mean-field guide of w and z would be less than half as wide.
+
+    Other seeds end within 0.1 standard deviations, at 0.80 to 0.97 times the exact sd: gradient
+    noise of so few steps makes a guide narrow.
+    """
+    error, ratio = guide_weights(**SHORT)
+    assert (error.abs() < 0.25).all()
+    assert ((ratio > 0.7) & (ratio < 1.1)).all()
+
+
+@pytest.mark.slow
+def test_weights_in_a_guide_beside_particles_follow_their_exact_posterior() -> None:
+    """Other seeds end within 0.11 standard deviations of its mean, at 0.93 to 0.99 times its sd.
+
+    Slow: only the average of many small steps has the exact width.
+    """
+    error, ratio = guide_weights(800, lr=0.03, average_decay=0.998)
+    assert (error.abs() < 0.25).all()
+    assert ((ratio - 1.0).abs() < 0.1).all()
 
 
 def test_with_other_draws_in_the_loss_than_in_the_moves_it_is_too_narrow(
@@ -187,17 +203,19 @@ def test_with_other_draws_in_the_loss_than_in_the_moves_it_is_too_narrow(
 ) -> None:
     """Then z does not answer to w, as in a mean-field guide of both: half as wide."""
     monkeypatch.setattr(Saddle, "_guide_noise", lambda saddle, device: nullcontext())
-    (_, sd), (_, _, other_sd) = guide_weights(500), summary(nuts())
-    assert (sd / other_sd < 0.7).all()
+    assert (guide_weights(**SHORT)[1] < 0.6).all()
 
 
 # --- on minibatches ---------------------------------------------------------------------------
 
 
-def minibatch_ratios(size: int, likelihood_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Spread of 64 particles at a time, and over time too, over the exact standard deviations.
+def minibatch_ratios(
+    size: int, num_steps: int, likelihood_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Spread of 256 particles at a time, and over time too, over the exact standard deviations.
 
-    A plain linear regression with 200 rows, after 100 of 250 steps of eight moves each.
+    A plain linear regression with 200 rows, after 40 steps of eight moves each. On three other
+    seeds ratios at a time are 0.95 to 1.04; they have a standard error of 0.02 at most.
     """
     pyro.clear_param_store()
     x = normal((200, 2), 1) @ torch.tensor([[1.0, 0.0], [0.8, 0.6]]).double().T
@@ -213,11 +231,11 @@ def minibatch_ratios(size: int, likelihood_scale: float = 1.0) -> tuple[Tensor, 
             pyro.sample("y", dist.Normal((x[i] * w).sum(-1), 1.0), obs=y[i])
 
     with global_seed(0):
-        saddle = Saddle(regression, AutoParticles(regression, 64), Adam({"lr": 1e-3}))
+        saddle = Saddle(regression, AutoParticles(regression, 256), Adam({"lr": 1e-3}))
         found = []
-        for step in range(250):
+        for step in range(num_steps):
             saddle.step(x, y)
-            if step >= 100 and step % 10 == 0:
+            if step >= 40 and step % 10 == 0:
                 found.append(saddle.particles.particles("w").clone())
     w = torch.stack(found)
     return w.var(1).mean(0).sqrt() / exact, w.flatten(0, 1).std(0) / exact
@@ -228,18 +246,18 @@ def within_a_tenth(ratios: Tensor) -> bool:
 
 
 def test_on_all_data_particles_have_the_spread_of_the_posterior() -> None:
-    assert all(map(within_a_tenth, minibatch_ratios(200)))
+    assert all(map(within_a_tenth, minibatch_ratios(200, 80)))
 
 
 def test_on_minibatches_they_have_it_at_any_time_and_wander_together() -> None:
     """All see the noise of one minibatch, so over time they cover more than the posterior."""
-    at_a_time, over_time = minibatch_ratios(50)
+    at_a_time, over_time = minibatch_ratios(50, 150)
     assert within_a_tenth(at_a_time)
     assert (over_time > 1.1).any() and (over_time < 2.5).all()
 
 
 def test_the_check_fails_where_the_likelihood_is_not_scaled_up() -> None:
-    assert (minibatch_ratios(50, 50 / 200)[0] > 1.5).all()
+    assert (minibatch_ratios(50, 80, 50 / 200)[0] > 1.5).all()
 
 
 # --- correlated weights -----------------------------------------------------------------------
@@ -287,9 +305,9 @@ def test_the_energies_are_those_of_all_latents_together() -> None:
         log_p = log_p + dist.Normal((z * w[:, :, None]).sum(-1), NOISE).log_prob(y)
         log_p = log_p.sum(-1) + dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
     assert w.shape == (3, 4, 2) and z.shape == (3, 4, ROWS, 2)
-    torch.testing.assert_close(draws.sample_stats["energy"], -log_p.detach())
     rate = draws.sample_stats["acceptance_rate"]
     assert rate.shape == (3, 4) and (rate >= 0).all() and (rate <= 1).all()
+    torch.testing.assert_close(draws.sample_stats["energy"], -log_p.detach())
 
 
 def test_they_go_to_arviz() -> None:
