@@ -64,10 +64,8 @@ class Completion:
         filled = torch.where(observed, x, self.support.centre(x))
         flat = self.support.unconstrain(filled).reshape(*batch, -1)
         self.observed = observed.reshape(*batch, -1)
-        scale = base.scale.double()
-        tril = scale.diag() if base.diagonal else scale
         centred = torch.where(self.observed, flat - base.loc, 0.0).double()
-        shift, root = condition(torch.cholesky_inverse(tril), centred, self.observed)
+        shift, root = condition(torch.cholesky_inverse(base.tril.double()), centred, self.observed)
         self.mean = base.loc + shift.to(x.dtype)
         self.root = root.to(x.dtype)  # R
         eye = torch.eye(self.dim).to(root).expand_as(root)
@@ -122,10 +120,9 @@ class Completion:
             columns: Indices (c,) of the entries of v; the others are taken as 0, which is right
                 where they are observed in every row.
         """
-        base = self.base
-        inverse = base.inverse_scale.diag() if base.diagonal else base.inverse_scale
-        slope = torch.where(self.observed[..., None, :], 0.0, self.inverse_root) @ inverse.T
-        return base.whiten_unconstrained(self.y), slope[..., columns, :]
+        slope = torch.where(self.observed[..., None, :], 0.0, self.inverse_root)
+        slope = slope @ self.base.inverse_tril.T
+        return self.base.whiten_unconstrained(self.y), slope[..., columns, :]
 
     def _flatten(self, value: Tensor) -> Tensor:
         return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)

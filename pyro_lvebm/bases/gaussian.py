@@ -214,6 +214,16 @@ class GaussianBase(nn.Module):
         return cls(loc.to(x.dtype), scale.to(x.dtype), support)
 
     @property
+    def tril(self) -> Tensor:
+        """The lower Cholesky factor L (d, d)."""
+        return self.scale.diag() if self.diagonal else self.scale
+
+    @property
+    def inverse_tril(self) -> Tensor:
+        """L⁻¹ (d, d)."""
+        return self.inverse_scale.diag() if self.diagonal else self.inverse_scale
+
+    @property
     def log_det(self) -> Tensor:
         """Log |det L|, a scalar: the volume change from w to x, or to y where x = T(y)."""
         return (self.scale if self.diagonal else self.scale.diagonal()).log().sum()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole path for one table: fit, demo."""
 
-from pyro_lvebm.cli.main import main
+from pyro_lvebm.cli.main import build_parser, main
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]

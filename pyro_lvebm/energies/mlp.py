@@ -118,7 +118,7 @@ class MLPEnergy(WhitenedEnergy):
 
     def _linear_part(self) -> Tensor:
         scale = self.base_x.scale
-        rows = scale.diag() if self.base_x.diagonal else scale
+        rows = self.base_x.tril
         standardise = rows / rows.norm(dim=1, keepdim=True)  # x̃ = standardise @ u_x
         eye = torch.eye(self.x_dim).to(scale)
         linear = torch.zeros(self.dim, self.dim + self.x_dim).to(scale)

@@ -139,7 +139,7 @@ class AutoPerDatumLowRankMultivariateNormal(PerDatumGuide):
 def _kl_low_rank_to_latent(q: Any, p: LatentSite) -> Tensor:
     """KL(N(m, W Wᵀ + D) ‖ base_z) = −H(q) − log base_z(m) + ½ tr(A (W Wᵀ + D) Aᵀ), A = L⁻¹."""
     base = p.ebm.base_z
-    a = base.inverse_scale.diag() if base.diagonal else base.inverse_scale
+    a = base.inverse_tril
     trace = ((a @ q.cov_factor) ** 2).sum((-2, -1)) + q.cov_diag @ (a**2).sum(0)
     result: Tensor = 0.5 * trace - base.log_prob(q.loc) - q.entropy()
     return result
