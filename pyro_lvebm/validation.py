@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,14 @@ class DataError(ValueError):
 
 class TrainingWarning(UserWarning):
     """Training goes on, but its numbers are not to be trusted; the text says what to do."""
+
+
+def warn_of_training(text: str) -> None:
+    """Warn that numbers are not to be trusted, at the line outside this package that led here."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals["__name__"].startswith("pyro_lvebm"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, TrainingWarning, stacklevel=level)
 
 
 def check_data(x: Tensor, event_shape: torch.Size | None = None, *, missing: bool = False) -> None:

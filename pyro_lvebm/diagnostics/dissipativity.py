@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from pyro_lvebm.model import LVEBM, check_unconditional
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import standard_normal
-from pyro_lvebm.validation import TrainingWarning
+from pyro_lvebm.validation import warn_of_training
 
 _RELATIVE_STEP = 1e-3
 """Of finite differences, at 1 + |u|: long enough for single precision."""
@@ -158,7 +157,7 @@ def check_dissipativity(
         a, b if a > 0.0 else math.nan, float(lipschitz.max()), frame, *ebm.unwhiten(bad)
     )
     if not result.is_dissipative:
-        warnings.warn(result.verdict, TrainingWarning, stacklevel=2)
+        warn_of_training(result.verdict)
     return result
 
 

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
-from pyro_lvebm.validation import TrainingWarning
-
-_PACKAGE = "pyro_lvebm"
+from pyro_lvebm.validation import warn_of_training
 
 WINDOW = 50
 """Steps over which numbers are averaged before they are called a symptom."""
@@ -70,10 +66,7 @@ class History:
         if key in self._warned:
             return
         self._warned.add(key)
-        frame, level = inspect.currentframe(), 1
-        while frame is not None and frame.f_globals["__name__"].startswith(_PACKAGE):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(f"step {step}: {text}", TrainingWarning, stacklevel=level)
+        warn_of_training(f"step {step}: {text}")
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, indexed by step."""
