@@ -15,7 +15,7 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pools import Pool
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sampling import MALA, Schedule, ess, init_state, pilot, standard_normal
-from pyro_lvebm.validation import TrainingWarning
+from pyro_lvebm.validation import TrainingWarning, check_at_least
 
 _REJUVENATION_MOVES = 20
 
@@ -265,13 +265,8 @@ def _model_draws(
 
 def check_range(num_particles: int, num_runs: int, num_moves: int, relative_ess: float) -> None:
     """Raise a ValueError unless the settings of an annealing run make sense."""
-    for name, value, least in (
-        ("num_particles", num_particles, 2),
-        ("num_runs", num_runs, 2),
-        ("num_moves", num_moves, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+    check_at_least(2, num_particles=num_particles, num_runs=num_runs)
+    check_at_least(1, num_moves=num_moves)
     if not 0.0 < relative_ess < 1.0:
         raise ValueError(f"relative_ess must lie between 0 and 1; got {relative_ess}")
 

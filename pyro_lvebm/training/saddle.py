@@ -40,6 +40,7 @@ from pyro_lvebm.training.history import History
 from pyro_lvebm.training.penalties import Penalty, add_penalties
 from pyro_lvebm.training.step import ascend, pool_snapshot, unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion
+from pyro_lvebm.validation import check_at_least
 
 LOG_Z_ERROR = 0.01
 """Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
@@ -114,8 +115,7 @@ class Saddle(SVI):
         average_decay: float = 0.99,
         seed: int = 0,
     ) -> None:
-        if num_moves < 1:
-            raise ValueError(f"num_moves must be at least 1; got {num_moves}")
+        check_at_least(1, num_moves=num_moves)
         if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl must be positive; got {max_kl}")
         self.particles = find_particles(guide)
