@@ -20,7 +20,6 @@ from pyro_lvebm.comparison.rows import ImportanceWeighted, Posterior, RowTerms, 
 from pyro_lvebm.comparison.table import ElboTable
 from pyro_lvebm.evidence import LogPartition, Terms, model_log_evidence, row_log_z
 from pyro_lvebm.latents import Program, Sweep
-from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, derive_seed, isolated_rng
 from pyro_lvebm.sites import Model, plates_of
 from pyro_lvebm.training import Saddle
@@ -104,7 +103,7 @@ def compare_elbo(
         check_not_shared(posteriors)
         _check_observed(program)
         sweep = Sweep(program, seed)
-        shift = _Shift.of(sweep, program.ebms)
+        shift = _Shift.of(sweep)
         evidence = model_log_evidence(sweep)
         rows, terms = {}, {}
         for name, posterior in posteriors.items():
@@ -149,15 +148,15 @@ def _compare_refits(
     noise = isolated_rng(seed, Stream.TABLE_REFITS, device=program.device)
     with poutine.block(), noise, closing(fits):
         for name, saddle, seconds in fits:
-            fitted = replace(program)
+            fitted = replace(program)  # looked at anew, as supports may depend on θ
             with fitted.at_rest(seed, Stream.TABLE_PROTOTYPE):
                 _check_observed(fitted)
                 sweep = Sweep(fitted, seed)
                 new_sweep = Sweep(replace(program, args=held_out), new_seed)
-                shift = _Shift.of(sweep, fitted.ebms)
+                shift = _Shift.of(sweep)
                 new_shift = shift
                 if any(ebm.context_shape is not None for ebm in fitted.ebms):
-                    new_shift = _Shift.of(new_sweep, fitted.ebms)
+                    new_shift = _Shift.of(new_sweep)
                 log_zs += shift.log_zs
                 evidence = model_log_evidence(sweep)
                 new = model_log_evidence(new_sweep)
@@ -182,9 +181,9 @@ class _Shift(NamedTuple):
     log_zs: list[LogPartition]
 
     @classmethod
-    def of(cls, sweep: Sweep, ebms: list[LVEBM]) -> _Shift:
+    def of(cls, sweep: Sweep) -> _Shift:
         """Anneal all log Z, those of conditional LVEBMs at the contexts of a sweep."""
-        found = [row_log_z(sweep, ebm) for ebm in ebms]
+        found = [row_log_z(sweep, ebm) for ebm in sweep.program.ebms]
         log_zs = [log_z.bracket for log_z in found]
         to_estimate = sum((z.correction for z in found), torch.zeros(()))
         return cls(sum(z.to_upper for z in found), to_estimate, log_zs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_lvebm.evidence.bracket import Runs, both_directions, bracket, surprise
+from pyro_lvebm.evidence.bracket import Bracket, Runs, both_directions, bracket, each_end, surprise
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pools import Pool
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
@@ -26,16 +26,9 @@ _MAX_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
-class LogPartition:
+class LogPartition(Bracket[float]):
     """An estimate of log Z with a bracket, in nats."""
 
-    estimate: float  # Bennett's acceptance ratio of both directions
-    std_error: float
-    lower: float
-    upper: float
-    forward: float  # log of the mean Ẑ of runs from the base
-    reverse: float  # −log of the mean 1/Ẑ of runs from model draws
-    reverse_limit: float  # with its Monte Carlo error added
     ess: float  # of the forward runs' final particles, weighted by the Ẑ of their run
     num_temperatures: int
     num_runs: int
@@ -43,8 +36,7 @@ class LogPartition:
 
     def times(self, count: int) -> LogPartition:
         """Return the bracket of log Z counted so often, as where an LVEBM stands at many sites."""
-        ends = ("estimate", "std_error", "lower", "upper", "forward", "reverse", "reverse_limit")
-        scaled = {name: count * getattr(self, name) for name in ends}
+        scaled = each_end(lambda end: count * end, self)
         return replace(self, **scaled, max_width=count * self.max_width)
 
     @property
@@ -188,7 +180,7 @@ def log_partition(
                 break
     ends = bracket(Runs(*(torch.cat(parts) for parts in zip(*runs, strict=True))))
     result = LogPartition(
-        **{name: float(value) for name, value in ends._asdict().items()},
+        **each_end(float, ends),
         ess=num_particles * float(ess(forward[:, 0])),
         num_temperatures=len(schedule.betas) - 1,
         num_runs=len(bar),
@@ -278,21 +270,10 @@ def total(log_zs: list[LogPartition]) -> LogPartition:
     """
     if len(log_zs) == 1:
         return log_zs[0]
-    sums = {
-        name: float(sum(getattr(z, name) for z in log_zs))
-        for name in (
-            "estimate",
-            "lower",
-            "upper",
-            "forward",
-            "reverse",
-            "reverse_limit",
-            "max_width",
-        )
-    }
+    sums = each_end(lambda *ends: float(sum(ends)), *log_zs)
     return LogPartition(
-        **sums,
-        std_error=math.hypot(*(z.std_error for z in log_zs)),
+        **sums | {"std_error": math.hypot(*(z.std_error for z in log_zs))},
+        max_width=float(sum(z.max_width for z in log_zs)),
         ess=min((z.ess for z in log_zs), default=math.inf),
         num_temperatures=max((z.num_temperatures for z in log_zs), default=0),
         num_runs=min((z.num_runs for z in log_zs), default=0),

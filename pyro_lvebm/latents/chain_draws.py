@@ -42,13 +42,10 @@ def draw_posterior(
 ) -> PosteriorDraws:
     """Run the particles of every datum on, minibatch by minibatch, for a program at rest.
 
-    Latents in different plates, such as weights and latents of single data, take turns. Latents
-    that other guides hold beside the particles are drawn once for every chain, and stay. Where the
-    model is given the rows of its data, these are the data.
+    Latents that other guides hold beside the particles are drawn once for every chain, and stay.
 
     Raises:
-        ValueError: If a latent lies outside a plate that subsamples, or
-            latents lie in different plates and one subsamples, as there is no exact chain then.
+        ValueError: If chains on minibatches are not exact.
     """
     draws, held = PosteriorDraws({}, {}, {}, {}), FullData()
     others = program.latents.keys() - set(particles.prototype_trace.stochastic_nodes)
@@ -62,8 +59,7 @@ def draw_posterior(
         generator = generator_for(seed, Stream.POSTERIOR_CHAINS, number, device=device)
         kept = chain_draws(blocks, steps, kernel, settings, generator)
         given = {name for name, node in batch.nodes.items() if GIVEN in node["infer"]}
-        num_samples = settings.num_samples
-        targets = [_Target.of(block, particles, given, num_samples) for block in blocks]
+        targets = [_Target.of(b, particles, given, settings.num_samples) for b in blocks]
         for draw, parts in enumerate(kept):
             for block, part, target in zip(blocks, parts, targets, strict=True):
                 _write_values(draws.samples, draw, block, part, target)

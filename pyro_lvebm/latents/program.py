@@ -40,7 +40,7 @@ class Program:
     """A Pyro model and the arguments of one call.
 
     What is in it is known from one run of the model, made when it is first asked for, from Pyro's
-    random state at that time. Another random state takes another Program.
+    random state at that time. Another random state, or another θ, takes another Program.
     """
 
     model: Model
