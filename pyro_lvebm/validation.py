@@ -66,3 +66,10 @@ def check_rows(x: Tensor, event_shape: torch.Size, *, missing: bool = False) -> 
     check_data(x, event_shape, missing=missing)
     if x.dim() != 1 + len(event_shape):
         raise DataError(f"x has shape {tuple(x.shape)}; expected (N, *{tuple(event_shape)})")
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Raise a ValueError unless every one of the named numbers is at least `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")

@@ -35,6 +35,7 @@ from pyro_lvebm.pools import TemperedPool
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sites import Model, lvebm
 from pyro_lvebm.training import Saddle
+from pyro_lvebm.validation import check_at_least
 
 _PATIENCE = 5
 """Evaluations of the validation rows without a better one before a fit stops."""
@@ -54,9 +55,8 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        for name in ("z_dim", "num_steps", "guide_steps", "batch_size", "num_particles"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        names = ("z_dim", "num_steps", "guide_steps", "batch_size", "num_particles")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
 

@@ -7,23 +7,23 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_lvebm.comparison.refit import refits
 from pyro_lvebm.comparison.rows import ImportanceWeighted, Posterior, RowTerms, row_terms
 from pyro_lvebm.comparison.table import ElboTable
 from pyro_lvebm.evidence import LogPartition, Terms, model_log_evidence, row_log_z
-from pyro_lvebm.latents import Sweep
-from pyro_lvebm.model import LVEBM
-from pyro_lvebm.rng import Stream, derive_seed, device_of, isolated_rng
-from pyro_lvebm.sites import Model, energy_modules, frozen, sample_nodes
+from pyro_lvebm.latents import Program, Sweep
+from pyro_lvebm.rng import Stream, derive_seed, isolated_rng
+from pyro_lvebm.sites import Model, plates_of
 from pyro_lvebm.training import Saddle
+from pyro_lvebm.validation import check_at_least
 
 _WITH_GUIDE = (Saddle, ImportanceWeighted)
 
@@ -90,35 +90,30 @@ def compare_elbo(
     """
     if not posteriors:
         raise ValueError("posteriors is empty; give at least one guide or Saddle by name")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2; got {num_samples}")
+    check_at_least(2, num_samples=num_samples)
+    program = Program(model, args, kwargs)
     if theta == "refit":
-        return _compare_refits(
-            model, posteriors, args, kwargs, num_steps, held_out, num_samples, seed
-        )
+        return _compare_refits(program, posteriors, num_steps, held_out, num_samples, seed)
     if theta != "fixed":
         raise ValueError(f"theta must be 'fixed' or 'refit'; got {theta!r}")
     if num_steps is not None or held_out is not None:
         raise ValueError("num_steps and held_out are for theta='refit'; nothing is trained here")
-    device = device_of(args, kwargs)
     seed = derive_seed(seed, Stream.TABLE)
-    noise = isolated_rng(seed, Stream.TABLE_PROTOTYPE, device=device)
-    with noise, poutine.block(), torch.no_grad():
-        sweep = Sweep.of(model, seed, args, kwargs)
+    with program.at_rest(seed, Stream.TABLE_PROTOTYPE):
         check_not_shared(posteriors)
-        _check_observed(sweep.prototype)
-        shift = _Shift.of(sweep, energy_modules(sweep.prototype))
-        with frozen(energy_modules(sweep.prototype)):
-            evidence = model_log_evidence(sweep)
-            rows, terms = {}, {}
-            for name, posterior in posteriors.items():
-                clock = time.perf_counter()
-                # The same noise for all rows, so that their differences have less of it.
-                with isolated_rng(seed, Stream.TABLE_ROWS, device=device):
-                    found = row_terms(posterior, sweep, num_samples)
-                seconds = time.perf_counter() - clock
-                rows[name] = _row(found, evidence, shift.to_upper) | {"seconds": seconds}
-                terms[name] = found.log_weights
+        _check_observed(program)
+        sweep = Sweep(program, seed)
+        shift = _Shift.of(sweep)
+        evidence = model_log_evidence(sweep)
+        rows, terms = {}, {}
+        for name, posterior in posteriors.items():
+            clock = time.perf_counter()
+            # The same noise for all rows, so that their differences have less of it.
+            with isolated_rng(seed, Stream.TABLE_ROWS, device=program.device):
+                found = row_terms(posterior, sweep, num_samples)
+            seconds = time.perf_counter() - clock
+            rows[name] = _row(found, evidence, shift.to_upper) | {"seconds": seconds}
+            terms[name] = found.log_weights
     log_evidence, log_evidence_se = evidence.mean()
     return ElboTable(
         _frame(rows, "elbo"),
@@ -133,10 +128,8 @@ def compare_elbo(
 
 
 def _compare_refits(
-    model: Model,
+    program: Program,
     posteriors: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     num_steps: int | None,
     held_out: tuple[Any, ...] | None,
     num_samples: int,
@@ -146,30 +139,28 @@ def _compare_refits(
         raise ValueError("theta='refit' needs num_steps and held_out, as in held_out=(x_test,)")
     if not isinstance(held_out, tuple):
         raise ValueError(f"held_out must be a tuple of arguments; got {type(held_out).__name__}")
-    device = device_of(args, kwargs)
     rows, terms, log_zs, num_data = {}, {}, [], 0
     log_z_se: dict[str, float] = {}
-    fits = refits(model, posteriors, args, kwargs, num_steps)
+    fits = refits(program, posteriors, num_steps)
     # Closing puts the model back at once, also where an error would keep the generator alive.
     # The same for all fits, so that their differences have less noise than they are stated to.
     seed, new_seed = (derive_seed(seed, s) for s in (Stream.TABLE, Stream.TABLE_HELD_OUT))
-    noise = isolated_rng(seed, Stream.TABLE_REFITS, device=device)
+    noise = isolated_rng(seed, Stream.TABLE_REFITS, device=program.device)
     with poutine.block(), noise, closing(fits):
         for name, saddle, seconds in fits:
-            with isolated_rng(seed, Stream.TABLE_PROTOTYPE, device=device), torch.no_grad():
-                sweep = Sweep.of(model, seed, args, kwargs)
-                _check_observed(sweep.prototype)
-                new_sweep = Sweep.of(model, new_seed, held_out, kwargs)
-                ebms = energy_modules(sweep.prototype)
-                shift = _Shift.of(sweep, ebms)
+            fitted = replace(program)  # looked at anew, as supports may depend on θ
+            with fitted.at_rest(seed, Stream.TABLE_PROTOTYPE):
+                _check_observed(fitted)
+                sweep = Sweep(fitted, seed)
+                new_sweep = Sweep(replace(program, args=held_out), new_seed)
+                shift = _Shift.of(sweep)
                 new_shift = shift
-                if any(ebm.context_shape is not None for ebm in ebms):
-                    new_shift = _Shift.of(new_sweep, ebms)
+                if any(ebm.context_shape is not None for ebm in fitted.ebms):
+                    new_shift = _Shift.of(new_sweep)
                 log_zs += shift.log_zs
-                with frozen(ebms):
-                    evidence = model_log_evidence(sweep)
-                    new = model_log_evidence(new_sweep)
-                    found = row_terms(saddle, sweep, num_samples)
+                evidence = model_log_evidence(sweep)
+                new = model_log_evidence(new_sweep)
+                found = row_terms(saddle, sweep, num_samples)
             held = {"held_out": new.mean()[0] + new_shift.to_upper}
             held["held_out_se"] = new._replace(
                 value=new.value + new_shift.to_estimate
@@ -190,9 +181,9 @@ class _Shift(NamedTuple):
     log_zs: list[LogPartition]
 
     @classmethod
-    def of(cls, sweep: Sweep, ebms: list[LVEBM]) -> _Shift:
+    def of(cls, sweep: Sweep) -> _Shift:
         """Anneal all log Z, those of conditional LVEBMs at the contexts of a sweep."""
-        found = [row_log_z(sweep, ebm) for ebm in ebms]
+        found = [row_log_z(sweep, ebm) for ebm in sweep.program.ebms]
         log_zs = [log_z.bracket for log_z in found]
         to_estimate = sum((z.correction for z in found), torch.zeros(()))
         return cls(sum(z.to_upper for z in found), to_estimate, log_zs)
@@ -236,17 +227,11 @@ def check_not_shared(posteriors: Mapping[str, Posterior]) -> None:
                 )
 
 
-def _check_observed(prototype: Trace) -> None:
+def _check_observed(program: Program) -> None:
     """Refuse models with observed sites that belong to no datum."""
-    nodes = sample_nodes(prototype)
-    plates = [
-        {frame.name for frame in node["cond_indep_stack"]}
-        for node in nodes.values()
-        if not node["is_observed"]
-    ]
-    for name, node in nodes.items():
-        inside = {frame.name for frame in node["cond_indep_stack"]}
-        if node["is_observed"] and plates and not plates[0] <= inside:
+    plates = [plates_of(node) for node in program.latents.values()]
+    for name, node in program.sites.items():
+        if node["is_observed"] and plates and not plates[0] <= plates_of(node):
             raise ValueError(
                 f"the observed site '{name}' lies outside the plates of the latents, so its log "
                 "probability belongs to no datum; compare_elbo reports nats per datum"

@@ -14,28 +14,20 @@ from torch import Tensor
 
 from pyro_lvebm.evidence import fit_gaussian, posterior_draws, relative_to
 from pyro_lvebm.guides import AutoParticles, check_guide, own_parameters
-from pyro_lvebm.latents import LatentBlock, Sweep, as_problems, sum_other_axes
+from pyro_lvebm.latents import LatentBlock, Program, Sweep, as_problems, sum_other_axes
 from pyro_lvebm.rng import Stream
 from pyro_lvebm.sampling import anneal, pilot, standard_normal
 from pyro_lvebm.sites import (
     LatentSite,
     Model,
-    Node,
-    at_minibatch,
     sample_nodes,
     subsample_nodes,
-    vectorise,
     will_be_enumerated,
 )
 
 
-def _latent_names(sweep: Sweep) -> set[str]:
-    nodes = sample_nodes(sweep.prototype)
-    return {
-        name
-        for name, node in nodes.items()
-        if not node["is_observed"] and not will_be_enumerated(node)
-    }
+def _latent_names(program: Program) -> set[str]:
+    return {name for name, node in program.latents.items() if not will_be_enumerated(node)}
 
 
 class _FromBase(Messenger):
@@ -50,13 +42,13 @@ class _FromBase(Messenger):
             msg["fn"] = base.expand(msg["fn"].batch_shape)
 
 
-def prior_guide(sweep: Sweep) -> Model:
+def prior_guide(program: Program) -> Model:
     """The prior of the model's latents as a guide."""
-    shown = sorted(_latent_names(sweep) | set(subsample_nodes(sweep.prototype)))
+    shown = sorted(_latent_names(program) | set(subsample_nodes(program.prototype)))
 
     def prior(*args: Any, **kwargs: Any) -> None:
         with poutine.block(expose=shown), _FromBase():
-            sweep.model(*args, **kwargs)
+            program.model(*args, **kwargs)
 
     return prior
 
@@ -68,7 +60,7 @@ def particle_log_weights(
     if particles.prototype_trace is None:
         raise ValueError("this Saddle has not taken a step, so it has no particles yet; fit it")
     names = dict(particles.prototype_trace.iter_stochastic_nodes())
-    others = _latent_names(sweep) - set(names)
+    others = _latent_names(sweep.program) - set(names)
     if others:
         raise ValueError(
             f"the latents {sorted(others)} are not particles of this Saddle; its row needs all "
@@ -87,13 +79,15 @@ def particle_log_weights(
 def mcmc_log_weights(mcmc: MCMC, sweep: Sweep, num_samples: int) -> tuple[Tensor, int]:
     """Log weights (num_samples, N) of annealed Langevin from MCMC draws, and their numbers."""
     samples: dict[str, Tensor] = mcmc.get_samples()
-    missing = _latent_names(sweep) - set(samples)
+    missing = _latent_names(sweep.program) - set(samples)
     if missing:
         raise ValueError(f"the MCMC run has no draws of the latents {sorted(missing)}")
 
     def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
         rows = {
-            c.name: samples[c.name][(slice(None), *sweep.probe.index(c.name, block.indices))]
+            c.name: samples[c.name][
+                (slice(None), *sweep.program.probe.index(c.name, block.indices))
+            ]
             for c in block.columns
         }
         draws, _ = block.join(rows)
@@ -106,13 +100,13 @@ def mcmc_log_weights(mcmc: MCMC, sweep: Sweep, num_samples: int) -> tuple[Tensor
 
 def guide_log_weights(guide: Model, sweep: Sweep, num_samples: int) -> Tensor:
     """Log weights log p − log q (num_samples, N) at draws of a guide, in nats."""
-    check_guide(guide, sweep.prototype)
+    program = sweep.program
+    check_guide(guide, program.prototype)
 
     def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
-        nesting = block.at.nesting
-        fixed = at_minibatch(vectorise(guide, num_samples, nesting), _choices(block))
+        choices = {name: block.at.nodes[name] for name in block.indices}
         with own_parameters(guide):
-            trace = poutine.trace(fixed).get_trace(*sweep.args, **sweep.kwargs)
+            trace = program.trace(program.vectorised(guide, num_samples, choices))
         trace.compute_log_prob()
         sites = sample_nodes(trace)
         missing = [c.name for c in block.columns if c.name not in sites]
@@ -122,25 +116,21 @@ def guide_log_weights(guide: Model, sweep: Sweep, num_samples: int) -> Tensor:
         shape = (num_samples, *batch)
         values = {
             c.name: sites[c.name]["value"].reshape(
-                *shape, *sweep.probe.prototype_trace.nodes[c.name]["fn"].event_shape
+                *shape, *program.probe.prototype_trace.nodes[c.name]["fn"].event_shape
             )
             for c in block.columns
         }
         v, log_det = block.join(values)
         own = {axis - len(batch) for axis, size in enumerate(batch) if size > 1}
-        lead = (num_samples, *(1,) * (nesting - len(batch)), *batch)
+        lead = (num_samples, *(1,) * (program.nesting - len(batch)), *batch)
         log_q = torch.zeros(lead, dtype=v.dtype, device=v.device)
         for node in sites.values():
-            log_q = log_q + sum_other_axes(node["unscaled_log_prob"], own, nesting)
+            log_q = log_q + sum_other_axes(node["unscaled_log_prob"], own, program.nesting)
         log_p = -0.5 * (v * v).sum(-1) - 0.5 * v.shape[-1] * math.log(2 * math.pi)
         log_p = log_p - block.f(v)[0] - log_det + block.offset
         return log_p - log_q.reshape(shape)
 
     return sweep.over_data(estimate, Stream.GUIDE_ROW)
-
-
-def _choices(block: LatentBlock) -> dict[str, Node]:
-    return {name: block.at.nodes[name] for name in block.indices}
 
 
 NUM_TEMPERATURES = 32

@@ -12,26 +12,21 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_lvebm.sites import Model, all_nodes, energy_modules
+from pyro_lvebm.latents import Program
+from pyro_lvebm.sites import all_nodes, energy_modules
 from pyro_lvebm.training import Saddle, assign, pool_snapshot
 
 
 def refits(
-    model: Model,
-    builders: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_steps: int,
+    program: Program, builders: Mapping[str, Any], num_steps: int
 ) -> Generator[tuple[str, Saddle, float]]:
     """Fit the model once for every builder, always from the parameters it has now.
 
     At its end, and when it is closed, parameters and pools are as they were before.
 
     Args:
-        model: The Pyro model.
+        program: The model and its arguments.
         builders: Functions that return a new `Saddle` for this model, by name.
-        args: Arguments of the model.
-        kwargs: Keyword arguments of the model.
         num_steps: Steps of each fit.
 
     Yields:
@@ -40,12 +35,13 @@ def refits(
     Raises:
         ValueError: If a builder returns something else, or a Saddle that has been trained.
     """
+    args, kwargs = program.args, program.kwargs
     with poutine.block(), torch.no_grad():
-        ebms = energy_modules(poutine.trace(model).get_trace(*args, **kwargs))
+        ebms = energy_modules(program.trace(program.model))
     put_pools_back = pool_snapshot(ebms)
     # Once more with gradients, for only then the energies announce their parameters.
     with poutine.block():
-        nodes = all_nodes(poutine.trace(model).get_trace(*args, **kwargs))
+        nodes = all_nodes(program.trace(program.model))
     put_pools_back()
     store = pyro.get_param_store()
     own = {n: d["value"].unconstrained() for n, d in nodes.items() if d["type"] == "param"}

@@ -25,6 +25,7 @@ from pyro_lvebm.rng import Stream
 from pyro_lvebm.sampling import log_mean_exp, pareto_k
 from pyro_lvebm.sites import Model
 from pyro_lvebm.training import Saddle
+from pyro_lvebm.validation import check_at_least
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class ImportanceWeighted:
 
     def __post_init__(self) -> None:
         """Refuse a number of particles that weighs nothing."""
-        if self.num_particles < 2:
-            raise ValueError(f"num_particles must be at least 2; got {self.num_particles}")
+        check_at_least(2, num_particles=self.num_particles)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def row_terms(posterior: Posterior, sweep: Sweep, num_samples: int) -> RowTerms:
 
         weights, count = sweep.over_data(laplace, Stream.LAPLACE_ROW), 0
     elif isinstance(posterior, PriorProposal):
-        weights, count = guide_log_weights(prior_guide(sweep), sweep, num_samples), 0
+        weights, count = guide_log_weights(prior_guide(sweep.program), sweep, num_samples), 0
     elif isinstance(posterior, MCMC):
         weights, count = mcmc_log_weights(posterior, sweep, num_samples)
     else:

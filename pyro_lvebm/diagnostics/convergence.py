@@ -20,6 +20,7 @@ from pyro_lvebm.diagnostics.divergences import (
 )
 from pyro_lvebm.diagnostics.flow import langevin_flow, model_draws, to_numpy, whitened_draws
 from pyro_lvebm.model import LVEBM, check_unconditional
+from pyro_lvebm.validation import check_at_least
 
 Estimator = Literal["neighbours", "gaussian"]
 
@@ -196,10 +197,8 @@ def _check(
     num_replicates: int,
 ) -> int:
     """Return the steps between two times, or raise a ValueError."""
-    counts = {"num_times": num_times, "num_chains": num_chains, "num_replicates": num_replicates}
-    for name, least in (("num_times", 3), ("num_chains", 8), ("num_replicates", 3)):
-        if counts[name] < least:
-            raise ValueError(f"{name} must be at least {least}; got {counts[name]}")
+    check_at_least(3, num_times=num_times, num_replicates=num_replicates)
+    check_at_least(8, num_chains=num_chains)
     if not step_size > 0.0:
         raise ValueError(f"step_size must be positive; got {step_size}")
     stride = round(duration / (num_times - 1) / step_size)

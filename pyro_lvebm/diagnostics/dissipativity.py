@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_lvebm.model import LVEBM, check_unconditional
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import standard_normal
-from pyro_lvebm.validation import warn_of_training
+from pyro_lvebm.validation import check_at_least, warn_of_training
 
 _RELATIVE_STEP = 1e-3
 """Of finite differences, at 1 + |u|: long enough for single precision."""
@@ -132,9 +132,8 @@ def check_dissipativity(
     check_unconditional(ebm, "check_dissipativity")
     if not max_radius > 1.0:
         raise ValueError(f"max_radius must exceed 1; got {max_radius}")
-    for name, value, least in (("num_radii", num_radii, 2), ("num_rays", num_rays, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+    check_at_least(2, num_radii=num_radii)
+    check_at_least(1, num_rays=num_rays)
     like = ebm.base_x.loc
     generator = generator_for(seed, Stream.DISSIPATIVITY, device=like.device)
     rays = standard_normal((num_rays, ebm.dim), like, generator)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_lvebm.model import LVEBM, check_unconditional, given_z
 from pyro_lvebm.rng import Stream, generator_for, isolated_rng
 from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
-from pyro_lvebm.validation import check_rows
+from pyro_lvebm.validation import check_at_least, check_rows
 
 _NUM_PARTICLES = 256
 
@@ -81,8 +81,7 @@ def traverse(
         raise ValueError(
             f"values must be a vector of finite numbers; got shape {tuple(values.shape)}"
         )
-    if num_runs < 2:
-        raise ValueError(f"num_runs must be at least 2; got {num_runs}")
+    check_at_least(2, num_runs=num_runs)
     generator = generator_for(seed, Stream.TRAVERSAL, device=x.device)
     with ebm.frozen(), torch.no_grad():
         with isolated_rng(seed, Stream.TRAVERSAL_START, device=x.device):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.sampling import value_and_grad
+from pyro_lvebm.validation import check_at_least
 
 
 class WhitenedEnergy(nn.Module):
@@ -30,9 +31,7 @@ class WhitenedEnergy(nn.Module):
 
     def __init__(self, x_dim: int, z_dim: int, *, kl_penalty: float = 0.0) -> None:
         super().__init__()
-        for name, size in (("x_dim", x_dim), ("z_dim", z_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1; got {size}")
+        check_at_least(1, x_dim=x_dim, z_dim=z_dim)
         if not 0 <= kl_penalty < math.inf:
             raise ValueError(f"kl_penalty must be finite and not negative; got {kl_penalty}")
         self.kl_penalty = kl_penalty

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.latents import LatentBlock, as_problems, run_chains
+from pyro_lvebm.latents import ChainSettings, LatentBlock, as_problems, run_chains
 from pyro_lvebm.sampling import MALA, ValueAndGrad, anneal, pilot, standard_normal
 
 MAX_PARTICLES = 2**16
@@ -73,15 +73,7 @@ def anneal_block(
 
 def posterior_draws(block: LatentBlock, step_size: Tensor, generator: torch.Generator) -> Tensor:
     """Run the particles of each datum on as MALA chains at frozen θ; return draws (n, *B, D)."""
-    (chain,) = run_chains(
-        [block],
-        [step_size],
-        MALA(),
-        num_samples=500,
-        num_warmup=200,
-        thinning=1,
-        generator=generator,
-    )
+    (chain,) = run_chains([block], [step_size], MALA(), ChainSettings(500, 200, 1), generator)
     return chain.v.flatten(0, 1)
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from scipy import stats
@@ -19,6 +21,8 @@ from pyro_lvebm.sampling import (
     log_mean_std_error,
 )
 
+Value = TypeVar("Value", float, Tensor)
+
 CONFIDENCE = 0.99
 """One-sided confidence level of each end of a bracket."""
 
@@ -31,16 +35,22 @@ class Runs(NamedTuple):
     bar: Tensor  # (runs, problems), Bennett's acceptance ratio of both
 
 
-class Bracket(NamedTuple):
-    """What the runs of each problem say of its log Z, in nats."""
+@dataclass(frozen=True)
+class Bracket(Generic[Value]):
+    """What runs in both directions say of log Z, or of every log Z of several, in nats."""
 
-    estimate: Tensor  # (problems,), mean of Bennett's acceptance ratio
-    std_error: Tensor
-    lower: Tensor
-    upper: Tensor
-    forward: Tensor  # log of the mean Ẑ of runs from the base
-    reverse: Tensor  # −log of the mean 1/Ẑ of runs from model draws
-    reverse_limit: Tensor  # with its Monte Carlo error added
+    estimate: Value  # mean of Bennett's acceptance ratio of both directions
+    std_error: Value
+    lower: Value  # forward, less its Monte Carlo error
+    upper: Value  # reverse_limit, and no less than forward with its error
+    forward: Value  # log of the mean Ẑ of runs from the base
+    reverse: Value  # −log of the mean 1/Ẑ of runs from model draws
+    reverse_limit: Value  # with its Monte Carlo error added
+
+
+def each_end(of: Callable[..., Any], *brackets: Bracket[Any]) -> dict[str, Any]:
+    """Return a function of each number of the brackets, by the name of the number."""
+    return {f.name: of(*(getattr(b, f.name) for b in brackets)) for f in fields(Bracket)}
 
 
 def surprise(num_runs: int) -> float:
@@ -102,7 +112,7 @@ def both_directions(
     return Runs(up.log_ratio.double(), down.log_ratio.double(), bar)
 
 
-def bracket(runs: Runs) -> Bracket:
+def bracket(runs: Runs) -> Bracket[Tensor]:
     """Return estimate and ends of every problem; `log_partition` says what they are."""
     forward, reverse, bar = runs
     low, high = log_mean_exp(forward, 0), -log_mean_exp(reverse, 0)

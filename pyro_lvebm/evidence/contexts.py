@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_lvebm.evidence.bracket import Bracket, Runs, both_directions, bracket
+from pyro_lvebm.evidence.bracket import Bracket, Runs, both_directions, bracket, each_end
 from pyro_lvebm.evidence.log_partition import LogPartition, check_range
 from pyro_lvebm.model import LVEBM, check_contexts_finite, context_rows
 from pyro_lvebm.rng import Stream, generator_for
@@ -33,15 +33,9 @@ _MAX_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
-class ConditionalLogPartition:
-    """Estimates of log Z(c_i) with brackets, in nats, for the rows of a set of contexts."""
+class ConditionalLogPartition(Bracket[Tensor]):
+    """Estimates of log Z(c_i) with brackets (N,), in nats, for the rows of a set of contexts."""
 
-    estimate: Tensor  # (N,)
-    std_error: Tensor  # (N,)
-    lower: Tensor  # (N,), log mean Ẑ of runs from the base, less its Monte Carlo error
-    upper: Tensor  # (N,), −log mean 1/Ẑ of runs from model draws, and its Monte Carlo error
-    forward: Tensor  # (N,), the same without that error
-    reverse: Tensor  # (N,)
     rows: Tensor  # (N,), for each row the number of its context among the distinct ones
     ess: float  # of the forward runs' Ẑ, as a share, the least of all contexts
     num_temperatures: int
@@ -68,14 +62,10 @@ class ConditionalLogPartition:
         low, high = float(self.forward.double().mean()), float(self.reverse.double().mean())
         limit = high + error_of_mean(self.upper.clamp(min=self.reverse) - self.reverse)
         lower = low - error_of_mean(self.forward - self.lower)
+        means = each_end(lambda end: float(end.double().mean()), self)
+        means |= {"lower": lower, "upper": max(2 * low - lower, limit), "reverse_limit": limit}
         return LogPartition(
-            estimate=float(self.estimate.double().mean()),
-            std_error=error_of_mean(self.std_error),
-            lower=lower,
-            upper=max(2 * low - lower, limit),
-            forward=low,
-            reverse=high,
-            reverse_limit=limit,
+            **means | {"std_error": error_of_mean(self.std_error)},
             ess=self.ess,
             num_temperatures=self.num_temperatures,
             num_runs=self.num_runs,
@@ -145,7 +135,7 @@ def conditional_log_partition(
     distinct, rows = torch.unique(context.flatten(1), dim=0, return_inverse=True)
     distinct = distinct.reshape(-1, *context.shape[1:])
     generator = generator_for(seed, Stream.CONDITIONAL_LOG_PARTITION, device=context.device)
-    found: list[Bracket] = []
+    found: list[Bracket[Tensor]] = []
     least, most = math.inf, 0
     with ebm.frozen(), torch.no_grad():
         for part in _side_by_side(distinct, num_runs * num_particles * ebm.dim):
@@ -162,14 +152,8 @@ def conditional_log_partition(
             found.append(bracket(runs))
             least = min(least, float(ess(runs.forward.T).min()) / num_runs)
             most = max(most, temperatures)
-    ends = Bracket(*(torch.cat(parts).to(context)[rows] for parts in zip(*found, strict=True)))
     return ConditionalLogPartition(
-        estimate=ends.estimate,
-        std_error=ends.std_error,
-        lower=ends.lower,
-        upper=ends.upper,
-        forward=ends.forward,
-        reverse=ends.reverse,
+        **each_end(lambda *parts: torch.cat(parts).to(context)[rows], *found),
         rows=rows,
         ess=least,
         num_temperatures=most,

@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 from pyro_lvebm.latents import sum_other_axes
 from pyro_lvebm.sampling import log_mean_exp
 from pyro_lvebm.sites import PARTICLE_PLATE, Node, sample_nodes
+from pyro_lvebm.validation import check_at_least
 
 Nodes = dict[str, Node]
 
@@ -94,8 +95,7 @@ class ImportanceWeightedELBO(ELBO):
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1; got {num_particles}")
+        check_at_least(1, num_particles=num_particles)
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_lvebm.evidence.bracket import Runs, both_directions, bracket, surprise
+from pyro_lvebm.evidence.bracket import Bracket, Runs, both_directions, bracket, each_end, surprise
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.pools import Pool
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sampling import MALA, Schedule, ess, init_state, pilot, standard_normal
-from pyro_lvebm.validation import TrainingWarning
+from pyro_lvebm.validation import check_at_least, warn_of_training
 
 _REJUVENATION_MOVES = 20
 
@@ -26,16 +25,9 @@ _MAX_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
-class LogPartition:
+class LogPartition(Bracket[float]):
     """An estimate of log Z with a bracket, in nats."""
 
-    estimate: float  # Bennett's acceptance ratio of both directions
-    std_error: float
-    lower: float
-    upper: float
-    forward: float  # log of the mean Ẑ of runs from the base
-    reverse: float  # −log of the mean 1/Ẑ of runs from model draws
-    reverse_limit: float  # with its Monte Carlo error added
     ess: float  # of the forward runs' final particles, weighted by the Ẑ of their run
     num_temperatures: int
     num_runs: int
@@ -43,8 +35,7 @@ class LogPartition:
 
     def times(self, count: int) -> LogPartition:
         """Return the bracket of log Z counted so often, as where an LVEBM stands at many sites."""
-        ends = ("estimate", "std_error", "lower", "upper", "forward", "reverse", "reverse_limit")
-        scaled = {name: count * getattr(self, name) for name in ends}
+        scaled = each_end(lambda end: count * end, self)
         return replace(self, **scaled, max_width=count * self.max_width)
 
     @property
@@ -188,7 +179,7 @@ def log_partition(
                 break
     ends = bracket(Runs(*(torch.cat(parts) for parts in zip(*runs, strict=True))))
     result = LogPartition(
-        **{name: float(value) for name, value in ends._asdict().items()},
+        **each_end(float, ends),
         ess=num_particles * float(ess(forward[:, 0])),
         num_temperatures=len(schedule.betas) - 1,
         num_runs=len(bar),
@@ -228,12 +219,10 @@ def _compare_online(ebm: LVEBM, annealed: LogPartition) -> None:
     error = math.hypot(annealed.std_error, online_error)
     limit = math.hypot(surprise(annealed.num_runs) * annealed.std_error, 3.0 * online_error)
     if abs(online - annealed.estimate) > limit:
-        warnings.warn(
+        warn_of_training(
             f"log Z online is {online:.3f}, annealed {annealed.estimate:.3f} ± {error:.3f}: "
             "the pool does not follow the model, and training had a wrong gradient. Use a "
-            "TemperedPool, with more levels, chains or moves if it is one already",
-            TrainingWarning,
-            stacklevel=3,
+            "TemperedPool, with more levels, chains or moves if it is one already"
         )
 
 
@@ -265,13 +254,8 @@ def _model_draws(
 
 def check_range(num_particles: int, num_runs: int, num_moves: int, relative_ess: float) -> None:
     """Raise a ValueError unless the settings of an annealing run make sense."""
-    for name, value, least in (
-        ("num_particles", num_particles, 2),
-        ("num_runs", num_runs, 2),
-        ("num_moves", num_moves, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+    check_at_least(2, num_particles=num_particles, num_runs=num_runs)
+    check_at_least(1, num_moves=num_moves)
     if not 0.0 < relative_ess < 1.0:
         raise ValueError(f"relative_ess must lie between 0 and 1; got {relative_ess}")
 
@@ -283,21 +267,10 @@ def total(log_zs: list[LogPartition]) -> LogPartition:
     """
     if len(log_zs) == 1:
         return log_zs[0]
-    sums = {
-        name: float(sum(getattr(z, name) for z in log_zs))
-        for name in (
-            "estimate",
-            "lower",
-            "upper",
-            "forward",
-            "reverse",
-            "reverse_limit",
-            "max_width",
-        )
-    }
+    sums = each_end(lambda *ends: float(sum(ends)), *log_zs)
     return LogPartition(
-        **sums,
-        std_error=math.hypot(*(z.std_error for z in log_zs)),
+        **sums | {"std_error": math.hypot(*(z.std_error for z in log_zs))},
+        max_width=float(sum(z.max_width for z in log_zs)),
         ess=min((z.ess for z in log_zs), default=math.inf),
         num_temperatures=max((z.num_temperatures for z in log_zs), default=0),
         num_runs=min((z.num_runs for z in log_zs), default=0),

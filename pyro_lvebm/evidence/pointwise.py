@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_lvebm.bases import Completion
@@ -17,8 +17,8 @@ from pyro_lvebm.latents import (
     LatentBlock,
     Minibatch,
     ModelAt,
+    Program,
     Sweep,
-    cover,
     latent_blocks,
     sum_other_axes,
     sum_out,
@@ -27,13 +27,9 @@ from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import ValueAndGrad
 from pyro_lvebm.sites import (
     PARTICLE_PLATE,
-    Node,
-    all_nodes,
-    at_minibatch,
     observed_sites,
-    plate_nesting,
+    plates_of,
     sample_nodes,
-    vectorise,
     will_be_enumerated,
 )
 
@@ -85,12 +81,12 @@ def marginal_likelihood(
         ValueError: If no observed site is in a plate, latents or data are in several kinds of
             plates, or there are no draws of some w.
     """
-    prototype, probe = sweep.prototype, sweep.probe
-    latents = dict(probe.prototype_trace.iter_stochastic_nodes())
-    plates = {name: _plates(node) for name, node in latents.items()}
+    program = sweep.program
+    latents = dict(program.probe.prototype_trace.iter_stochastic_nodes())
+    plates = {name: plates_of(node) for name, node in latents.items()}
     shared = [name for name in latents if not plates[name]]
     local = [name for name in latents if plates[name]]
-    seen = {name: _plates(node) for name, node in observed_sites(prototype).items()}
+    seen = {name: plates_of(node) for name, node in observed_sites(program.prototype).items()}
     if local:
         sites = [name for name, around in seen.items() if around >= plates[local[0]]]
         kinds = {plates[name] for name in local}
@@ -110,19 +106,14 @@ def marginal_likelihood(
     owner = local[0] if local else sites[0]
     given = {name: given[name] for name in shared}
     starts = {name: samples[name] for name in local if name in samples}
+    if local:
+        values = _annealed(sweep, given, starts, num_draws, num_particles)
+    else:
+        values = _evaluated(program, given, sites, num_draws)
     found = FullData()
-    for number, batch in enumerate(cover(prototype)):
-        if local:
-            value = _annealed(sweep, batch, number, given, starts, num_draws, num_particles)
-        else:
-            value = _evaluated(sweep, batch, given, sites, num_draws)
-        found.add(batch, all_nodes(prototype)[owner], value, 0)
+    for batch, value in values:
+        found.add(batch, program.sites[owner], value, 0)
     return PointwiseLikelihood(found.joined()[owner], sites, owner)
-
-
-def _plates(node: Node) -> frozenset[str]:
-    around = (frame.name for frame in node["cond_indep_stack"])
-    return frozenset(name for name in around if name != PARTICLE_PLATE)
 
 
 def _in_words(plates: dict[str, frozenset[str]]) -> dict[str, list[str]]:
@@ -130,45 +121,36 @@ def _in_words(plates: dict[str, frozenset[str]]) -> dict[str, list[str]]:
 
 
 def _annealed(
-    sweep: Sweep,
-    batch: Minibatch,
-    number: int,
-    given: Samples,
-    starts: Samples,
-    num_draws: int,
-    num_particles: int,
-) -> Tensor:
-    """Return log p(x_i | w_s) (S, *batch) of a minibatch, by annealing z_i."""
-    nesting = plate_nesting(sweep.prototype)
-    vectorised = vectorise(at_minibatch(sweep.probe, batch.nodes), 1, nesting)
-    trace = poutine.trace(vectorised).get_trace(*sweep.args, **sweep.kwargs)
-    blocks, _ = latent_blocks(
-        sweep.model, sweep.probe, trace, nesting, sweep.args, sweep.kwargs, traced=bool(given)
-    )
-    (block,) = (b for b in blocks if b.indices)
-    f = block.f
-    draws = _draws_of(block, sweep.probe, starts)
-    if draws is not None:
-        f = relative_to(f, *fit_gaussian(draws))
-    size, dim = block.v.shape[1:-1], block.v.shape[-1]
-    step = max(1, _MAX_PARTICLES // (size.numel() * num_particles))
-    values = []
-    for chunk, start in enumerate(range(0, num_draws, step)):
-        few = {name: value[start : start + step] for name, value in given.items()}
-        count = min(step, num_draws - start)
-        log_c = anneal_latents(
-            _given(block, f, few, count),
-            (count * size.numel(), num_particles, dim),
-            block.v,
-            num_runs=1,
-            num_moves=2,
-            relative_ess=0.95,
-            generator=generator_for(
-                sweep.seed, Stream.POINTWISE_LIKELIHOOD, number, chunk, device=block.v.device
-            ),
-        )
-        values.append(log_c.reshape(count, *size))
-    return torch.cat(values) + block.offset.expand(1, *size)
+    sweep: Sweep, given: Samples, starts: Samples, num_draws: int, num_particles: int
+) -> Iterator[tuple[Minibatch, Tensor]]:
+    """Yield log p(x_i | w_s) (S, *batch) of every minibatch, by annealing z_i."""
+    program, probe = sweep.program, sweep.program.probe
+    for number, (batch, trace) in enumerate(program.traces(probe, 1)):
+        blocks, _ = latent_blocks(program, probe, trace, traced=bool(given))
+        (block,) = (b for b in blocks if b.indices)
+        f = block.f
+        draws = _draws_of(block, probe, starts)
+        if draws is not None:
+            f = relative_to(f, *fit_gaussian(draws))
+        size, dim = block.v.shape[1:-1], block.v.shape[-1]
+        step = max(1, _MAX_PARTICLES // (size.numel() * num_particles))
+        values = []
+        for chunk, start in enumerate(range(0, num_draws, step)):
+            few = {name: value[start : start + step] for name, value in given.items()}
+            count = min(step, num_draws - start)
+            log_c = anneal_latents(
+                _given(block, f, few, count),
+                (count * size.numel(), num_particles, dim),
+                block.v,
+                num_runs=1,
+                num_moves=2,
+                relative_ess=0.95,
+                generator=generator_for(
+                    sweep.seed, Stream.POINTWISE_LIKELIHOOD, number, chunk, device=block.v.device
+                ),
+            )
+            values.append(log_c.reshape(count, *size))
+        yield batch, torch.cat(values) + block.offset.expand(1, *size)
 
 
 def _draws_of(block: LatentBlock, probe: AutoParticles, samples: Samples) -> Tensor | None:
@@ -210,33 +192,29 @@ def _given(block: LatentBlock, f: ValueAndGrad, given: Samples, num_draws: int) 
 
 
 def _evaluated(
-    sweep: Sweep, batch: Minibatch, given: Samples, sites: list[str], num_draws: int
-) -> Tensor:
-    """Return log p(x_i | w_s) (S, *batch) of a minibatch of data without continuous latents."""
-    nesting = plate_nesting(sweep.prototype)
-    proto = all_nodes(sweep.prototype)[sites[0]]
+    program: Program, given: Samples, sites: list[str], num_draws: int
+) -> Iterator[tuple[Minibatch, Tensor]]:
+    """Yield log p(x_i | w_s) (S, *batch) of every minibatch of data without continuous latents."""
+    proto, nesting = program.sites[sites[0]], program.nesting
     size = proto["fn"].batch_shape
     own = {frame.dim for frame in proto["cond_indep_stack"]}
-    inside = _plates(proto)
+    inside = plates_of(proto)
     step = max(1, _MAX_PARTICLES // size.numel())
-    values = []
-    for start in range(0, num_draws, step):
-        count = min(step, num_draws - start)
-        nodes = dict(batch.nodes)
-        for name, value in given.items():
-            wide = value[start : start + count]
-            wide = wide.reshape(count, *(1,) * nesting, *wide.shape[1:])
-            nodes[name] = {**all_nodes(sweep.prototype)[name], "value": wide}
-        at = ModelAt(sweep.model, nesting, nodes, sweep.args, sweep.kwargs)
-        trace = at.trace(count)
-        trace.compute_log_prob()
-        terms = {
-            name: sum_other_axes(node["log_prob"], own, nesting)
-            for name, node in sample_nodes(trace).items()
-            if name in sites or (will_be_enumerated(node) and _plates(node) == inside)
-        }
-        total = sum_out(terms, sample_nodes(trace), nesting + 1)
-        total = total / sample_nodes(trace)[sites[0]]["scale"]
-        lead = (count, *(1,) * (nesting - len(size)), *size)
-        values.append(total.expand(lead).reshape(count, *size))
-    return torch.cat(values)
+    for batch in program.minibatches():
+        values = []
+        for start in range(0, num_draws, step):
+            few = {name: value[start : start + step] for name, value in given.items()}
+            count = min(step, num_draws - start)
+            trace = ModelAt(program, program.nodes_at(few, batch)).trace(count)
+            trace.compute_log_prob()
+            nodes = sample_nodes(trace)
+            terms = {
+                name: sum_other_axes(node["log_prob"], own, nesting)
+                for name, node in nodes.items()
+                if name in sites
+                or (will_be_enumerated(node) and plates_of(node) - {PARTICLE_PLATE} == inside)
+            }
+            total = sum_out(terms, nodes, nesting + 1) / nodes[sites[0]]["scale"]
+            lead = (count, *(1,) * (nesting - len(size)), *size)
+            values.append(total.expand(lead).reshape(count, *size))
+        yield batch, torch.cat(values)

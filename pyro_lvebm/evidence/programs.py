@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 
@@ -25,20 +23,12 @@ from pyro_lvebm.evidence.contexts import conditional_log_partition
 from pyro_lvebm.evidence.log_evidence import LogEvidence
 from pyro_lvebm.evidence.log_partition import LogPartition, log_partition, total
 from pyro_lvebm.guides import AutoParticles, find_particles
-from pyro_lvebm.latents import LatentBlock, Sweep
+from pyro_lvebm.latents import LatentBlock, Program, Sweep
 from pyro_lvebm.model import LVEBM, expand_context
-from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
+from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sampling import log_mean_exp, log_mean_std_error
-from pyro_lvebm.sites import (
-    Model,
-    ObservedSite,
-    energy_modules,
-    frozen,
-    num_sites,
-    sample_nodes,
-    site_of,
-)
-from pyro_lvebm.validation import TrainingWarning
+from pyro_lvebm.sites import Model, ObservedSite, num_sites, sample_nodes, site_of
+from pyro_lvebm.validation import check_at_least, warn_of_training
 
 
 class Terms(NamedTuple):
@@ -103,8 +93,8 @@ def row_log_z(sweep: Sweep, ebm: LVEBM) -> RowLogZ:
         sweep: The model and its data; its seed fixes the random numbers.
         ebm: One of its LVEBMs.
     """
-    seed = derive_seed(sweep.seed, Stream.LOG_Z_OF_SITE, site_of(sweep.prototype, ebm))
-    count, pool = num_sites(sweep.prototype, ebm), ebm.log_partition
+    seed = derive_seed(sweep.seed, Stream.LOG_Z_OF_SITE, site_of(sweep.program.prototype, ebm))
+    count, pool = num_sites(sweep.program.prototype, ebm), ebm.log_partition
     if ebm.context_shape is None:
         bracket = log_partition(ebm, seed=seed).times(count)
         value, error = pool.new_tensor(bracket.estimate), pool.new_tensor(bracket.std_error)
@@ -148,7 +138,7 @@ def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
         RuntimeError: If the energy is too rough to anneal.
     """
     like = ebm.base_x.loc
-    site = site_of(sweep.prototype, ebm)
+    site = site_of(sweep.program.prototype, ebm)
     generator = generator_for(sweep.seed, Stream.MISSED_LOG_Z, site, device=like.device)
     if ebm.context_shape is not None:
         contexts = contexts_of(sweep, ebm)
@@ -168,7 +158,7 @@ def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
     limit = math.hypot(surprise(len(log_z)) * annealed, 3.0 * online)
     difference = float(log_mean_exp(log_z, 0)) - float(ebm.log_partition)
     missed = difference if difference > limit else 0.0
-    return num_sites(sweep.prototype, ebm) * missed
+    return num_sites(sweep.program.prototype, ebm) * missed
 
 
 def _log_z_of_contexts(ebm: LVEBM, contexts: Tensor, generator: torch.Generator) -> float:
@@ -239,26 +229,20 @@ def log_evidence_of(
         >>> bool(((found.value - exact).abs() < 5 * found.std_error + 1e-3).all())
         True
     """
-    for name, value in (("num_particles", num_particles), ("num_runs", num_runs)):
-        if value < 2:
-            raise ValueError(f"{name} must be at least 2; got {value}")
+    check_at_least(2, num_particles=num_particles, num_runs=num_runs)
     particles = None if saddle is None else find_particles(saddle.guide)
     if saddle is not None and particles is None:
         raise ValueError("the guide of this Saddle has no AutoParticles to start from")
-    device = device_of(args, kwargs)
-    seed = derive_seed(seed, Stream.EVIDENCE)
-    noise = isolated_rng(seed, Stream.EVIDENCE_PROTOTYPE, device=device)
-    with noise, poutine.block(), torch.no_grad():
-        sweep = Sweep.of(model, seed, args, kwargs)
-        ebms = energy_modules(sweep.prototype)
-        found = [row_log_z(sweep, ebm) for ebm in ebms]
+    program, seed = Program(model, args, kwargs), derive_seed(seed, Stream.EVIDENCE)
+    with program.at_rest(seed, Stream.EVIDENCE_PROTOTYPE):
+        sweep = Sweep(program, seed)
+        found = [row_log_z(sweep, ebm) for ebm in program.ebms]
         log_zs = [log_z.bracket for log_z in found]
         warn_of_unreliable(log_zs)
-        with frozen(ebms):
-            if saddle is None or particles is None:
-                terms = model_log_evidence(sweep, num_particles=num_particles, num_runs=num_runs)
-            else:
-                terms = _from_particles(sweep, particles, saddle.guide, num_particles, num_runs)
+        if saddle is None or particles is None:
+            terms = model_log_evidence(sweep, num_particles=num_particles, num_runs=num_runs)
+        else:
+            terms = _from_particles(sweep, particles, saddle.guide, num_particles, num_runs)
     log_p, error = terms.value, terms.std_error
     for log_z in found:
         log_p = log_p + log_z.correction
@@ -285,5 +269,4 @@ def warn_of_unreliable(log_zs: list[LogPartition]) -> None:
     """Warn of each log Z that cannot be relied on: in a sum, others may hide its width."""
     for number, log_z in enumerate(log_zs):
         if not log_z.is_reliable:
-            text = f"log Z of LVEBM {number} is not reliable: {log_z.verdict}"
-            warnings.warn(text, TrainingWarning, stacklevel=3)
+            warn_of_training(f"log Z of LVEBM {number} is not reliable: {log_z.verdict}")

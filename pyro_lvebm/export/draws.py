@@ -9,18 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.api import MCMC
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_lvebm.guides import find_particles
-from pyro_lvebm.latents import draw_guide
-from pyro_lvebm.rng import Stream, device_of, isolated_rng
-from pyro_lvebm.sites import Model, energy_modules, frozen, sample_nodes
+from pyro_lvebm.latents import Program, draw_guide
+from pyro_lvebm.rng import Stream
+from pyro_lvebm.sites import Model, Node
 from pyro_lvebm.training import Saddle
+from pyro_lvebm.validation import check_at_least
 
 Source = SVI | MCMC | Callable[..., Any]
 """A `Saddle` or other `SVI`, `MCMC` that has run, or a trained guide."""
@@ -69,10 +68,7 @@ def _without_start(model: Model) -> Model:
 
 def posterior_of(
     source: Source,
-    model: Model,
-    prototype: Trace,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    program: Program,
     *,
     num_samples: int | None,
     num_warmup: int,
@@ -83,10 +79,7 @@ def posterior_of(
 
     Args:
         source: Whose posterior.
-        model: Its model.
-        prototype: A trace of the model.
-        args: Arguments of the model.
-        kwargs: Keyword arguments of the model.
+        program: Its model, with arguments.
         num_samples: Draws of each chain; None is 100, or all that an `MCMC` run has.
         num_warmup: Steps of particles before the first draw.
         thinning: Steps from one draw to the next, of particles and of `MCMC`.
@@ -97,13 +90,12 @@ def posterior_of(
             or the source is a guide of particles without the Saddle that moves them.
     """
     if isinstance(source, MCMC):
-        return _mcmc_draws(source, prototype, num_samples, thinning)
+        return _mcmc_draws(source, program.latents, num_samples, thinning)
     num_samples = 100 if num_samples is None else num_samples
     guide = source.guide if isinstance(source, SVI) else source
     if isinstance(source, Saddle) and source.particles is not None:
-        found = source.draw_posterior(
-            *args, num_samples=num_samples, num_warmup=num_warmup, thinning=thinning, **kwargs
-        )
+        options = {"num_samples": num_samples, "num_warmup": num_warmup, "thinning": thinning}
+        found = source.draw_posterior(*program.args, **options, **program.kwargs)
         held = {
             name: value[:, None].expand(-1, num_samples, *value.shape[1:])
             for name, value in found.held.items()
@@ -113,20 +105,16 @@ def posterior_of(
         raise ValueError(
             "AutoParticles by itself cannot move its particles; pass the Saddle that trained it"
         )
-    with (
-        isolated_rng(seed, Stream.EXPORT_GUIDE, device=device_of(args, kwargs)),
-        poutine.block(),
-        torch.no_grad(),
-        frozen(energy_modules(prototype)),
-    ):
-        samples = draw_guide(model, guide, args, kwargs, num_samples=num_samples)
+    with program.at_rest(seed, Stream.EXPORT_GUIDE):
+        program.trace(program.model)  # the guide draws on from where a run leaves the stream
+        samples = draw_guide(program, guide, num_samples)
     return Draws({name: value[None] for name, value in samples.items()})
 
 
-def _mcmc_draws(mcmc: MCMC, prototype: Trace, num_samples: int | None, thinning: int) -> Draws:
-    latents = {n: d for n, d in sample_nodes(prototype).items() if not d["is_observed"]}
-    if thinning < 1:
-        raise ValueError(f"thinning must be at least 1; got {thinning}")
+def _mcmc_draws(
+    mcmc: MCMC, latents: dict[str, Node], num_samples: int | None, thinning: int
+) -> Draws:
+    check_at_least(1, thinning=thinning)
     found = mcmc.get_samples(group_by_chain=True)
     samples = {name: value[:, ::thinning] for name, value in found.items() if name in latents}
     if not samples:

@@ -9,9 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
-from pyro import poutine
-from pyro.poutine import Trace
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 
@@ -19,17 +16,9 @@ from pyro_lvebm.comparison import ElboTable
 from pyro_lvebm.evidence import marginal_likelihood, row_log_z, total, warn_of_unreliable
 from pyro_lvebm.export.draws import Draws, Source, model_of, posterior_of
 from pyro_lvebm.export.groups import SAMPLE_DIMS, Axes, as_arviz, table_dataset
-from pyro_lvebm.latents import Sweep, observed_values, posterior_replicates, prior_draws
-from pyro_lvebm.rng import Stream, derive_seed, device_of, isolated_rng
-from pyro_lvebm.sites import (
-    GivenRows,
-    Model,
-    ObservedSite,
-    all_nodes,
-    energy_modules,
-    frozen,
-    sample_nodes,
-)
+from pyro_lvebm.latents import Program, Sweep, observed_values, posterior_replicates, prior_draws
+from pyro_lvebm.rng import Stream, derive_seed
+from pyro_lvebm.sites import Model, Node, ObservedSite
 from pyro_lvebm.training import Saddle
 
 
@@ -134,18 +123,12 @@ def to_arviz(
         return as_arviz({"elbo_table": table_dataset(source)}, _attributes())
     if table is not None and not isinstance(table, ElboTable):
         raise ValueError(f"table must be an ElboTable, of compare_elbo; got {type(table).__name__}")
-    model = model_of(source, model)
-    device = device_of(args, kwargs)
-    seed = derive_seed(seed, Stream.EXPORT)
-    noise = isolated_rng(seed, Stream.EXPORT_PROTOTYPE, device=device)
-    with noise, poutine.block(), torch.no_grad():
-        prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
+    program, seed = Program(model_of(source, model), args, kwargs), derive_seed(seed, Stream.EXPORT)
+    with program.quiet(seed, Stream.EXPORT_PROTOTYPE):
+        nodes = program.sites
     draws = posterior_of(
         source,
-        model,
-        prototype,
-        args,
-        kwargs,
+        program,
         num_samples=num_samples,
         num_warmup=num_warmup,
         thinning=thinning,
@@ -163,36 +146,30 @@ def to_arviz(
             limit = "be at least 0" if most is None else f"lie in 0 … {most}"
             raise ValueError(f"{name} must {limit}; got {value}")
     axes = Axes(dims or {}, coords or {})
-    nodes = sample_nodes(prototype)
-    stats = draws.sample_stats | _log_partitions(prototype, draws.shape)
+    stats = draws.sample_stats | _log_partitions(nodes, draws.shape)
     sites = nodes | {name: nodes[site] for name, site in draws.sites.items()}
     groups = {
         "posterior": axes.dataset(draws.samples, sites, SAMPLE_DIMS),
         "sample_stats": axes.dataset(stats, sites, SAMPLE_DIMS),
     }
-    with (
-        isolated_rng(seed, Stream.EXPORT_REPLICATES, device=device),
-        poutine.block(),
-        torch.no_grad(),
-        frozen(energy_modules(prototype)),
-    ):
+    with program.at_rest(seed, Stream.EXPORT_REPLICATES):
         if num_predictive:
             last = {name: _last(value, num_predictive) for name, value in draws.samples.items()}
-            flat = posterior_replicates(model, prototype, last, args, kwargs)
+            flat = posterior_replicates(program, last)
             replicates = {
                 n: v.reshape(chains, num_predictive, *v.shape[1:]) for n, v in flat.items()
             }
             groups["posterior_predictive"] = axes.dataset(replicates, sites, SAMPLE_DIMS)
         if num_prior:
-            latent, seen = prior_draws(model, prototype, num_prior, args, kwargs)
+            latent, seen = prior_draws(program, num_prior)
             for group, values in (("prior", latent), ("prior_predictive", seen)):
                 one_chain = {name: value[None] for name, value in values.items()}
                 groups[group] = axes.dataset(one_chain, sites, SAMPLE_DIMS)
         if num_log_likelihood:
-            sweep = Sweep.of(model, seed, args, kwargs)
+            sweep = Sweep(program, seed)
             groups["log_likelihood"] = _log_likelihood(sweep, draws, num_log_likelihood, axes)
-        observed = observed_values(model, prototype, args, kwargs)
-    constant = _constants(model, args, kwargs, observed)
+        observed = observed_values(program)
+    constant = _constants(program, observed)
     if observed:
         groups["observed_data"] = axes.dataset(observed, sites)
     if constant:
@@ -216,10 +193,10 @@ def _last(value: Tensor, count: int) -> Tensor:
     return value[:, -count:].flatten(0, 1)
 
 
-def _log_partitions(prototype: Trace, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+def _log_partitions(nodes: dict[str, Node], shape: tuple[int, int]) -> dict[str, np.ndarray]:
     """Return log Z of the pool of each LVEBM; names of all but the first end in `@<site>`."""
     found: dict[int, tuple[str, float]] = {}
-    for name, node in sample_nodes(prototype).items():
+    for name, node in nodes.items():
         if isinstance(node["fn"], ObservedSite):
             suffix = f"@{name}" if found else ""
             value = float(node["fn"].ebm.log_partition)
@@ -232,7 +209,7 @@ def _log_likelihood(sweep: Sweep, draws: Draws, count: int, axes: Axes) -> Any:
     last = {name: _last(value, value.shape[1]) for name, value in draws.samples.items()}
     given = {name: _last(value, count) for name, value in draws.samples.items()}
     found = marginal_likelihood(sweep, last, given, chains * count)
-    rows = [row_log_z(sweep, ebm) for ebm in energy_modules(sweep.prototype)]
+    rows = [row_log_z(sweep, ebm) for ebm in sweep.program.ebms]
     log_zs = [row.bracket for row in rows]
     warn_of_unreliable(log_zs)
     log_z, value = total(log_zs), found.value
@@ -241,21 +218,19 @@ def _log_likelihood(sweep: Sweep, draws: Draws, count: int, axes: Axes) -> Any:
     name = "+".join(found.sites)
     dataset = axes.dataset(
         {name: value.reshape(chains, count, *value.shape[1:])},
-        {name: all_nodes(sweep.prototype)[found.owner]},
+        {name: sweep.program.sites[found.owner]},
         SAMPLE_DIMS,
     )
     ends = {f"log_partition_{end}": getattr(log_z, end) for end in ("lower", "upper", "std_error")}
     return dataset.assign_attrs(log_partition=log_z.estimate, **ends)
 
 
-def _constants(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], observed: dict[str, Tensor]
-) -> dict[str, np.ndarray]:
+def _constants(program: Program, observed: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Numbers among the arguments of a model, by name, that are not all of an observed site."""
-    bare = unwrap(model)
+    bare = unwrap(program.model)
     try:
         takes = inspect.signature(bare.forward if isinstance(bare, nn.Module) else bare)
-        given = takes.bind(*args, **kwargs).arguments
+        given = takes.bind(*program.args, **program.kwargs).arguments
     except (TypeError, ValueError):  # a callable that does not say what it takes
         return {}
     data = [value.detach().cpu().numpy() for value in observed.values()]

@@ -20,6 +20,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_lvebm.guides.plates import KnownRows, draw_full_size, open_plates
 from pyro_lvebm.sites import PARTICLE_PLATE, base_draw, is_costly
+from pyro_lvebm.validation import check_at_least
 
 
 class AutoParticles(AutoGuide):
@@ -68,8 +69,7 @@ class AutoParticles(AutoGuide):
         *,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1; got {num_particles}")
+        check_at_least(1, num_particles=num_particles)
         self.num_particles = num_particles
         self._rows = KnownRows()
         super().__init__(InitMessenger(_first_draw)(model), create_plates=create_plates)

@@ -16,6 +16,7 @@ from torch.distributions.kl import register_kl
 from pyro_lvebm.guides.per_datum import PerDatumGuide
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sites import LatentSite
+from pyro_lvebm.validation import check_at_least
 
 
 class AutoPerDatumMultivariateNormal(PerDatumGuide):
@@ -116,8 +117,7 @@ class AutoPerDatumLowRankMultivariateNormal(PerDatumGuide):
         init_scale: float = 0.5,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1; got {rank}")
+        check_at_least(1, rank=rank)
         self.rank = rank
         super().__init__(model, init_scale=init_scale, create_plates=create_plates)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_lvebm.guides.networks import as_pyro_params
 from pyro_lvebm.guides.per_datum import PerDatumGuide
 from pyro_lvebm.rng import Stream, isolated_rng
+from pyro_lvebm.validation import check_at_least
 
 
 class AutoPerDatumIAFNormal(PerDatumGuide):
@@ -86,10 +87,7 @@ class AutoPerDatumIAFNormal(PerDatumGuide):
     ) -> None:
         if not hidden or any(width < 1 for width in hidden):
             raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
-        if num_transforms < 1:
-            raise ValueError(f"num_transforms must be at least 1; got {num_transforms}")
-        if context_dim < 1:
-            raise ValueError(f"context_dim must be at least 1; got {context_dim}")
+        check_at_least(1, num_transforms=num_transforms, context_dim=context_dim)
         self._hidden, self._num_transforms = tuple(hidden), num_transforms
         self._context_dim, self._seed = context_dim, seed
         super().__init__(model, init_scale=init_scale, create_plates=create_plates)

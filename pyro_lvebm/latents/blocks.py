@@ -15,8 +15,9 @@ from torch.distributions.transforms import Transform
 
 from pyro_lvebm.bases import Completion, GaussianBase
 from pyro_lvebm.latents.enumeration import check_enumerated, sum_out
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.sampling import ValueAndGrad
-from pyro_lvebm.sites import LatentSite, MissingSite, Model, Node, at_minibatch, vectorise
+from pyro_lvebm.sites import LatentSite, MissingSite, Node, plates_of
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class BlockAxes:
         """
         terms = {"": v.new_zeros(())}
         for name, node in nodes.items():
-            missing = self.plates - {frame.name for frame in node["cond_indep_stack"]}
+            missing = self.plates - plates_of(node)
             if not missing:
                 terms[name] = sum_other_axes(node["log_prob"], self.own, self.nesting)
             elif depends_on(node["log_prob"], v):
@@ -168,13 +169,15 @@ def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ModelAt:
-    """A model with fixed latents, minibatch and arguments, to run for any number of particles."""
+    """A program with fixed latents and minibatch, to run for any number of particles."""
 
-    model: Model
-    nesting: int
+    program: Program
     nodes: dict[str, Node]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+
+    @property
+    def nesting(self) -> int:
+        """Number of batch dimensions of the model."""
+        return self.program.nesting
 
     def trace(self, num_particles: int, **values: Tensor) -> Trace:
         """Trace the vectorised model, with the values of some sites replaced.
@@ -184,6 +187,5 @@ class ModelAt:
         nodes = dict(self.nodes)
         for name, value in values.items():
             nodes[name] = {**nodes[name], "value": value}
-        fixed = at_minibatch(vectorise(self.model, num_particles, self.nesting), nodes)
-        fixed = poutine.enum(fixed, first_available_dim=-self.nesting - 2)
-        return poutine.trace(fixed).get_trace(*self.args, **self.kwargs)
+        fixed = self.program.vectorised(self.program.model, num_particles, nodes)
+        return self.program.trace(poutine.enum(fixed, first_available_dim=-self.nesting - 2))

@@ -4,33 +4,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_lvebm.bases import Completion
 from pyro_lvebm.guides import AutoParticles
 from pyro_lvebm.latents.blocks import BlockAxes, LatentBlock
-from pyro_lvebm.latents.chains import Kept, chain_draws
+from pyro_lvebm.latents.chains import ChainSettings, Kept, chain_draws
 from pyro_lvebm.latents.energy import latent_blocks
-from pyro_lvebm.latents.guide_draws import held_latents
-from pyro_lvebm.latents.sweep import FullData, Minibatch, cover
+from pyro_lvebm.latents.minibatches import Minibatch
+from pyro_lvebm.latents.program import Program
+from pyro_lvebm.latents.sweep import FullData
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import Kernel
-from pyro_lvebm.sites import (
-    GIVEN,
-    GivenRows,
-    Model,
-    Node,
-    at_minibatch,
-    energy_modules,
-    frozen,
-    plate_nesting,
-    sample_nodes,
-    vectorise,
-)
+from pyro_lvebm.sites import GIVEN, Model, sample_nodes
 
 
 class PosteriorDraws(NamedTuple):
@@ -44,68 +33,37 @@ class PosteriorDraws(NamedTuple):
 
 
 def draw_posterior(
-    model: Model,
+    program: Program,
     guide: Model,
     particles: AutoParticles,
     kernel: Kernel,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    num_samples: int,
-    num_warmup: int,
-    thinning: int,
+    settings: ChainSettings,
     seed: int,
 ) -> PosteriorDraws:
-    """Run the particles of every datum on, minibatch by minibatch, at frozen θ.
+    """Run the particles of every datum on, minibatch by minibatch, for a program at rest.
 
-    Latents in different plates, such as weights and latents of single data, take turns. Latents
-    that other guides hold beside the particles are drawn once for every chain, and stay. Where the
-    model is given the rows of its data, these are the data.
+    Latents that other guides hold beside the particles are drawn once for every chain, and stay.
 
     Raises:
-        ValueError: If a count is too small; if a latent lies outside a plate that subsamples, or
-            latents lie in different plates and one subsamples, as there is no exact chain then.
+        ValueError: If chains on minibatches are not exact.
     """
-    for name, value, least in (
-        ("num_samples", num_samples, 1),
-        ("num_warmup", num_warmup, 0),
-        ("thinning", thinning, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-    with torch.no_grad(), poutine.block():
-        prototype = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
-    nesting = plate_nesting(prototype)
-    draws = PosteriorDraws({}, {}, {}, {})
-    held, fixed_nodes = FullData(), dict[str, Node]()
-    moving = frozenset(particles.prototype_trace.stochastic_nodes)
-    with torch.no_grad(), poutine.block(), frozen(energy_modules(prototype)):
-        for number, batch in enumerate(cover(prototype)):
-            fixed = at_minibatch(guide, fixed_nodes | batch.nodes)
-            vectorised = vectorise(fixed, particles.num_particles, nesting)
-            guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
-            fixed_nodes |= held_latents(
-                guide_trace, prototype, batch, held, particles.num_particles, moving
-            )
-            blocks, _ = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
-            _check_exact(blocks, batch)
-            kept = chain_draws(
-                blocks,
-                [particles.step_size(block.columns[0].name) for block in blocks],
-                kernel,
-                num_samples=num_samples,
-                num_warmup=num_warmup,
-                thinning=thinning,
-                generator=generator_for(
-                    seed, Stream.POSTERIOR_CHAINS, number, device=blocks[0].v.device
-                ),
-            )
-            given = {name for name, node in batch.nodes.items() if GIVEN in node["infer"]}
-            targets = [_Target.of(block, particles, given, num_samples) for block in blocks]
-            for draw, parts in enumerate(kept):
-                for block, part, target in zip(blocks, parts, targets, strict=True):
-                    _write_values(draws.samples, draw, block, part, target)
-                _write_stats(draws, draw, blocks, parts, targets)
+    draws, held = PosteriorDraws({}, {}, {}, {}), FullData()
+    others = program.latents.keys() - set(particles.prototype_trace.stochastic_nodes)
+    traces = program.traces(guide, particles.num_particles)
+    for number, (batch, guide_trace) in enumerate(traces):
+        held.add_sites(program, others, batch, guide_trace, particles.num_particles)
+        blocks, _ = latent_blocks(program, particles, guide_trace)
+        _check_exact(blocks, batch)
+        steps = [particles.step_size(block.columns[0].name) for block in blocks]
+        device = blocks[0].v.device
+        generator = generator_for(seed, Stream.POSTERIOR_CHAINS, number, device=device)
+        kept = chain_draws(blocks, steps, kernel, settings, generator)
+        given = {name for name, node in batch.nodes.items() if GIVEN in node["infer"]}
+        targets = [_Target.of(b, particles, given, settings.num_samples) for b in blocks]
+        for draw, parts in enumerate(kept):
+            for block, part, target in zip(blocks, parts, targets, strict=True):
+                _write_values(draws.samples, draw, block, part, target)
+            _write_stats(draws, draw, blocks, parts, targets)
     return draws._replace(held=held.joined())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,28 @@ from torch import Tensor
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.positive_phase import kernel_for, step_factors
 from pyro_lvebm.sampling import MALA, Kernel, ValueAndGrad, init_state, secant_root
+from pyro_lvebm.validation import check_at_least
 
 _MOVES_IN_TURN = 4
 """Moves of a block before the next one has its turn."""
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """How long chains run.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    num_samples: int  # draws to keep
+    num_warmup: int  # steps before the first of them
+    thinning: int  # steps from one draw to the next
+
+    def __post_init__(self) -> None:
+        """Refuse chains without draws."""
+        check_at_least(1, num_samples=self.num_samples, thinning=self.thinning)
+        check_at_least(0, num_warmup=self.num_warmup)
 
 
 class Chain(NamedTuple):
@@ -39,22 +59,11 @@ def run_chains(
     blocks: Sequence[LatentBlock],
     step_sizes: Sequence[Tensor],
     kernel: Kernel,
-    *,
-    num_samples: int,
-    num_warmup: int,
-    thinning: int,
+    settings: ChainSettings,
     generator: torch.Generator,
 ) -> list[Chain]:
     """Return a chain for each block, of all that `chain_draws` yields."""
-    draws = chain_draws(
-        blocks,
-        step_sizes,
-        kernel,
-        num_samples=num_samples,
-        num_warmup=num_warmup,
-        thinning=thinning,
-        generator=generator,
-    )
+    draws = chain_draws(blocks, step_sizes, kernel, settings, generator)
     return [
         Chain(*(torch.stack(part) for part in list(zip(*kept, strict=True))[:3]))
         for kept in zip(*draws, strict=True)
@@ -65,10 +74,7 @@ def chain_draws(
     blocks: Sequence[LatentBlock],
     step_sizes: Sequence[Tensor],
     kernel: Kernel,
-    *,
-    num_samples: int,
-    num_warmup: int,
-    thinning: int,
+    settings: ChainSettings,
     generator: torch.Generator,
 ) -> Iterator[list[Kept]]:
     """Run the particles of all blocks on as Markov chains, and keep every `thinning`-th position.
@@ -83,9 +89,7 @@ def chain_draws(
         blocks: The blocks of one minibatch, with all else fixed. Their `fix` is called.
         step_sizes: First step size of each block, a scalar.
         kernel: `MALA()` or `ULA()`.
-        num_samples: Draws to keep.
-        num_warmup: Steps before the first of them.
-        thinning: Steps from one draw to the next.
+        settings: How many steps, and which are kept.
         generator: Source of randomness.
 
     Yields:
@@ -96,14 +100,14 @@ def chain_draws(
         minimizing Fisher divergence, arXiv 2603.18845 (metric); Stan's warm-up (growing windows).
     """
     walks = [_Walk(b, s, kernel) for b, s in zip(blocks, step_sizes, strict=True)]
-    ends = window_ends(num_warmup)
-    for step in range(1, num_warmup + 1):
+    ends = window_ends(settings.num_warmup)
+    for step in range(1, settings.num_warmup + 1):
         _sweep(walks, generator, warming=True)
         if step in ends:
             for walk in walks:
                 walk.renew_metric()
-    for _ in range(num_samples):
-        for _ in range(thinning):
+    for _ in range(settings.num_samples):
+        for _ in range(settings.thinning):
             _sweep(walks, generator, warming=False)
         yield [
             Kept(walk.v, walk.energy(), walk.acceptance.movedim(-1, 0), walk.steps)

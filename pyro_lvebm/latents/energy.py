@@ -33,39 +33,30 @@ from pyro_lvebm.latents.blocks import (
     whitening,
 )
 from pyro_lvebm.latents.enumeration import check_latents_held
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.model import given_observed, given_x
 from pyro_lvebm.sampling import ValueAndGrad, value_and_grad
 from pyro_lvebm.sites import (
     LatentSite,
-    Model,
     ObservedSite,
     all_nodes,
     is_enumerated,
+    plates_of,
     sample_nodes,
     subsample_nodes,
 )
 
 
 def latent_blocks(
-    model: Model,
-    guide: AutoParticles,
-    guide_trace: Trace,
-    nesting: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    traced: bool = False,
+    program: Program, guide: AutoParticles, guide_trace: Trace, *, traced: bool = False
 ) -> tuple[list[LatentBlock], Trace]:
     """Group the particle sites of a guide by their plates, each group with its energy.
 
     Args:
-        model: The Pyro model.
+        program: The model and its arguments.
         guide: The particles.
         guide_trace: A trace of the guide under `vectorise` with its own number of particles;
             fixes the minibatch, and the latents that other guides hold.
-        nesting: Number of batch dimensions of the model.
-        args: Arguments of the model.
-        kwargs: Keyword arguments of the model.
         traced: Run the model at every evaluation, also where an LVEBM stands alone, so that
             energies follow the values of other latents in all their terms.
 
@@ -76,7 +67,7 @@ def latent_blocks(
         ValueError: If a site outside a plate depends on a latent inside it.
     """
     nodes = {n: d for n, d in all_nodes(guide_trace).items() if d["type"] == "sample"}
-    at = ModelAt(model, nesting, nodes, args, kwargs)
+    at = ModelAt(program, nodes)
     with torch.no_grad():
         trace = at.trace(guide.num_particles)
     # A guide without latents in a plate does not open it; all evaluations share one minibatch.
@@ -94,10 +85,10 @@ def latent_blocks(
             name,
             transform,
             transform.inverse_shape(fn.event_shape),
-            whitening(fn, nesting),
+            whitening(fn, program.nesting),
         )
-        frames = tuple(sorted(f.name for f in proto["cond_indep_stack"]))
-        groups.setdefault((frames, proto["fn"].batch_shape), []).append(columns)
+        plates = plates_of(proto)
+        groups.setdefault((plates, proto["fn"].batch_shape), []).append(columns)
     return [_block(group, guide, at, trace, traced) for group in groups.values()], trace
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -14,59 +14,58 @@ from torch import Tensor
 from pyro_lvebm.guides import AutoParticles, undo_particles
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.energy import latent_blocks
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.sampling import MALA, Kernel, init_state
-from pyro_lvebm.sites import Model, Node, at_minibatch, subsample_nodes, vectorise
+from pyro_lvebm.sites import Model, Node, subsample_nodes
 
 # With a minibatch estimate of the energy, small steps are stochastic-gradient Langevin dynamics.
 # The test on the same minibatch hardly ever refuses those; it stops a step that is still too large.
 _NOISY_KERNEL = MALA(target_acceptance=0.95)
 
 
+class Moves(NamedTuple):
+    """How particles move."""
+
+    kernel: Kernel  # `MALA()` or `ULA()`
+    num_moves: int  # Langevin steps
+    generator: torch.Generator
+
+
 def move_minibatch(
-    model: Model,
+    program: Program,
     guide: Model,
     particles: AutoParticles,
-    kernel: Kernel,
-    num_moves: int,
-    generator: torch.Generator,
+    moves: Moves,
     undo: list[Callable[[], None]],
-    nesting: int,
     guide_noise: Callable[[], AbstractContextManager[None]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
 ) -> tuple[dict[str, Node], dict[str, float]]:
     """Move the particles of one minibatch, block after block.
 
     Args:
-        model: The Pyro model, with θ frozen.
+        program: The model, with θ frozen, and the number of batch dimensions with its guide.
         guide: The guide that holds the particles, and perhaps other latents.
         particles: The particles.
-        kernel: `MALA()` or `ULA()`.
-        num_moves: Langevin steps.
-        generator: Source of randomness.
+        moves: How they move.
         undo: Gets an action for every block that puts its particles back.
-        nesting: Number of batch dimensions of the model.
         guide_noise: Seeds the draws of other latents from the guide. With the same seed the loss
             sees the particles beside the very draws given which they have moved.
-        args: Arguments of the model.
-        kwargs: Keyword arguments of the model.
 
     Returns:
         The nodes that fix the minibatch, and the mean acceptance probability of every site.
     """
     acceptance: dict[str, float] = {}
+    choices: dict[str, Node] = {}
     with poutine.block(), torch.no_grad():
         if guide is not particles:  # the minibatch has noise of its own
-            prototype = poutine.trace(model).get_trace(*args, **kwargs)
-            guide = at_minibatch(guide, subsample_nodes(prototype))
-        vectorised = vectorise(guide, particles.num_particles, nesting)
+            choices = subsample_nodes(program.trace(program.model))
+        vectorised = program.vectorised(guide, particles.num_particles, choices)
         with guide_noise():
-            guide_trace = poutine.trace(vectorised).get_trace(*args, **kwargs)
-        blocks, trace = latent_blocks(model, particles, guide_trace, nesting, args, kwargs)
+            guide_trace = program.trace(vectorised)
+        blocks, trace = latent_blocks(program, particles, guide_trace)
         for block in blocks:
             names = [column.name for column in block.columns]
             undo.append(undo_particles(particles, block.indices, names))
-            rate = float(move_block(block, particles, kernel, num_moves, generator))
+            rate = float(move_block(block, particles, moves))
             acceptance |= dict.fromkeys(names, rate)
     return subsample_nodes(trace), acceptance
 
@@ -76,13 +75,7 @@ def kernel_for(block: LatentBlock, kernel: Kernel) -> Kernel:
     return _NOISY_KERNEL if block.is_global else kernel
 
 
-def move_block(
-    block: LatentBlock,
-    guide: AutoParticles,
-    kernel: Kernel,
-    num_moves: int,
-    generator: torch.Generator,
-) -> Tensor:
+def move_block(block: LatentBlock, guide: AutoParticles, moves: Moves) -> Tensor:
     """Move the particles of a block and store them, and the adapted step size, in the guide.
 
     The step size adapts after every move: on a sharp posterior the first one may be a hundred times
@@ -91,6 +84,7 @@ def move_block(
     Returns:
         Mean acceptance probability, a scalar, of the moves of full size if there are any.
     """
+    kernel, num_moves, generator = moves
     kernel = kernel_for(block, kernel)
     step_size = guide.step_size(block.columns[0].name)
     state = init_state(block.f, block.v)

@@ -12,7 +12,7 @@ from pyro_lvebm.model.contexts import check_context, context_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
-from pyro_lvebm.validation import check_rows
+from pyro_lvebm.validation import check_at_least, check_rows
 
 _NUM_PARTICLES = 256
 
@@ -31,8 +31,7 @@ def impute(
 ) -> Tensor:
     """Draw the missing entries of x; `LVEBM.impute` says how."""
     check_rows(x, density.x_shape, missing=True)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+    check_at_least(1, num_samples=num_samples)
     observed = observed_entries(x, observed, density.x_shape)
     density.base_x.support.check(x, observed)
     context_rows(context, density.context_shape)

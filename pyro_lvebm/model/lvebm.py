@@ -20,7 +20,7 @@ from pyro_lvebm.model.imputation import impute
 from pyro_lvebm.model.posterior import Posterior, Shape
 from pyro_lvebm.pools import ContextPool, Pool, TemperedPool
 from pyro_lvebm.rng import Stream, derive_seed
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import check_at_least, check_data
 
 _EMPTY = torch.Size()
 
@@ -135,8 +135,7 @@ class LVEBM(Density):
             >>> bool((ebm.unwhiten(torch.randn(50, 3))[0] > 0).all())
             True
         """
-        if z_dim < 1:
-            raise ValueError(f"z_dim must be at least 1; got {z_dim}")
+        check_at_least(1, z_dim=z_dim)
         check_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
         base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))

@@ -14,6 +14,7 @@ from pyro_lvebm.evidence import log_evidence, total
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.plots.canvas import axes_or_new
 from pyro_lvebm.rng import Stream, derive_seed
+from pyro_lvebm.validation import check_at_least
 
 SPAN = 3.0
 """Standard deviations of the base to either side of its mean that an energy is drawn over."""
@@ -70,8 +71,7 @@ def plot_energy(
     if not all(0 <= c < limit for c in columns):
         of = "x, for z is integrated out" if marginal else "(x, z)"
         raise ValueError(f"columns must lie in 0 … {limit - 1}, those of {of}; got {list(columns)}")
-    if num_points < 2:
-        raise ValueError(f"num_points must be at least 2; got {num_points}")
+    check_at_least(2, num_points=num_points)
     bases = (ebm.base_x, ebm.base_z)
     mean = torch.cat([base.loc for base in bases])
     scales = [base.scale if base.diagonal else base.scale.norm(dim=1) for base in bases]

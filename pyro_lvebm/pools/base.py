@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import MALA, Kernel, LangevinState, check_finite, ess, init_state
+from pyro_lvebm.validation import check_at_least
 
 _SETTLING_REFRESHES = 20
 
@@ -71,10 +72,8 @@ class Pool(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        if num_chains < 2:
-            raise ValueError(f"num_chains must be at least 2; got {num_chains}")
-        if num_moves < 1:
-            raise ValueError(f"num_moves must be at least 1; got {num_moves}")
+        check_at_least(2, num_chains=num_chains)
+        check_at_least(1, num_moves=num_moves)
         if not step_size > 0:
             raise ValueError(f"step_size must be positive; got {step_size}")
         self.num_levels, self.num_chains = num_levels, num_chains

@@ -10,6 +10,7 @@ from pyro_lvebm.pools.base import ResidualEnergy
 from pyro_lvebm.pools.ladder import LadderPool
 from pyro_lvebm.rng import Stream
 from pyro_lvebm.sampling import MALA, SNAPSHOT_STRIDE, LangevinState
+from pyro_lvebm.validation import check_at_least
 
 _BURN_IN_MOVES = 32
 """Moves before the chains of a new context count."""
@@ -65,8 +66,7 @@ class ContextPool(LadderPool):
         step_size: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if num_contexts < _LIFETIME:
-            raise ValueError(f"num_contexts must be at least {_LIFETIME}; got {num_contexts}")
+        check_at_least(_LIFETIME, num_contexts=num_contexts)
         super().__init__(
             num_levels,
             2 * num_contexts,

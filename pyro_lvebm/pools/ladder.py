@@ -17,6 +17,7 @@ from pyro_lvebm.sampling import (
     running_fisher,
     temper,
 )
+from pyro_lvebm.validation import check_at_least
 
 
 class LadderPool(Pool):
@@ -51,8 +52,7 @@ class LadderPool(Pool):
         step_size: float,
         seed: int,
     ) -> None:
-        if num_levels < 2:
-            raise ValueError(f"num_levels must be at least 2; got {num_levels}")
+        check_at_least(2, num_levels=num_levels)
         super().__init__(
             num_levels,
             num_chains,

@@ -44,6 +44,11 @@ def sample_nodes(trace: Trace) -> dict[str, Node]:
     }
 
 
+def plates_of(node: Node) -> frozenset[str]:
+    """Return the names of the plates around a site, of particles too."""
+    return frozenset(frame.name for frame in node["cond_indep_stack"])
+
+
 def energy_modules(trace: Trace) -> list[LVEBM]:
     """Return the distinct LVEBMs with a site in a trace, in order."""
     functions = [node.get("fn") for node in all_nodes(trace).values()]

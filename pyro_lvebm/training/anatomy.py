@@ -3,30 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_lvebm.guides import check_guide
+from pyro_lvebm.latents import Program
 from pyro_lvebm.model import LVEBM, context_rows
-from pyro_lvebm.rng import Stream, device_of, isolated_rng
+from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sites import (
     CheapLatents,
     GivenRows,
+    Model,
     Node,
     ObservedSite,
     all_nodes,
     at_minibatch,
-    energy_modules,
     num_sites,
     plate_nesting,
-    sample_nodes,
 )
 
 
@@ -39,12 +37,7 @@ class Anatomy:
     loose_params: dict[str, Tensor]  # unconstrained parameters outside all modules, by name
 
 
-def inspect(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Anatomy:
+def inspect(program: Program, guide: Model) -> Anatomy:
     """Run model and guide once, refuse a guide that cannot work, and name the parts.
 
     Raises:
@@ -52,19 +45,19 @@ def inspect(
             its own x and z, or parameters are not in Pyro's store.
     """
     with torch.no_grad(), poutine.block(), CheapLatents():
-        model_trace = poutine.trace(GivenRows()(model)).get_trace(*args, **kwargs)
+        model_trace = program.prototype
         check_guide(guide, model_trace)
-        for ebm in energy_modules(model_trace):
+        for ebm in program.ebms:
             num_sites(model_trace, ebm)
-        with isolated_rng(0, Stream.PROBED_ENERGIES, device=device_of(args, kwargs)):
-            _check_energies(model, model_trace, args, kwargs)
-        guide_trace = poutine.trace(GivenRows()(guide)).get_trace(*args, **kwargs)
+        with isolated_rng(0, Stream.PROBED_ENERGIES, device=program.device):
+            _check_energies(program)
+        guide_trace = program.trace(GivenRows()(guide))
     sites = {
         id(node["fn"].ebm): name
         for name, node in reversed(all_nodes(model_trace).items())
         if isinstance(node.get("fn"), ObservedSite)
     }
-    ebms = {sites[id(ebm)]: ebm for ebm in energy_modules(model_trace)}
+    ebms = {sites[id(ebm)]: ebm for ebm in program.ebms}
     modules: list[nn.Module] = [*ebms.values()]
     if isinstance(guide, nn.Module):
         modules.append(guide)
@@ -75,7 +68,7 @@ def inspect(
         for name, node in all_nodes(trace).items()
         if node["type"] == "param"
     }
-    nesting = max(plate_nesting(model_trace), plate_nesting(guide_trace))
+    nesting = max(program.nesting, plate_nesting(guide_trace))
     return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
 
 
@@ -108,24 +101,21 @@ class _Energies(Messenger):
             self.values[msg["name"]] = energy.detach().clone()
 
 
-def _check_energies(
-    model: Callable[..., Any], trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_energies(program: Program) -> None:
     """Refuse an energy that changes with a latent, by drawing latents anew.
 
     Raises:
         ValueError: If one does.
     """
-    nodes = sample_nodes(trace)
-    latents = [name for name, node in nodes.items() if not node["is_observed"]]
+    latents = list(program.latents)
     if len(latents) < 2:
         return
-    others = {n: d for n, d in all_nodes(trace).items() if d["type"] == "sample"}
+    others = {n: d for n, d in all_nodes(program.prototype).items() if d["type"] == "sample"}
 
     def energies(redrawn: list[str]) -> dict[str, Tensor]:
         kept = {name: node for name, node in others.items() if name not in redrawn}
         with _Energies() as seen:
-            at_minibatch(model, kept)(*args, **kwargs)
+            at_minibatch(program.model, kept)(*program.args, **program.kwargs)
         return seen.values
 
     start = energies([])

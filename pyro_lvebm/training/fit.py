@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.training.averaging import ParameterAverage
 from pyro_lvebm.training.step import pool_snapshot
+from pyro_lvebm.validation import check_at_least
 
 
 @dataclass
@@ -55,8 +56,7 @@ def check_fit(
     Raises:
         ValueError: If a number is out of range, or one argument needs or excludes another.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1; got {num_steps}")
+    check_at_least(1, num_steps=num_steps)
     if evaluate_every < 1 or (patience is not None and patience < 1):
         raise ValueError(
             f"evaluate_every and patience must be at least 1; got {evaluate_every} and {patience}"

@@ -12,6 +12,7 @@ from pyro.optim import PyroOptim
 from torch.optim import Optimizer
 
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
+from pyro_lvebm.validation import check_at_least
 
 
 def ipla(lr: float, num_particles: int, seed: int = 0) -> PyroOptim:
@@ -63,8 +64,7 @@ def ipla(lr: float, num_particles: int, seed: int = 0) -> PyroOptim:
     """
     if not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite; got {lr}")
-    if num_particles < 1:
-        raise ValueError(f"num_particles must be at least 1; got {num_particles}")
+    check_at_least(1, num_particles=num_particles)
 
     def settings(name: str) -> dict[str, Any]:
         # One torch optimiser for each parameter: with one seed for all, parameters of the same

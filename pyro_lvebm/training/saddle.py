@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
@@ -20,11 +19,19 @@ from tqdm.auto import trange
 
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
 from pyro_lvebm.guides import find_particles
-from pyro_lvebm.latents import PosteriorDraws, Sweep, draw_posterior, move_minibatch
+from pyro_lvebm.latents import (
+    ChainSettings,
+    Moves,
+    PosteriorDraws,
+    Program,
+    Sweep,
+    draw_posterior,
+    move_minibatch,
+)
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
 from pyro_lvebm.sampling import MALA, Kernel, RoughEnergyError
-from pyro_lvebm.sites import GivenRows, Node, SamePlates, at_minibatch, energy_modules, frozen
+from pyro_lvebm.sites import GivenRows, Node, SamePlates, at_minibatch, frozen
 from pyro_lvebm.training.anatomy import Anatomy, inspect
 from pyro_lvebm.training.averaging import ParameterAverage, assign
 from pyro_lvebm.training.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
@@ -33,6 +40,7 @@ from pyro_lvebm.training.history import History
 from pyro_lvebm.training.penalties import Penalty, add_penalties
 from pyro_lvebm.training.step import ascend, pool_snapshot, unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion
+from pyro_lvebm.validation import check_at_least
 
 LOG_Z_ERROR = 0.01
 """Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
@@ -107,8 +115,7 @@ class Saddle(SVI):
         average_decay: float = 0.99,
         seed: int = 0,
     ) -> None:
-        if num_moves < 1:
-            raise ValueError(f"num_moves must be at least 1; got {num_moves}")
+        check_at_least(1, num_moves=num_moves)
         if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl must be positive; got {max_kl}")
         self.particles = find_particles(guide)
@@ -330,10 +337,9 @@ class Saddle(SVI):
         """
         device = self.device(args, kwargs)
         seed = derive_seed(self.seed, Stream.HELD_OUT_EVALUATION)
-        noise = isolated_rng(seed, Stream.EVIDENCE_PROTOTYPE, device=device)
-        with noise, torch.no_grad(), poutine.block():
-            sweep = Sweep.of(self.model, seed, args, kwargs)
-            ebms = energy_modules(sweep.prototype)
+        sweep = Sweep(Program(self.model, args, kwargs), seed)
+        with sweep.program.quiet(seed, Stream.EVIDENCE_PROTOTYPE, device=device):
+            ebms = sweep.program.ebms
             with self._averaged(ebms, LOG_Z_ERROR), frozen(ebms):
                 terms = model_log_evidence(sweep, num_particles=16, num_runs=2)
                 missed = sum(missed_log_z(sweep, ebm) for ebm in ebms)
@@ -388,23 +394,11 @@ class Saddle(SVI):
                 "pyro.infer.Predictive(model, guide=guide, num_samples=...)"
             )
         self.prepare(args, kwargs)
-        with isolated_rng(
-            self.seed,
-            Stream.POSTERIOR_START,
-            self.step_count,
-            device=self.device(args, kwargs),
-        ):
+        program, device = Program(self.model, args, kwargs), self.device(args, kwargs)
+        settings = ChainSettings(num_samples, num_warmup, thinning)
+        with program.at_rest(self.seed, Stream.POSTERIOR_START, self.step_count, device=device):
             return draw_posterior(
-                self.model,
-                self.guide,
-                self.particles,
-                self.kernel,
-                args,
-                kwargs,
-                num_samples=num_samples,
-                num_warmup=num_warmup,
-                thinning=thinning,
-                seed=self.seed,
+                program, self.guide, self.particles, self.kernel, settings, self.seed
             )
 
     def save(self, path: str | Path) -> None:
@@ -501,7 +495,7 @@ class Saddle(SVI):
         """
         if self._anatomy is None:
             with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
-                self._anatomy = inspect(self.model, self.guide, args, kwargs)
+                self._anatomy = inspect(Program(self.model, args, kwargs), self.guide)
             if self._own_loss:
                 # Spares Pyro a guess, which would run model and guide once more and log a message.
                 extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
@@ -555,19 +549,16 @@ class Saddle(SVI):
         if self.particles is None:
             return {}
         device = self.device(args, kwargs)
+        stream = generator_for(self.seed, Stream.POSITIVE_PHASE, self.step_count, device=device)
+        program = Program(self.model, args, kwargs, self.prepare(args, kwargs).nesting)
         with frozen(self.ebms):
             choices, self.acceptance = move_minibatch(
-                self.model,
+                program,
                 self.guide,
                 self.particles,
-                self.kernel,
-                self.num_moves,
-                generator_for(self.seed, Stream.POSITIVE_PHASE, self.step_count, device=device),
+                Moves(self.kernel, self.num_moves, stream),
                 undo,
-                self.prepare(args, kwargs).nesting,
                 lambda: self._guide_noise(device),
-                args,
-                kwargs,
             )
         return choices
 

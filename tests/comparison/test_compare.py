@@ -57,6 +57,7 @@ from pyro_lvebm import (
 from pyro_lvebm.comparison import log_weights as LOG_WEIGHTS
 from pyro_lvebm.evidence import annealed
 from pyro_lvebm.evidence import programs as model_evidence
+from pyro_lvebm.latents import ChainSettings
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -70,8 +71,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_evidence, "log_partition", cheap)
     run_chains = annealed.run_chains
 
-    def shorter(*args: Any, **options: Any) -> Any:
-        return run_chains(*args, **{**options, "num_samples": 150, "num_warmup": 100})
+    def shorter(blocks: Any, steps: Any, kernel: Any, _: Any, generator: Any) -> Any:
+        return run_chains(blocks, steps, kernel, ChainSettings(150, 100, 1), generator)
 
     monkeypatch.setattr(annealed, "run_chains", shorter)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_lvebm import LVEBM, TemperedPool, lvebm
 from pyro_lvebm.evidence import programs as model_evidence
 from pyro_lvebm.evidence.programs import Terms, missed_log_z, model_log_evidence
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.latents.sweep import Sweep
 
 RUNS = 6
@@ -55,7 +56,7 @@ def evidence(
     settings = {"num_particles": 24, "num_runs": RUNS, **settings}
     try:
         with torch.random.fork_rng(), ebm.frozen(), torch.no_grad(), poutine.block():
-            return model_log_evidence(Sweep.of(model, seed, args, {}), **settings)
+            return model_log_evidence(Sweep(Program(model, args, {}), seed), **settings)
     finally:
         ebm.pool.log_partition = kept
 
@@ -233,7 +234,7 @@ def test_estimates_are_collected_over_minibatches_in_order(ebm: LVEBM, x: Tensor
         return torch.stack([index.double(), 0.5 * index.double()])
 
     with torch.random.fork_rng(), ebm.frozen(), torch.no_grad(), poutine.block():
-        sweep = Sweep.of(model, 5, (x[:21],), {})
+        sweep = Sweep(Program(model, (x[:21],), {}), 5)
         found = sweep.over_data(estimate, 0)
         first = list(draws)
         sweep.over_data(estimate, 1)
@@ -254,7 +255,8 @@ def missed(ebm: LVEBM, x: Tensor, shift: float, seeds: range) -> list[float]:
     pool.log_z_variance.zero_()
     try:
         with torch.random.fork_rng(), ebm.frozen(), torch.no_grad(), poutine.block():
-            return [missed_log_z(Sweep.of(make_model(ebm), seed, (x,), {}), ebm) for seed in seeds]
+            sweeps = [Sweep(Program(make_model(ebm), (x,), {}), seed) for seed in seeds]
+            return [missed_log_z(sweep, ebm) for sweep in sweeps]
     finally:
         pool.log_partition, pool.log_z_variance = kept
 

@@ -54,7 +54,7 @@ from pyro_lvebm import (
     lvebm,
 )
 from pyro_lvebm.guides.checks import check_guide, find_particles
-from pyro_lvebm.latents.sweep import cover
+from pyro_lvebm.latents.minibatches import cover
 from pyro_lvebm.sites.traces import vectorise
 
 # --- AutoParticles: what it holds -----------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_lvebm import MALA, ULA
 from pyro_lvebm.latents import chains
-from pyro_lvebm.latents.chains import run_chains, window_ends
+from pyro_lvebm.latents.chains import ChainSettings, run_chains, window_ends
 from pyro_lvebm.sampling.langevin import Kernel, init_state
 from pyro_lvebm.sites.traces import frozen
 
@@ -32,10 +32,8 @@ def test_chains_adapt_to_each_datum_in_the_warm_up_only() -> None:
             [block],
             [step_size],
             MALA(),
-            num_samples=num_samples,
-            num_warmup=num_warmup,
-            thinning=1,
-            generator=seeded(3),
+            ChainSettings(num_samples, num_warmup, 1),
+            seeded(3),
         )
         return chain
 
@@ -90,10 +88,8 @@ def draws_of(block: Any, kernel: Kernel, num_warmup: int, num_samples: int = 1) 
         [block],
         [step],
         kernel,
-        num_samples=num_samples,
-        num_warmup=num_warmup,
-        thinning=20,
-        generator=seeded(2),
+        ChainSettings(num_samples, num_warmup, 20),
+        seeded(2),
     )
     return chain.v
 

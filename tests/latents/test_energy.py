@@ -27,7 +27,7 @@ def at(block: LatentBlock, num_particles: int = 5, seed: int = 9) -> Tensor:
 
 
 def evaluate(block: LatentBlock, v: Tensor) -> tuple[Tensor, Tensor]:
-    with frozen(energy_modules(poutine.trace(block.at.model).get_trace(*block.at.args))):
+    with frozen(energy_modules(block.at.program.trace(block.at.program.model))):
         return block.f(v)
 
 

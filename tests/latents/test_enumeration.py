@@ -26,6 +26,7 @@ from pyro_lvebm import LVEBM, AutoParticles, Saddle, TemperedPool, lvebm
 from pyro_lvebm.comparison.rows import row_terms
 from pyro_lvebm.evidence.programs import model_log_evidence
 from pyro_lvebm.latents.energy import latent_blocks
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.latents.sweep import Sweep
 from pyro_lvebm.sites.traces import vectorise
 
@@ -84,7 +85,7 @@ def test_the_energy_of_particles_has_the_label_summed_out(size: int | None, scal
     guide(x, y)
     with ebm.frozen():
         trace = poutine.trace(vectorise(guide, 4, 1)).get_trace(x, y)
-        (block,), _ = latent_blocks(model, guide, trace, 1, (x, y), {})
+        (block,), _ = latent_blocks(Program(model, (x, y), {}, 1), guide, trace)
         i = block.indices["data"]
         v = normal((4, len(i), 2), 3)
         z = block.constrain(v)["scene_z"]
@@ -127,7 +128,7 @@ def test_evidence_and_rows_have_the_label_summed_out() -> None:
     guide = AutoParticles(poutine.block(model, hide=["c"]), 4)
     saddle = Saddle(model, guide, SGD({"lr": 0.0}), TraceEnum_ELBO(max_plate_nesting=1))
     with global_seed(0), ebm.frozen(), torch.no_grad():
-        sweep = Sweep.of(model, 0, (x, y), {})
+        sweep = Sweep(Program(model, (x, y), {}), 0)
         with pytest.raises(ValueError, match="has not taken a step"):
             row_terms(saddle, sweep, 16)
     for _ in range(20):

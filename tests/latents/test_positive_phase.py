@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_lvebm import MALA, ULA, AutoParticles, lvebm
 from pyro_lvebm.latents import positive_phase as positive
-from pyro_lvebm.latents.positive_phase import kernel_for, move_block, step_factors
+from pyro_lvebm.latents.positive_phase import Moves, kernel_for, move_block, step_factors
 from pyro_lvebm.sampling.langevin import init_state
 from pyro_lvebm.sites.traces import frozen
 
@@ -37,7 +37,7 @@ def test_moves_are_those_of_the_kernel(kernel: MALA | ULA, num_moves: int) -> No
             state, accepted = kernel.step(block.f, state, float(expected), generator=generator)
             rates.append(accepted.mean())
             expected = kernel.adapt(expected, accepted.mean())
-        rate = move_block(block, guide, kernel, num_moves, seeded(1))
+        rate = move_block(block, guide, Moves(kernel, num_moves, seeded(1)))
     torch.testing.assert_close(rate, torch.stack(rates).mean())
     rows = block.indices["data"]
     moved = guide.particles("scene_z")
@@ -68,7 +68,7 @@ def test_a_block_that_has_moved_is_seen_by_the_next() -> None:
     guide.step_size(first.columns[0].name).fill_(1e-3)
     with frozen([ebm]):
         before = second.f(second.v)[0]
-        move_block(first, guide, MALA(), 5, seeded(1))
+        move_block(first, guide, Moves(MALA(), 5, seeded(1)))
         after = second.f(second.v)[0]
     assert (before != after).all()
     name = first.columns[0].name
@@ -121,7 +121,7 @@ def test_acceptance_is_that_of_the_moves_of_full_size(monkeypatch: pytest.Monkey
         block, guide, _ = plain_parts(20)
         guide.step_size("z").fill_(4.0)
         monkeypatch.setattr(positive, "step_factors", lambda *_: factors)
-        return float(move_block(block, guide, MALA(), len(factors), seeded(3)))
+        return float(move_block(block, guide, Moves(MALA(), len(factors), seeded(3))))
 
     assert rate([1.0, 1.0]) < 0.3 and rate([1e-3, 1e-3]) > 0.95
     assert rate([1e-3, 1.0, 1e-3, 1.0]) < 0.3
@@ -133,7 +133,7 @@ def moved_p_value(factors: Callable[..., list[float]] | None) -> float:
     with pytest.MonkeyPatch.context() as patch:
         if factors is not None:
             patch.setattr(positive, "step_factors", factors)
-        move_block(block, guide, MALA(), 200, seeded(2))
+        move_block(block, guide, Moves(MALA(), 200, seeded(2)))
     centred = guide.particles("z") - 0.8 * y
     return variance_p_value(centred.reshape(-1, 1), 0.2)
 

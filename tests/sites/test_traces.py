@@ -17,7 +17,8 @@ from small_models import data_of, plate_model, quadratic_ebm, warm
 
 from pyro_lvebm import lvebm
 from pyro_lvebm.latents.blocks import ModelAt
-from pyro_lvebm.latents.sweep import cover
+from pyro_lvebm.latents.minibatches import cover
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.sites.traces import (
     at_minibatch,
     energy_modules,
@@ -196,7 +197,7 @@ def test_model_at_runs_for_any_number_of_particles() -> None:
     model = plate_model(ebm, 4)
     first = trace_of(model, x)
     nodes = dict(subsample_nodes(first))
-    at = ModelAt(model, 1, nodes, (x,), {})
+    at = ModelAt(Program(model, (x,), {}, 1), nodes)
     at.nodes["scene_z"] = first.nodes["scene_z"]
     z = normal((6, 4, 2), 1)
     trace = at.trace(6, scene_z=z)

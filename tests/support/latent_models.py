@@ -19,6 +19,7 @@ from pyro_lvebm import LVEBM, AutoParticles
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.energy import latent_blocks
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.sites.traces import energy_modules, frozen, plate_nesting, vectorise
 
 Model = Callable[..., Any]
@@ -38,7 +39,7 @@ def blocks_of(
         vectorised = vectorise(guide, num_particles, nesting)
         guide_trace = poutine.trace(vectorised).get_trace(*args)
         with frozen(energy_modules(prototype)):
-            return latent_blocks(model, particles, guide_trace, nesting, args, {})
+            return latent_blocks(Program(model, args, {}, nesting), particles, guide_trace)
 
 
 class BentEnergy(nn.Module):

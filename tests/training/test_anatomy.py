@@ -14,6 +14,7 @@ from small_models import data_of, plate_model, quadratic_ebm
 from torch import Tensor, nn
 
 from pyro_lvebm import AutoAmortisedNormal, AutoParticles, lvebm
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.training.anatomy import inspect
 
 A, B = quadratic_ebm(3, 2, seed=1), quadratic_ebm(2, 1, seed=2)
@@ -31,7 +32,7 @@ def two(x: Tensor, y: Tensor) -> None:
 
 
 def test_lvebms_are_named_by_their_sites_in_order() -> None:
-    anatomy = inspect(two, AutoParticles(two, 2), (X, Y), {})
+    anatomy = inspect(Program(two, (X, Y), {}), AutoParticles(two, 2))
     assert list(anatomy.ebms) == ["second", "first"]
     assert anatomy.ebms["second"] is B and anatomy.ebms["first"] is A
 
@@ -42,12 +43,12 @@ def test_an_lvebm_at_several_sites_has_the_name_of_the_first() -> None:
             lvebm("left", A, obs=x)
             lvebm("right", A, obs=x + 1.0)
 
-    anatomy = inspect(model, AutoParticles(model, 2), (X,), {})
+    anatomy = inspect(Program(model, (X,), {}), AutoParticles(model, 2))
     assert anatomy.ebms == {"left": A}
 
 
 def test_loose_parameters_are_those_of_no_module() -> None:
-    anatomy = inspect(two, AutoNormal(two), (X, Y), {})
+    anatomy = inspect(Program(two, (X, Y), {}), AutoNormal(two))
     assert set(anatomy.loose_params) == {"scale", "shift"}
     for name, value in anatomy.loose_params.items():
         assert value is pyro.param(name).unconstrained() and value.requires_grad
@@ -60,7 +61,7 @@ def test_parameters_of_a_handwritten_guide_are_loose() -> None:
         with pyro.plate("data", 12, subsample_size=4) as i:
             pyro.sample("scene_z", dist.Normal(x[i] @ gain, 0.7).to_event(1))
 
-    anatomy = inspect(plate_model(A, 4), guide, (X,), {})
+    anatomy = inspect(Program(plate_model(A, 4), (X,), {}), guide)
     assert list(anatomy.loose_params) == ["gain"] and list(anatomy.ebms) == ["scene"]
 
 
@@ -69,7 +70,7 @@ def test_parameters_of_a_handwritten_guide_are_loose() -> None:
 )
 def test_parameters_of_a_guide_that_is_a_module_are_not(make: Callable[..., Any]) -> None:
     model = plate_model(A, 4)
-    anatomy = inspect(model, make(model), (X,), {})
+    anatomy = inspect(Program(model, (X,), {}), make(model))
     assert anatomy.loose_params == {} and list(anatomy.ebms) == ["scene"]
 
 
@@ -83,7 +84,7 @@ def test_a_network_that_pyro_registers_is_loose() -> None:
             _, z = lvebm("scene", A, obs=x)
             pyro.sample("t", dist.Normal(net(z).squeeze(-1), 1.0), obs=x.sum(-1))
 
-    anatomy = inspect(model, AutoParticles(model), (X,), {})
+    anatomy = inspect(Program(model, (X,), {}), AutoParticles(model))
     assert set(anatomy.loose_params) == {"net$$$weight", "net$$$bias"}
     assert anatomy.loose_params["net$$$weight"] is net.weight
 
@@ -93,7 +94,7 @@ def test_a_model_without_lvebm_has_none() -> None:
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(m, 1.0), obs=x)
 
-    anatomy = inspect(model, AutoParticles(model), (torch.tensor(1.0),), {})
+    anatomy = inspect(Program(model, (torch.tensor(1.0),), {}), AutoParticles(model))
     assert anatomy.ebms == {} and anatomy.loose_params == {} and anatomy.nesting == 0
 
 
@@ -108,7 +109,7 @@ def test_nesting_counts_batch_dimensions(depth: int, expected: int) -> None:
             for plate in reversed(plates):
                 plate.__exit__(None, None, None)
 
-    assert inspect(model, AutoParticles(model, 3), (X,), {}).nesting == expected
+    assert inspect(Program(model, (X,), {}), AutoParticles(model, 3)).nesting == expected
 
 
 def test_nesting_is_that_of_the_deeper_of_model_and_guide() -> None:
@@ -120,18 +121,18 @@ def test_nesting_is_that_of_the_deeper_of_model_and_guide() -> None:
             pyro.sample("aux", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    assert inspect(model, guide, (X,), {}).nesting == 1
+    assert inspect(Program(model, (X,), {}), guide).nesting == 1
 
 
 def test_a_guide_that_cannot_work_is_refused() -> None:
     model = plate_model(A, 4)
     with pytest.raises(ValueError, match="AutoMultivariateNormal allocates parameters for the 4"):
-        inspect(model, AutoMultivariateNormal(model), (X,), {})
+        inspect(Program(model, (X,), {}), AutoMultivariateNormal(model))
 
 
 def test_arguments_by_name_reach_model_and_guide() -> None:
     model = plate_model(A, 4)
-    anatomy = inspect(model, AutoParticles(model), (), {"x": X})
+    anatomy = inspect(Program(model, (), {"x": X}), AutoParticles(model))
     assert list(anatomy.ebms) == ["scene"]
 
 
@@ -145,7 +146,7 @@ def test_a_guide_list_is_looked_through() -> None:
     guide = AutoGuideList(model)
     guide.append(AutoNormal(poutine.block(model, expose=["w"])))
     guide.append(AutoParticles(poutine.block(model, hide=["w"]), 2))
-    anatomy = inspect(model, guide, (X,), {})
+    anatomy = inspect(Program(model, (X,), {}), guide)
     assert anatomy.loose_params == {} and anatomy.nesting == 1
 
 
@@ -153,6 +154,6 @@ def test_looking_leaves_no_trace() -> None:
     """Neither in an enclosing trace, nor as a gradient or a refresh of the pool."""
     before = int(A.pool.refreshes)
     with poutine.trace() as outer:
-        inspect(two, AutoNormal(two), (X, Y), {})
+        inspect(Program(two, (X, Y), {}), AutoNormal(two))
     assert len(outer.trace.nodes) == 0
     assert int(A.pool.refreshes) == before and all(p.grad is None for p in A.parameters())

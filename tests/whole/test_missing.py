@@ -33,6 +33,7 @@ from pyro_lvebm import (
 from pyro_lvebm.bases.completion import Completion
 from pyro_lvebm.bases.fitting import fit_incomplete
 from pyro_lvebm.latents import energy as local_energy_module
+from pyro_lvebm.latents.program import Program
 from pyro_lvebm.model import imputation
 from pyro_lvebm.sites.distributions import MissingSite
 
@@ -236,7 +237,7 @@ def test_the_direct_energy_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad(), global_seed(0):
         guide(x)
         trace = poutine.trace(pyro.plate("num_particles_vectorized", 3, dim=-2)(guide)).get_trace(x)
-    arguments = (model, guide, trace, 1, (x,), {})
+    arguments = (Program(model, (x,), {}, 1), guide, trace)
     with ebm.frozen():
         (direct,), _ = local_energy_module.latent_blocks(*arguments)
         monkeypatch.setattr(local_energy_module, "_own_part", lambda *_: None)
