@@ -55,7 +55,7 @@ def known(log_z: float) -> LogPartition:
 
 @pytest.fixture(scope="module")
 def ebm() -> LVEBM:
-    return make_quadratic(full_z=True, pool=TemperedPool(4, 32, seed=0))
+    return make_quadratic(full_z=True, pool=TemperedPool(3, 32, num_moves=2, seed=0))
 
 
 @pytest.fixture(scope="module")

@@ -118,14 +118,14 @@ def elpd(result: Any) -> float:
 @pytest.fixture(scope="module")
 def by_particles(ebm: LVEBM, x: Tensor) -> Any:
     model = shifted(ebm)
-    saddle = Saddle(model, AutoParticles(model, 4), Adam({"lr": 1e-3}), seed=1)
+    saddle = Saddle(model, AutoParticles(model, 16), Adam({"lr": 1e-3}), seed=1)
     return to_arviz(
         saddle,
         x,
-        num_samples=150,
-        num_warmup=200,
+        num_samples=20,
+        num_warmup=150,
         num_predictive=0,
-        num_log_likelihood=150,
+        num_log_likelihood=20,
     )
 
 
@@ -137,7 +137,7 @@ def test_values_follow_each_draw(by_particles: Any, ebm: LVEBM, x: Tensor) -> No
     """
     found = log_likelihood(by_particles)
     mu = by_particles["posterior"]["mu"].to_numpy()
-    assert found.shape == (4, 150, N)
+    assert found.shape == (16, 20, N)
     exact = conditional(ebm, x, mu)
     assert exact.std((0, 1)).min() > 0.05
     assert np.abs(found - exact).max() < 0.4 and (found - exact).std() < 0.06
@@ -245,7 +245,7 @@ def test_loo_is_exact_leave_one_out_within_its_standard_error(
 ) -> None:
     """elpd_loo with μ as particles is within a fifth of its standard error of the exact value.
 
-    That error is over data; the rest is Monte Carlo error of 600 correlated draws. In sample, with
+    That error is over data; the rest is Monte Carlo error of 320 draws of 16 chains. In sample, with
     the μ of all data, the figure would be too high by p_loo, and fail.
     """
     exact = exact_leave_one_out(ebm, x)

@@ -271,8 +271,8 @@ def test_training_with_a_third_missing_reaches_the_observed_data_mle() -> None:
             lvebm("scene", ebm, obs=x[i])
 
     assert loss() > 0.1  # the start is not already there
-    saddle = Saddle(model, AutoParticles(model, 4), Adam({"lr": 1e-2}), seed=0)
-    saddle.fit(x, num_steps=600, progress=False)
+    saddle = Saddle(model, AutoParticles(model, 4), Adam({"lr": 2e-2}), seed=0)
+    saddle.fit(x, num_steps=200, progress=False)
     assert loss() < 0.01
     filled = torch.where(x.isnan(), x.nanmean(0), x).double()
     wrong = MultivariateNormal(filled.mean(0), torch.cov(filled.T, correction=0))
@@ -285,17 +285,17 @@ def test_training_with_a_third_missing_reaches_the_observed_data_mle() -> None:
 def test_intervals_of_imputed_entries_have_nominal_coverage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """80 % intervals of 99 draws at rows of the model itself; binomial test at ALPHA."""
+    """80 % intervals of 19 draws at rows of the model itself; binomial test at ALPHA."""
     monkeypatch.setattr(imputation, "_NUM_PARTICLES", 64)  # enough for a single mode
     ebm = quadratic_ebm()
     x = draws_of_x(ebm, 150, 1)
     holed = with_holes(x)
-    draws = ebm.impute(holed, num_samples=99)
+    draws = ebm.impute(holed, num_samples=19)
     hidden = holed.isnan()
-    assert torch.equal(draws[:, ~hidden], x[~hidden].expand(99, -1))
-    # Ranks on 0 … 99; one entry of each row, since those of a row depend on each other.
+    assert torch.equal(draws[:, ~hidden], x[~hidden].expand(19, -1))
+    # Ranks on 0 … 19; one entry of each row, since those of a row depend on each other.
     first = np.array([(draws[:, i] < x[i]).sum(0)[h][0] for i, h in enumerate(hidden) if h.any()])
-    inside = int(((first >= 10) & (first < 90)).sum())
+    inside = int(((first >= 2) & (first < 18)).sum())
     assert stats.binomtest(inside, len(first), 0.8).pvalue > ALPHA
     base = np.array(
         [float((ebm.base_x.loc[h][0] - x[i][h][0]).abs()) for i, h in enumerate(hidden) if h.any()]
