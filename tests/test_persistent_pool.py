@@ -132,13 +132,13 @@ class Path(NamedTuple):
 
 
 PATHS = {
-    "long": Path(PRECISION, LINEAR, 8, 1000, 8, 0.2, 50, torch.float32),
+    "long": Path(PRECISION, LINEAR, 8, 1000, 8, 0.2, 40, torch.float32),
     "wide": Path(
         torch.tensor([0.4, 0.7, 1.0, 1.8, 3.0], dtype=torch.float64).diag(),
         torch.tensor([0.5, -0.3, 0.0, 0.8, -1.0], dtype=torch.float64),
-        *(6, 300, 6, 0.25, 50, torch.float64),
+        *(6, 300, 6, 0.25, 24, torch.float64),
     ),
-    "abrupt": Path(PRECISION[:2, :2], LINEAR[:2], 2, 100, 12, 0.2, 150, torch.float64),
+    "abrupt": Path(PRECISION[:2, :2], LINEAR[:2], 2, 100, 12, 0.2, 80, torch.float64),
 }
 
 
@@ -205,14 +205,13 @@ def test_path_check_fails_for_wrong_increments(
     assert path_moments_p_value(PATHS[path], ULA(), jarzynski=True) < CERTAIN
 
 
-@pytest.mark.parametrize("path", ["long", "abrupt"])
 def test_path_check_fails_where_resampling_only_drops_the_weights(
-    monkeypatch: pytest.MonkeyPatch, path: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         persistent_pool, "systematic_resample", lambda log_w, _: torch.arange(len(log_w))
     )
-    assert path_moments_p_value(PATHS[path], ULA(), jarzynski=True) < CERTAIN
+    assert path_moments_p_value(PATHS["long"], ULA(), jarzynski=True) < CERTAIN
 
 
 def training_error(num_chains: int, seed: int, jarzynski: bool) -> Tensor:
@@ -377,11 +376,14 @@ def test_chains_are_weighted_only_where_asked() -> None:
         jarzynski: PersistentPool(60, step_size=0.3, seed=1, jarzynski=jarzynski)
         for jarzynski in (False, True)
     }
-    ebms = {jarzynski: frozen_ebm(pool) for jarzynski, pool in pools.items()}
+    # So near the base that no weights are so unequal that chains are resampled.
+    theta = EYE + 0.2 * (PRECISION - EYE), 0.2 * LINEAR
+    ebms = {jarzynski: frozen_ebm(pool, *theta) for jarzynski, pool in pools.items()}
     for jarzynski, pool in pools.items():
         pool.refresh(ebms[jarzynski])
         assert (pool.log_weights.std() > 0.01) == jarzynski
         assert (pool.acceptance < 0.99).item() == jarzynski  # known as soon as α is
+    assert 30.0 < pools[True].ess < 59.9
     assert torch.equal(pools[False].u, pools[True].u)  # the weights do not enter the moves
     pools[False].load_state_dict(pools[True].state_dict())
     pools[False].refresh(ebms[False])
