@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from referee import assert_global_rng_untouched
 
+from pyro_lvebm import log_partition
+
 # Fixed examples, and fixtures here guard a whole test rather than each of its examples.
 settings.register_profile(
     "repository",
@@ -28,6 +30,13 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def empty_param_store() -> None:
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def coarse_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cheap bracket of log Z, for tests that do not ask how near it is."""
+    for name, value in (("num_particles", 64), ("num_runs", 4), ("num_refreshes", 3)):
+        monkeypatch.setitem(log_partition.__kwdefaults__, name, value)
 
 
 @pytest.fixture

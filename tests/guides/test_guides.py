@@ -468,7 +468,9 @@ MINIBATCH_SIZED = [
 
 
 @pytest.mark.parametrize("make", MINIBATCH_SIZED)
-def test_guides_of_the_size_of_a_minibatch_are_refused(make: Callable[..., Any]) -> None:
+def test_guides_of_the_size_of_a_minibatch_are_refused(
+    make: Callable[..., Any], coarse_brackets: None
+) -> None:
     """By `Saddle` and by `compare_elbo`, alone and in a list, before anything has changed."""
     ebm = quadratic_ebm()
     model, x = plate_model(ebm, 4), data_of(ebm, 10)

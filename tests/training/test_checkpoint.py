@@ -188,7 +188,7 @@ def test_fit_and_posterior_draws_go_on_too(tmp_path: Path) -> None:
 def test_a_fit_to_held_out_data_goes_on(guide: str, tmp_path: Path) -> None:
     """Evaluations, the choice of the best, the average and the history, in which gaps remain."""
     saddle, x = saved(tmp_path / "run", guide=guide)
-    options: dict[str, Any] = {"num_steps": 5, "held_out": (x[:9],), "evaluate_every": 2}
+    options: dict[str, Any] = {"num_steps": 5, "held_out": (x[:9],), "evaluate_every": 3}
     losses = saddle.fit(x, progress=False, **options)
     saddle.save(tmp_path / "fitted")
     runs = []
@@ -205,11 +205,11 @@ def test_a_fit_to_held_out_data_goes_on(guide: str, tmp_path: Path) -> None:
     steps_of_rows = saddle.history.index.tolist()
     assert steps_of_rows == list(range(1, 10))
     evaluated = saddle.history["log_evidence"].dropna()
-    assert evaluated.index.tolist() == [4, 6, 8, 9]
+    assert evaluated.index.tolist() == [4, 7, 9]
     fits = []
     for run in (saddle, runs[1]):
         pyro.clear_param_store()  # guides of one class share their names in it
-        fits.append(run.fit(x, progress=False, **options))
+        fits.append(run.fit(x, progress=False, **{**options, "num_steps": 2}))
     assert fits[0] == fits[1]
     assert_same_history(saddle, runs[1])
 

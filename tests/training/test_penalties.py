@@ -200,11 +200,11 @@ def kls_from_base(conditional: bool, count: int = 12) -> list[float]:
         if conditional:
             pool = ContextPool(4, 64, num_moves=4, seed=seed)
             ebm = LVEBM.from_data(Narrower(), x, z_dim=2, context=context, pool=pool)
-            for _ in range(30):
+            for _ in range(16):
                 pool.refresh(ebm, context)
         else:
             pool = TemperedPool(4, 64, num_moves=4, seed=seed)
-            ebm = warm(LVEBM.from_data(Narrower(), x, z_dim=2, pool=pool), 30)
+            ebm = warm(LVEBM.from_data(Narrower(), x, z_dim=2, pool=pool), 16)
         found.append(pool.kl_from_base().item())
     return found
 
@@ -363,11 +363,11 @@ def noise_fitted(**options: float) -> LVEBM:
     pyro.clear_param_store()
     x = normal((40, 6), 3)
     energy = MLPEnergy(6, 1, hidden=(32, 32), seed=1, **options).double()
-    pool = TemperedPool(4, 64, num_moves=4)
+    pool = TemperedPool(3, 64, num_moves=2)
     ebm = LVEBM.from_data(energy, x, z_dim=1, pool=pool)
     model = plate_model(ebm)
-    Saddle(model, AutoParticles(model, 2), Adam({"lr": 0.003})).fit(
-        x, num_steps=120, progress=False
+    Saddle(model, AutoParticles(model, 2), Adam({"lr": 0.006}), num_moves=2).fit(
+        x, num_steps=60, progress=False
     )
     return ebm
 

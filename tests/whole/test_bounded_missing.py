@@ -153,13 +153,13 @@ def test_nuts_and_particles_agree_with_the_exact_law_of_a_missing_positive_entry
         return mean_p_value(torch.stack([white.mean(0), (white**2).mean(0)], -1), [0.0, 1.0])
 
     with global_seed(0), ebm.frozen():
-        mcmc = MCMC(NUTS(model), num_samples=100, warmup_steps=40, disable_progbar=True)
+        mcmc = MCMC(NUTS(model), num_samples=50, warmup_steps=30, disable_progbar=True)
         mcmc.run(x)
     nuts = mcmc.get_samples()["scene_missing"]
     with ebm.frozen():
         saddle = Saddle(model, AutoParticles(model, 8), Adam({"lr": 1e-3}), seed=0)
-        saddle.fit(x, num_steps=50, progress=False)
-        kept = saddle.sample_posterior(x, num_samples=100, num_warmup=100)["scene_missing"]
+        saddle.fit(x, num_steps=30, progress=False)
+        kept = saddle.sample_posterior(x, num_samples=50, num_warmup=50)["scene_missing"]
     for draws in (nuts, kept.flatten(0, 1)):
         assert (draws > 0).all()
         assert p_value(draws, True) > ALPHA
