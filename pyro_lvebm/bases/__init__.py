@@ -5,5 +5,3 @@ from pyro_lvebm.bases.completion import Completion, observed_entries
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.bases.pairs import PairSupport
 from pyro_lvebm.bases.supports import Support
-
-__all__ = ["Completion", "GaussianBase", "PairSupport", "Support", "observed_entries"]

@@ -2,5 +2,3 @@
 """The whole path for one table: fit, demo."""
 
 from pyro_lvebm.cli.main import build_parser, main
-
-__all__ = ["build_parser", "main"]

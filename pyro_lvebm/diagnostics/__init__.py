@@ -7,18 +7,3 @@ from pyro_lvebm.diagnostics.dissipativity import Dissipativity, check_dissipativ
 from pyro_lvebm.diagnostics.particles import ParticleDiagnostics, particle_diagnostics
 from pyro_lvebm.diagnostics.pools import PoolDiagnostics, pool_diagnostics
 from pyro_lvebm.diagnostics.traversal import Traversal, traverse
-
-__all__ = [
-    "ConvergenceRate",
-    "Disentanglement",
-    "Dissipativity",
-    "ParticleDiagnostics",
-    "PoolDiagnostics",
-    "Traversal",
-    "check_dissipativity",
-    "convergence_rate",
-    "disentanglement",
-    "particle_diagnostics",
-    "pool_diagnostics",
-    "traverse",
-]

@@ -4,5 +4,3 @@
 from pyro_lvebm.energies.mlp import MLPEnergy
 from pyro_lvebm.energies.quadratic import QuadraticEnergy
 from pyro_lvebm.energies.whitened import WhitenedEnergy, check_energy
-
-__all__ = ["MLPEnergy", "QuadraticEnergy", "WhitenedEnergy", "check_energy"]

@@ -15,24 +15,3 @@ from pyro_lvebm.evidence.programs import (
     row_log_z,
     warn_of_unreliable,
 )
-
-__all__ = [
-    "ConditionalLogPartition",
-    "ImportanceWeightedELBO",
-    "LogEvidence",
-    "LogPartition",
-    "Terms",
-    "conditional_log_partition",
-    "fit_gaussian",
-    "log_evidence",
-    "log_evidence_of",
-    "log_partition",
-    "marginal_likelihood",
-    "missed_log_z",
-    "model_log_evidence",
-    "posterior_draws",
-    "relative_to",
-    "row_log_z",
-    "total",
-    "warn_of_unreliable",
-]

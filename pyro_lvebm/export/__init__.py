@@ -2,5 +2,3 @@
 """Everything to ArviZ."""
 
 from pyro_lvebm.export.to_arviz import to_arviz
-
-__all__ = ["to_arviz"]

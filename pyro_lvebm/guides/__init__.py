@@ -9,16 +9,3 @@ from pyro_lvebm.guides.per_datum_gaussian import (
     AutoPerDatumMultivariateNormal,
 )
 from pyro_lvebm.guides.per_datum_iaf import AutoPerDatumIAFNormal
-
-__all__ = [
-    "AutoAmortisedMultivariateNormal",
-    "AutoAmortisedNormal",
-    "AutoParticles",
-    "AutoPerDatumIAFNormal",
-    "AutoPerDatumLowRankMultivariateNormal",
-    "AutoPerDatumMultivariateNormal",
-    "check_guide",
-    "find_particles",
-    "own_parameters",
-    "undo_particles",
-]

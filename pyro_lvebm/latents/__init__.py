@@ -12,26 +12,3 @@ from pyro_lvebm.latents.positive_phase import Moves, move_minibatch
 from pyro_lvebm.latents.predictive import observed_values, posterior_replicates, prior_draws
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.latents.sweep import FullData, Sweep
-
-__all__ = [
-    "ChainSettings",
-    "FullData",
-    "LatentBlock",
-    "Minibatch",
-    "ModelAt",
-    "Moves",
-    "PosteriorDraws",
-    "Program",
-    "Sweep",
-    "as_problems",
-    "draw_guide",
-    "draw_posterior",
-    "latent_blocks",
-    "move_minibatch",
-    "observed_values",
-    "posterior_replicates",
-    "prior_draws",
-    "run_chains",
-    "sum_other_axes",
-    "sum_out",
-]

@@ -12,21 +12,3 @@ from pyro_lvebm.model.contexts import (
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.lvebm import LVEBM, JointEnergy
 from pyro_lvebm.model.posterior import Shape, as_problems, expand_events
-
-__all__ = [
-    "LVEBM",
-    "Density",
-    "JointEnergy",
-    "Shape",
-    "as_problems",
-    "check_context",
-    "check_contexts_finite",
-    "check_unconditional",
-    "context_rows",
-    "draw_conditional",
-    "expand_context",
-    "expand_events",
-    "given_observed",
-    "given_x",
-    "given_z",
-]

@@ -6,18 +6,3 @@ from pyro_lvebm.plots.data import plot_images, plot_pair, plot_pairs, plot_recon
 from pyro_lvebm.plots.energy import plot_energy
 from pyro_lvebm.plots.posterior import plot_elbo, plot_latents
 from pyro_lvebm.plots.training import history_figure, plot_ladder, plot_log_partition
-
-__all__ = [
-    "history_figure",
-    "new_figure",
-    "plot_elbo",
-    "plot_energy",
-    "plot_images",
-    "plot_ladder",
-    "plot_latents",
-    "plot_log_partition",
-    "plot_pair",
-    "plot_pairs",
-    "plot_reconstructions",
-    "save_figure",
-]

@@ -6,5 +6,3 @@ from pyro_lvebm.pools.context import ContextPool
 from pyro_lvebm.pools.ladder import LadderPool, ladder_of
 from pyro_lvebm.pools.persistent import PersistentPool
 from pyro_lvebm.pools.tempered import TemperedPool
-
-__all__ = ["ContextPool", "LadderPool", "PersistentPool", "Pool", "TemperedPool", "ladder_of"]

@@ -7,13 +7,3 @@ from pyro_lvebm.training.ipla import ipla
 from pyro_lvebm.training.penalties import energy_l2, kl_to_base
 from pyro_lvebm.training.saddle import Saddle
 from pyro_lvebm.training.step import pool_snapshot
-
-__all__ = [
-    "Saddle",
-    "assign",
-    "energy_l2",
-    "half_cosine",
-    "ipla",
-    "kl_to_base",
-    "pool_snapshot",
-]

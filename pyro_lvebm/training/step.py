@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.linalg import LinAlgError
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites import PositivePairs, all_nodes

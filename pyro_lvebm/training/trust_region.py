@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.linalg import LinAlgError
 
 from pyro_lvebm.model import LVEBM
 
