@@ -88,24 +88,12 @@ def convergence_rate(
 
         du = −∇E(u) dt + √2 dB,    KL(r_t ‖ p) ≤ e^{−2λt} KL(r_0 ‖ p),    W2² ≤ (2 / λ) KL
 
-    in coordinates u whitened by the base, with λ the log-Sobolev constant of the model: for a
-    quadratic energy the smallest eigenvalue of its Hessian, for a strongly convex one at least
-    the smallest curvature. Many chains start in the base N(0, I) and take unadjusted Langevin
-    steps of size η, so k steps are the time t = kη; for a curvature λ this makes the rate too
-    large by a share ηλ / 2, and the limit is that of the biased kernel. The rate is the slope of
-    log KL on t, by least squares weighted with the estimated precision of log KL, over times from
-    `fit_from` up to the first at which KL is not clearly above its noise floor. Where KL in the
-    last third of the times is clearly above the floor and twice what the fit says, it has a
-    `plateau`. As λ holds for every start and all times, half the rate is at least λ: it bounds λ
-    from above, up to errors, and never from below.
-
-    KL is estimated from samples of r_t and of p. "neighbours" is the difference of their
-    `free_energy`, with entropies from distances between neighbours: right for every density as
-    samples grow, and too small where r_t or p has thin structures or the dimension is high.
-    "gaussian" compares moments (`gaussian_kl`): unbiased where all r_t are Gaussian, which they are
-    for a quadratic energy, and otherwise the divergence of other laws. W2 is that of exact
-    assignments between samples of at most 256. They have a distance even if both are of one law;
-    `debiased_squared_w2` takes it off.
+    in coordinates u whitened by the base, with λ the log-Sobolev constant of the model. Chains
+    start in the base N(0, I) and take unadjusted Langevin steps of size η, so k steps are the time
+    t = kη. The rate is the slope of log KL on t, weighted by its precision, until KL is not clearly
+    above its noise floor; half of it bounds λ from above, up to errors. "neighbours" estimates KL
+    by distances between neighbours (`free_energy`), "gaussian" by moments (`gaussian_kl`);
+    docs/diagnostics.md says where each is right.
 
     Args:
         ebm: The LVEBM; unchanged.

@@ -43,35 +43,21 @@ def to_arviz(
     | Group | What it is |
     |---|---|
     | `posterior` | draws of the latents of all data |
-    | `sample_stats` | of particles, see below; `log_partition`, log Z of the pool, in nats |
+    | `sample_stats` | of particles: energy, acceptance, step size; `log_partition` of the pool |
     | `posterior_predictive` | replicates of the observed sites given the last draws |
     | `prior`, `prior_predictive` | joint draws of the model without data, from the pool |
-    | `log_likelihood` | log p(x_i), see below |
+    | `log_likelihood` | log p(x_i), in nats |
     | `observed_data` | values of the observed sites, NaN where missing, if no latent moves them |
     | `constant_data` | numbers among the arguments of the model that are no observed data |
     | `elbo_table` | the table's columns, and the brackets of log Z |
 
-    **Chains.** Of a `Saddle` with `AutoParticles` a chain is a particle, and a draw a kept step,
-    with θ at rest. Their statistics are energy = −log p(x, z) with the pool's log Z, the
-    acceptance rate and the step size, for each datum. Where latents lie in no plate as well, each
-    group has statistics of its own, whose names end in `_<site>`. Latents that another guide holds
-    beside the particles are drawn once for each chain, and held. A guide gives one chain of
-    independent draws of its own law, which is not the posterior; `MCMC` gives its draws.
-
-    **Log likelihood.** It is marginal in the latents of a datum:
+    Of a `Saddle` with `AutoParticles` a chain is a particle, and a draw a kept step with θ at rest;
+    a guide gives one chain of independent draws of its own law. The log likelihood is marginal in
+    the latents of a datum, and never the log probability of an x site,
 
         log p_θ(x_i | w_s) = log ∫ p_θ(x_i, z_i | w_s) dz_i
 
-    with w the latents in no plate, and all observed sites of a datum in one variable. log Z is that
-    of `log_partition`; its error moves all data alike (attributes of the group). The log
-    probability of an x site is not log p(x | z), and appears nowhere.
-
-    Where there are w, `az.loo` and `az.compare` mean what they say for w at this θ: without x_i,
-    the posterior of w is another one. Take all draws. Without w all draws s estimate one number
-    for each datum: elpd_loo is then Σ_i log p_θ(x_i), and p_loo is Monte Carlo error and no number
-    of parameters. Either way θ stays where it is. On data that trained it the figure is
-    in-sample, too high by what fitting gained; to compare models, export data that did not. It
-    belongs to θ and not to a guide: all guides of one θ without w have the same.
+    with w the latents in no plate. docs/estimators.md says what each means, and what `az.loo` does.
 
     Args:
         source: A `Saddle` or other `SVI`, a trained guide, `MCMC` that has run, or an `ElboTable`
