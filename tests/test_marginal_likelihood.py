@@ -253,8 +253,8 @@ def test_loo_is_exact_leave_one_out_within_its_standard_error(
 ) -> None:
     """elpd_loo with μ as particles is within a fifth of its standard error of the exact value.
 
-    That error is over data; the rest is Monte Carlo error of 320 draws of 16 chains. In sample, with
-    the μ of all data, the figure would be too high by p_loo, and fail.
+    That error is over data; the rest is Monte Carlo error of 320 draws of 16 chains. In sample,
+    with the μ of all data, the figure would be too high by p_loo, and fail.
     """
     exact = exact_leave_one_out(ebm, x)
     result = loo(by_particles)
