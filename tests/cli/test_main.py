@@ -48,6 +48,9 @@ cli = import_module("pyro_lvebm.cli.main")
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
+# The function hides the module of its name in the package.
+LOG_EVIDENCE = sys.modules["pyro_lvebm.evidence.log_evidence"]
+
 OUTPUTS = {
     "figure.png",
     "elbo_table.csv",
@@ -98,12 +101,19 @@ def run(*arguments: str | Path, out: Path) -> Run:
     return Run(status, stdout.getvalue(), stderr.getvalue(), out)
 
 
+small_energy = partial(MLPEnergy, hidden=(16, 16), fourier_features=8)
+small_pool = partial(TemperedPool, 4, 32, num_moves=2)
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """Brackets of log Z with fewer particles: they are half of the time of a short job."""
-    cheap = partial(log_partition, num_particles=64, num_runs=8, num_refreshes=3)
+    """Few runs for log Z, a small network and a small pool: the time of a short job is in these."""
+    cheap = partial(log_partition, num_particles=64, num_runs=3, num_refreshes=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_evidence, "log_partition", cheap)
+        patch.setattr(LOG_EVIDENCE, "log_partition", cheap)
+        patch.setattr(job, "MLPEnergy", small_energy)
+        patch.setattr(job, "TemperedPool", small_pool)
         yield
 
 
@@ -238,7 +248,7 @@ def test_figure_is_a_picture(fitted: Run) -> None:
 
 def rebuild(train: np.ndarray, seed: int) -> tuple[LVEBM, Any, Tensor]:
     x = torch.as_tensor(train, dtype=torch.float32)
-    ebm = LVEBM.from_data(MLPEnergy(2, 1, seed=seed), x, z_dim=1, pool=TemperedPool(seed=seed))
+    ebm = LVEBM.from_data(small_energy(2, 1, seed=seed), x, z_dim=1, pool=small_pool(seed=seed))
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), subsample_size=len(x)) as i:

@@ -38,6 +38,7 @@ from pyro_lvebm import (
     ImportanceWeightedELBO,
     QuadraticEnergy,
     Saddle,
+    TemperedPool,
     compare_elbo,
     lvebm,
 )
@@ -117,10 +118,10 @@ def gaps(ebm: LVEBM, x: Tensor, make: Any) -> Tensor:
     pyro.clear_param_store()
     model = plate_model(ebm)
     guide = make(model, hidden=(32,))
-    saddle = Saddle(model, guide, ClippedAdam({"lr": 1e-2}))
+    saddle = Saddle(model, guide, ClippedAdam({"lr": 2e-2}))
     torch.manual_seed(0)  # the same noise for all guides
     with ebm.frozen():
-        saddle.fit(x, num_steps=400, progress=False)
+        saddle.fit(x, num_steps=150, progress=False)
         losses = torch.tensor([saddle.evaluate_loss(x) for _ in range(64)])
     off = float(ebm.log_partition) - float(ebm.f.log_partition().detach())
     exact = observed_log_density(exact_joint(ebm), x)
@@ -155,7 +156,8 @@ def test_the_bound_is_below_the_exact_evidence_and_needs_the_mask(
 
 def test_the_table_has_the_elbo_of_the_losses() -> None:
     """Within four standard errors."""
-    ebm = warm(quadratic_ebm(4, 2))
+    # With tiny_pool() log Z online may be off by more than annealing allows, which warns.
+    ebm = warm(quadratic_ebm(4, 2, pool=TemperedPool(4, 128, num_moves=4)))
     x = with_holes(data_of(ebm, 20))
     model = plate_model(ebm)
     guide = AutoAmortisedNormal(model, hidden=(5,))
@@ -188,7 +190,8 @@ def test_losses_of_pyro_agree() -> None:
             losses[type(elbo).__name__] = torch.tensor(found)
     plain, analytic, weighted = losses.values()
     assert mean_p_value(plain - analytic, 0.0) > ALPHA
-    assert mean_p_value(plain + 0.5 * plain.std() - analytic, 0.0) < CERTAIN
+    # One standard deviation is 9 standard errors of the difference of 150 independent losses.
+    assert mean_p_value(plain + plain.std() - analytic, 0.0) < CERTAIN
     assert weighted.mean() < plain.mean() - 3 * plain.std() / math.sqrt(150)
 
 

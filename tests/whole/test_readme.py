@@ -56,11 +56,17 @@ def missing_files(text: str, folder: Path) -> set[str]:
     return {path for path in paths if not (folder / path).exists()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/pyro.md", "docs/diagnostics.md"]
+    "page",
+    [
+        pytest.param("README.md", marks=pytest.mark.slow),
+        "docs/index.md",
+        "docs/pyro.md",
+        pytest.param("docs/diagnostics.md", marks=pytest.mark.slow),
+    ],
 )
 def test_examples_run(page: str) -> None:
+    """Slow: README and diagnostics fit at sizes that show what their text says."""
     examples = python_examples((ROOT / page).read_text(encoding="utf-8"))
     assert examples.count(">>>") > 10
     assert failures(examples) == ""
