@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_lvebm.comparison import ElboTable
-from pyro_lvebm.sites import Node, sample_nodes
+from pyro_lvebm.sites import Node
 
 SAMPLE_DIMS = ("chain", "draw")
 
@@ -99,11 +98,6 @@ def plate_names(site: Node) -> list[str]:
     frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
     names = [frame.name for frame in frames if frame.vectorized]
     return names if len(names) == len(site["fn"].batch_shape) else []
-
-
-def sites_of(prototype: Trace) -> dict[str, Node | None]:
-    """Return the sites of a model by name."""
-    return dict(sample_nodes(prototype))
 
 
 def table_dataset(table: ElboTable) -> Any:
