@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +18,10 @@ from torch.distributions import biject_to
 
 from pyro_lvebm.latents import sum_other_axes
 from pyro_lvebm.sampling import log_mean_exp
-from pyro_lvebm.sites import PARTICLE_PLATE, Node, sample_nodes
+from pyro_lvebm.sites import PARTICLE_PLATE, Model, Node, sample_nodes
 from pyro_lvebm.validation import check_at_least
 
 Nodes = dict[str, Node]
-
-Program = Callable[..., Any]
 
 Term = tuple[float, str, Node]  # 1 in the model or −1 in the guide, name, site
 
@@ -104,13 +101,11 @@ class ImportanceWeightedELBO(ELBO):
         )
 
     @torch.no_grad()
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
         """Return an estimate of −L_K, in nats."""
         return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
         """Return an estimate of −L_K, a scalar, in nats, with its gradient."""
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         nesting = int(self.max_plate_nesting) - (self.num_particles > 1)
@@ -118,7 +113,7 @@ class ImportanceWeightedELBO(ELBO):
         warn_if_nan(loss, "loss")
         return loss
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
         """Return an estimate of −L_K, in nats, and add its gradient to that of every parameter."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
@@ -126,7 +121,7 @@ class ImportanceWeightedELBO(ELBO):
         return float(loss.detach())
 
     def _get_trace(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Trace, Trace]:
         traces: tuple[Trace, Trace] = get_importance_trace(
             "flat", self.max_plate_nesting, model, guide, args, kwargs
@@ -134,7 +129,7 @@ class ImportanceWeightedELBO(ELBO):
         return traces
 
     def _guess_max_plate_nesting(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         # A step must not depend on whether it was the first, as after a checkpoint; nor may the
         # guess let the pool of an LVEBM move.
