@@ -22,12 +22,7 @@ from pyro_lvebm.sites import (
     Model,
     sample_nodes,
     subsample_nodes,
-    will_be_enumerated,
 )
-
-
-def _latent_names(program: Program) -> set[str]:
-    return {name for name, node in program.latents.items() if not will_be_enumerated(node)}
 
 
 class _FromBase(Messenger):
@@ -44,7 +39,7 @@ class _FromBase(Messenger):
 
 def prior_guide(program: Program) -> Model:
     """The prior of the model's latents as a guide."""
-    shown = sorted(_latent_names(program) | set(subsample_nodes(program.prototype)))
+    shown = sorted(program.integrated() | set(subsample_nodes(program.prototype)))
 
     def prior(*args: Any, **kwargs: Any) -> None:
         with poutine.block(expose=shown), _FromBase():
@@ -57,15 +52,7 @@ def particle_log_weights(
     particles: AutoParticles, guide: Model, sweep: Sweep, num_samples: int
 ) -> tuple[Tensor, int]:
     """Log weights (num_samples, N) of annealed Langevin from particles, and their coordinates."""
-    if particles.prototype_trace is None:
-        raise ValueError("this Saddle has not taken a step, so it has no particles yet; fit it")
-    names = dict(particles.prototype_trace.iter_stochastic_nodes())
-    others = _latent_names(sweep.program) - set(names)
-    if others:
-        raise ValueError(
-            f"the latents {sorted(others)} are not particles of this Saddle; its row needs all "
-            "latents of the model to be particles"
-        )
+    names = sweep.program.check_particles(particles)
 
     def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
         draws = posterior_draws(block, particles.step_size(block.columns[0].name), generator)
@@ -79,7 +66,7 @@ def particle_log_weights(
 def mcmc_log_weights(mcmc: MCMC, sweep: Sweep, num_samples: int) -> tuple[Tensor, int]:
     """Log weights (num_samples, N) of annealed Langevin from MCMC draws, and their numbers."""
     samples: dict[str, Tensor] = mcmc.get_samples()
-    missing = _latent_names(sweep.program) - set(samples)
+    missing = sweep.program.integrated() - set(samples)
     if missing:
         raise ValueError(f"the MCMC run has no draws of the latents {sorted(missing)}")
 

@@ -210,7 +210,7 @@ def log_evidence_of(
 
     Raises:
         ValueError: If the latents do not all lie in the same plates, a number is out of range, or
-            the Saddle has no particles.
+            the Saddle has no particles, or another guide holds some of the latents.
 
     Source:
         Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; docs/estimators.md.
@@ -236,6 +236,8 @@ def log_evidence_of(
     program, seed = Program(model, args, kwargs), derive_seed(seed, Stream.EVIDENCE)
     with program.at_rest(seed, Stream.EVIDENCE_PROTOTYPE):
         sweep = Sweep(program, seed)
+        if particles is not None:
+            program.check_particles(particles)
         found = [row_log_z(sweep, ebm) for ebm in program.ebms]
         log_zs = [log_z.bracket for log_z in found]
         warn_of_unreliable(log_zs)

@@ -76,6 +76,27 @@ class Program:
         """The sites that are not observed."""
         return {name: node for name, node in self.sites.items() if not node["is_observed"]}
 
+    def integrated(self) -> set[str]:
+        """Names of the latents that an evidence integrates over: all but enumerated ones."""
+        return {name for name, node in self.latents.items() if not will_be_enumerated(node)}
+
+    def check_particles(self, particles: AutoParticles) -> list[str]:
+        """Return the sites of particles that hold all latents.
+
+        Raises:
+            ValueError: If there are no particles yet, or latents are held by another guide.
+        """
+        if particles.prototype_trace is None:
+            raise ValueError("this Saddle has not taken a step, so it has no particles yet; fit it")
+        names = [name for name, _ in particles.prototype_trace.iter_stochastic_nodes()]
+        others = self.integrated() - set(names)
+        if others:
+            raise ValueError(
+                f"the latents {sorted(others)} are not particles of this Saddle; an estimate from "
+                "its particles needs all latents of the model to be particles"
+            )
+        return names
+
     @cached_property
     def ebms(self) -> list[LVEBM]:
         """The distinct LVEBMs, in order."""

@@ -9,7 +9,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from linear_gaussian import draw_x, initialise, make_model, make_quadratic
-from pyro.infer.autoguide import AutoNormal
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.optim import Adam
 from referee import ALPHA, bracket
 from scipy import stats
@@ -93,3 +94,16 @@ def test_numbers_out_of_range() -> None:
     for name in ("num_particles", "num_runs"):
         with pytest.raises(ValueError, match=f"{name} must be at least 2; got 1"):
             log_evidence_of(partial(two_latents, 1.0), y, **{name: 1})
+
+
+def test_a_saddle_whose_particles_are_not_all_latents_is_refused() -> None:
+    model, y = partial(two_latents, 1.0), torch.zeros(4)
+    guide = AutoGuideList(model)
+    guide.append(AutoParticles(poutine.block(model, expose=["a"]), 2))
+    guide.append(AutoNormal(poutine.block(model, expose=["b"])))
+    saddle = Saddle(model, guide, Adam({"lr": 1e-3}))
+    with pytest.raises(ValueError, match="has not taken a step, so it has no particles yet"):
+        log_evidence_of(model, y, saddle=saddle)
+    saddle.step(y)
+    with pytest.raises(ValueError, match=r"the latents \['b'\] are not particles of this Saddle"):
+        log_evidence_of(model, y, saddle=saddle)
