@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual energies f."""
+"""Residual energies f(x, z)."""
 
 from pyro_lvebm.energies.mlp import MLPEnergy
 from pyro_lvebm.energies.quadratic import QuadraticEnergy

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything to ArviZ."""
+"""Posteriors, tables and data as ArviZ objects."""
 
 from pyro_lvebm.export.to_arviz import to_arviz

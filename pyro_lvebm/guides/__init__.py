@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles, and restricted guides that subsample."""
+"""Latent particles, and restricted guides that subsample rightly."""
 
 from pyro_lvebm.guides.amortised import AutoAmortisedMultivariateNormal, AutoAmortisedNormal
 from pyro_lvebm.guides.checks import check_guide, find_particles, own_parameters

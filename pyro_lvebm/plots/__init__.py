@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures."""
+"""Pictures of data, energies, posteriors and training."""
 
 from pyro_lvebm.plots.canvas import new_figure, save_figure
 from pyro_lvebm.plots.data import plot_images, plot_pair, plot_pairs, plot_reconstructions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saddle."""
+"""Saddle: maximum likelihood by particles, pools and an optimiser inside a trust region."""
 
 from pyro_lvebm.training.averaging import assign
 from pyro_lvebm.training.fit import half_cosine
