@@ -245,7 +245,7 @@ def dequantise_logit(x: np.ndarray, num_levels: int, seed: int) -> np.ndarray:
         )
     noise = np.random.default_rng(derive_seed(seed, Stream.DEQUANTISATION)).random(x.shape)
     u = (x + noise) / num_levels
-    # λ > 0 keeps v inside (0, 1) even where u rounds to 0 or 1.
+    # λ > 0 keeps v inside (0, 1) even if u rounds to 0 or 1.
     return np.asarray(logit(SQUEEZE + (1.0 - 2.0 * SQUEEZE) * u), dtype=np.float64)
 
 

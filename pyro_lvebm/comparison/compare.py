@@ -142,7 +142,7 @@ def _compare_refits(
     rows, terms, log_zs, num_data = {}, {}, [], 0
     log_z_se: dict[str, float] = {}
     fits = refits(program, posteriors, num_steps)
-    # Closing puts the model back at once, also where an error would keep the generator alive.
+    # Closing puts the model back at once, even if an error would keep the generator alive.
     # The same for all fits, so that their differences have less noise than they are stated to.
     seed, new_seed = (derive_seed(seed, s) for s in (Stream.TABLE, Stream.TABLE_HELD_OUT))
     noise = isolated_rng(seed, Stream.TABLE_REFITS, device=program.device)

@@ -47,7 +47,7 @@ def disentanglement(
       weighted by their sum; `completeness`: whether each factor is served by one latent, 1 −
       entropy of the importances for it; `informativeness`: R² of the random forests that the
       importances come from, on rows that they were not fitted to. Importances of a forest add
-      up to one also where it predicts nothing: read the first two only where the third is high.
+      up to one even if it predicts nothing: read the first two only if the third is high.
 
     All are 1 at best, and 0 for independent latents but for noise: gaps and entropies of noise lie
     a little above 0, as the largest of equals does. Standard errors are by folds: of R² those of

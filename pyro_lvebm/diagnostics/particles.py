@@ -36,7 +36,7 @@ class ParticleDiagnostics:
         unmoved = int(self.frame["rhat"].isna().sum())
         still = f"; {unmoved:,} entries never move and have no R-hat" if unmoved else ""
         if not failing:
-            return f"none of {total:,} data has R-hat > {self.max_rhat:g}; {ess}{still}"
+            return f"R-hat is at most {self.max_rhat:g} for all {total:,} data; {ess}{still}"
         named = ", ".join(str(datum) for datum in failing[:_MAX_NAMED])
         more = ", …" if len(failing) > _MAX_NAMED else ""
         verb = "has" if len(failing) == 1 else "have"

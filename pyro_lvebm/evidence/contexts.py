@@ -87,9 +87,9 @@ def conditional_log_partition(
 
     This is `log_partition` for many contexts side by side, with one difference: the model draws
     from which the reverse runs start are the ends of further forward runs, resampled by the Ẑ of
-    their run and moved on by MALA. The upper ends are bounds as far as these draws are exact. Each
-    distinct context is annealed once. `log_partition(ebm.at(c))` takes more particles, and a pool,
-    for one context.
+    their run and moved on by MALA. The upper ends are bounds to the extent that these draws are
+    exact. Each distinct context is annealed once. `log_partition(ebm.at(c))` takes more particles,
+    and a pool, for one context.
 
     Args:
         ebm: The conditional LVEBM; unchanged.

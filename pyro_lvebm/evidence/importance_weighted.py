@@ -36,7 +36,7 @@ class ImportanceWeightedELBO(ELBO):
     to the log evidence. The scale stands outside the logarithm, so minibatches estimate L_K of all
     data without bias. `pyro.infer.RenyiELBO` takes one weight for the whole minibatch, with the
     scale in its exponent, and bounds nothing where data are subsampled. With an LVEBM, L_K is a
-    bound as far as the log Z of its pool is right.
+    bound to the extent that the log Z of its pool is right.
 
     The weights of a datum take in all sites inside its plates, sums over further plates included.
     A datum whose sites in the model are all masked contributes zero. Observed sites outside the

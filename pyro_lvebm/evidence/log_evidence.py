@@ -88,7 +88,7 @@ def log_evidence(
 
     Raises:
         ValueError: If x is empty, infinite, of another shape or outside its support, a context is
-            missing, too much or of another shape, or a number is out of range.
+            missing, given where there are none or of another shape, or a number is out of range.
         RuntimeError: If the energy is too rough for the pilot run.
 
     Source:

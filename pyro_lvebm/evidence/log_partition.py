@@ -34,7 +34,7 @@ class LogPartition(Bracket[float]):
     max_width: float  # the bracket that was asked for
 
     def times(self, count: int) -> LogPartition:
-        """Return the bracket of log Z counted so often, as where an LVEBM stands at many sites."""
+        """Return the bracket of log Z counted so often, for an LVEBM that stands at many sites."""
         scaled = each_end(lambda end: count * end, self)
         return replace(self, **scaled, max_width=count * self.max_width)
 
@@ -106,9 +106,9 @@ def log_partition(
     Carlo error, and c_rk Bennett's acceptance ratio between temperatures k and k + 1 for the
     particles of both directions. The estimate is consistent, but not unbiased; its standard error
     comes from the spread over r, and takes the draws to follow the model. The upper end is a bound
-    only as far as they do: they come from a copy of the pool, refreshed `num_refreshes` times and
-    then on between the runs. A pool and base that both miss a mode give a narrow bracket around a
-    wrong value.
+    only to the extent that they do: they come from a copy of the pool, refreshed `num_refreshes`
+    times and then on between the runs. A pool and base that both miss a mode give a narrow bracket
+    around a wrong value.
 
     Args:
         ebm: The LVEBM; unchanged.

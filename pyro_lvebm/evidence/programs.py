@@ -122,7 +122,7 @@ def contexts_of(sweep: Sweep, ebm: LVEBM) -> Tensor:
 
 
 def missed_log_z(sweep: Sweep, ebm: LVEBM) -> float:
-    """Return how many nats of log Z the pool has missed, as far as a quick annealing run can tell.
+    """Return how many nats of log Z the pool has missed, by a quick annealing run.
 
     With contexts it is how far the mean of log Z(c) over the data lies above that over the pool.
 

@@ -29,7 +29,7 @@ class AutoParticles(AutoGuide):
         q(z | x_i) = (1/K) Σ_k δ(z − z_k^(i))
 
     The particles are buffers in unconstrained coordinates, one of shape (K, *full_batch_shape,
-    *event_shape) for each latent site, with plates at their full size even where the model
+    *event_shape) for each latent site, with plates at their full size even if the model
     subsamples. A model that is given the rows of its minibatch, as in `pyro.plate("data", size,
     subsample=ids)`, gets the particles of these. `Saddle` moves them; as a guide, each site is a
     `Delta` at the particles of the present minibatch: all K under a vectorised ELBO with K

@@ -57,7 +57,7 @@ def latent_blocks(
         guide: The particles.
         guide_trace: A trace of the guide under `vectorise` with its own number of particles;
             fixes the minibatch, and the latents that other guides hold.
-        traced: Run the model at every evaluation, also where an LVEBM stands alone, so that
+        traced: Run the model at every evaluation, even if an LVEBM stands alone, so that
             energies follow the values of other latents in all their terms.
 
     Returns:

@@ -15,7 +15,7 @@ def check_unconditional(ebm: object, what: str) -> None:
         what: Name of the function that needs it.
 
     Raises:
-        ValueError: If the LVEBM is conditional, or is none.
+        ValueError: If it is conditional, or not an LVEBM.
     """
     if not hasattr(ebm, "context_shape"):
         raise ValueError(f"{what} needs an LVEBM; got {type(ebm).__name__}")

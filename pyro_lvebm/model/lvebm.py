@@ -326,7 +326,7 @@ class LVEBM(Density):
 class JointEnergy(TorchDistribution):
     """The joint p_θ(x, z) as one distribution over (x, z), flattened and concatenated.
 
-    x is in data coordinates, also where its support is bounded; `support` says so to Pyro.
+    x is in data coordinates, even if its support is bounded; `support` says so to Pyro.
     `log_prob` is the unnormalised −E_θ(x, z); add −log Z for a normalised density. `sample` draws
     from the pool and moves the draws on by MALA; draws are as good as the pool has converged.
 

@@ -124,7 +124,7 @@ def plot_pairs(
                 grid[i, 0].set_ylabel(titles[i])
     for j in range(n):
         grid[n - 1, j].set_xlabel(titles[j])
-    # Above the diagonal there is room, but where there is a single panel.
+    # Above the diagonal there is room, unless there is a single panel.
     place = {"loc": "upper right", "borderaxespad": 1.0} if n > 1 else {"loc": "best"}
     legend = figure.legend if n > 1 else grid[0, 0].legend
     legend(*grid[0, 0].get_legend_handles_labels(), **place)

@@ -109,6 +109,6 @@ def plot_latents(
         axes.plot(*rows.mean(0), "o", color=color, markeredgecolor="white", label=name)
     axes.set_xlabel(f"z[{columns[0]}]")
     axes.set_ylabel("density" if len(columns) == 1 else f"z[{columns[1]}]")
-    axes.set_title("posteriors of single data", fontsize=10)
+    axes.set_title("posterior of each datum", fontsize=10)
     axes.legend(title="datum", fontsize=8)
     return axes

@@ -189,7 +189,7 @@ def plot_log_partition(
         The axes.
 
     Raises:
-        ValueError: If the history is none, or has no log Z of that site.
+        ValueError: If it is not a history, or has no log Z of that site.
 
     Example:
         >>> import pandas as pd, torch

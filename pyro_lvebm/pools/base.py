@@ -23,7 +23,7 @@ _SETTLING_REFRESHES = 20
 _MAX_REFRESHES = 80
 
 _DRAW_KERNEL = MALA()
-"""Leaves the model invariant, also where the chains of a pool move by ULA."""
+"""Leaves the model invariant, even if the chains of a pool move by ULA."""
 
 
 class ResidualEnergy(Protocol):

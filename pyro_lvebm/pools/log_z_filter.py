@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_lvebm.sampling import log_mixture
 
 _MEMORY = 50.0
-"""Refreshes after which an estimate is forgotten even where θ stands still."""
+"""Refreshes after which an estimate is forgotten even if θ stands still."""
 
 _SURPRISE = 3.0
 """Standard errors between prediction and estimate beyond which the prediction is dropped."""

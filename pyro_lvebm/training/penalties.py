@@ -94,7 +94,7 @@ def kl_to_base(strength: float) -> Penalty:
 def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
     """Add the gradients of penalties on energies that are not frozen, and return their sum.
 
-    Each energy that has a `kl_penalty` gets its own beside them, once, also where it serves two
+    Each energy that has a `kl_penalty` gets its own beside them, once, even if it serves two
     LVEBMs.
     """
     total = 0.0

@@ -189,7 +189,7 @@ class Saddle(SVI):
 
         With `held_out`, the log evidence of held-out data is estimated before the first step and
         every `evaluate_every` steps (`log_evidence`), and the averages that were best at it are
-        the ones the parameters have in the end, also if a step fails. A fit that is interrupted
+        the ones the parameters have in the end, even if a step fails. A fit that is interrupted
         from the keyboard ends at its averages as well; the interrupt goes on.
 
         Args:

@@ -105,7 +105,7 @@ def test_entries_that_never_move_have_none() -> None:
     result = particle_diagnostics({"z": z}, max_rhat=1.2)
     row = result.frame.query("datum == 7 and latent == 'z[0]'")
     assert row[["rhat", "ess_bulk", "ess_tail"]].isna().all(axis=None)
-    assert "none of 60 data has R-hat > 1.2" in result.verdict
+    assert "R-hat is at most 1.2 for all 60 data" in result.verdict
     assert result.verdict.endswith("; 1 entries never move and have no R-hat")
 
 
