@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.energies.quadratic import QuadraticEnergy
-from pyro_lvebm.sampling.langevin import value_and_grad
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -197,17 +196,6 @@ def test_gradient_of_log_partition_is_minus_the_mean_gradient() -> None:
     wrong = 0.5 * (energy.precision.diagonal() - 1.0).sum()
     (other,) = torch.autograd.grad(-wrong, [energy.raw_tril])
     assert (other - expected[0]).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("batch", [(), (6,), (2, 3)])
-def test_value_and_grad_is_that_of_autograd(batch: tuple[int, ...]) -> None:
-    energy = make_energy((3,), (2,), seed=17)
-    u = 2.0 * normal((*batch, 5), 18)
-    value, grad = energy.value_and_grad(u)
-    expected_value, expected_grad = value_and_grad(energy.whitened)(u)
-    torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
-    assert not value.requires_grad and not grad.requires_grad
 
 
 # --- parameters -----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.energies.mlp import MLPEnergy
 from pyro_lvebm.energies.whitened import WhitenedEnergy
-from pyro_lvebm.sampling.langevin import value_and_grad
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -111,44 +110,6 @@ def test_inputs_are_whitened_standardised_and_bounded(columns: int, context_dim:
 
 
 # --- the written-out gradient ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hidden", [(5,), (16, 3), (8, 9, 7)])
-@pytest.mark.parametrize("fourier_features", [0, 1, 6])
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3, 4)])
-def test_value_and_grad_is_that_of_autograd(
-    hidden: tuple[int, ...], fourier_features: int, batch: tuple[int, ...]
-) -> None:
-    energy = trained(MLPEnergy(3, 2, hidden, fourier_features, seed=4))
-    u = 2.0 * normal((*batch, 5), 6)
-    value, grad = energy.value_and_grad(u)
-    expected_value, expected_grad = value_and_grad(energy.whitened)(u)
-    torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
-    assert value.shape == batch and grad.shape == u.shape
-    assert grad.abs().max() > 0.01
-    assert not value.requires_grad and not grad.requires_grad
-
-
-@pytest.mark.parametrize("fourier_features", [0, 6])
-def test_value_and_grad_follows_central_differences(fourier_features: int) -> None:
-    energy = trained(MLPEnergy(2, 1, (8, 8), fourier_features))
-    u, step = normal((5, 3), 7), 1e-5
-    shifts = step * torch.eye(3, dtype=torch.float64)
-    with torch.no_grad():
-        both = energy.whitened(u[:, None] + shifts), energy.whitened(u[:, None] - shifts)
-    expected = (both[0] - both[1]) / (2 * step)
-    torch.testing.assert_close(energy.value_and_grad(u)[1], expected, rtol=1e-6, atol=1e-8)
-
-
-def test_single_precision_is_close_to_double() -> None:
-    energy = trained(MLPEnergy(3, 2, (32, 32), 8))
-    u = normal((50, 5), 8)
-    exact = energy.value_and_grad(u)
-    single = energy.float().value_and_grad(u.float())
-    for a, b in zip(single, exact, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def test_user_subclasses_get_a_gradient_by_autograd() -> None:
@@ -259,15 +220,3 @@ def test_the_seed_fixes_weights_and_frequencies() -> None:
 def test_impossible_sizes_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MLPEnergy(**arguments)
-
-
-def test_state_dict_restores_the_function() -> None:
-    energy = trained(MLPEnergy(3, 2, (6,), 4, seed=1))
-    energy.bind(full_base(3), diagonal_base(2))
-    other = MLPEnergy(3, 2, (6,), 4, seed=2).double()
-    other.bind(full_base(3), diagonal_base(2))
-    x, z = normal((5, 3), 1), normal((5, 2), 2)
-    assert not torch.equal(other(x, z), energy(x, z))
-    other.load_state_dict(energy.state_dict())
-    assert torch.equal(other(x, z), energy(x, z))
-    assert isinstance(other, nn.Module)

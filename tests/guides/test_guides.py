@@ -12,7 +12,7 @@ import pytest
 import torch
 from guide_models import correlated_ebm, discrete_model, gamma_model, gaussian_gap, trace_of
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -261,31 +261,6 @@ def test_particles_share_a_model_with_a_guide_for_its_global_latent(order: int) 
 # --- a step and its minibatch ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_step_moves_the_particles_of_its_minibatch_only(count: int) -> None:
-    """The model sees the rows whose particles move, and no other moves by a bit."""
-    ebm = warm(quadratic_ebm(), 2)
-    x = data_of(ebm, 23)
-    seen = []
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=7) as i:
-            seen.append(i)
-            lvebm("scene", ebm, obs=x[i])
-
-    saddle = Saddle(model, AutoParticles(model, count), ClippedAdam({"lr": 0.01}), num_moves=4)
-    saddle.step(x)
-    for _ in range(5):
-        seen.clear()
-        before = saddle.particles.particles("scene_z").clone()
-        saddle.step(x)
-        moved = (before != saddle.particles.particles("scene_z")).any(-1).any(0)
-        assert all(torch.equal(i, seen[0]) for i in seen)  # shared by particles and loss
-        outside = torch.ones(23, dtype=torch.bool)
-        outside[seen[0]] = False
-        assert not moved[outside].any() and moved[seen[0]].sum() >= 5
-
-
 def test_each_datum_has_particles_of_its_own_posterior() -> None:
     """With data far apart, a wrong index would show at once."""
     y = torch.cat([torch.full((8,), 6.0), torch.full((8,), 1.0)])
@@ -354,19 +329,6 @@ def test_per_datum_parameters_have_the_size_of_the_data() -> None:
     q = trace.nodes["scene_z_unconstrained"]["fn"]
     assert torch.equal(q.loc, guide.locs.scene_z[i])
     torch.testing.assert_close(q.scale_tril, 0.3 * torch.eye(2).double().expand(4, 2, 2))
-
-
-def test_a_step_changes_the_parameters_of_its_minibatch_only() -> None:
-    ebm = warm(quadratic_ebm(), 2)
-    x = data_of(ebm, 20)
-    model = plate_model(ebm, 5)
-    guide = AutoPerDatumMultivariateNormal(model)
-    guide(x)
-    before = [p.detach().clone() for p in guide.parameters()]
-    svi = SVI(model, guide, ClippedAdam({"lr": 0.1}), Trace_ELBO())
-    svi.step(x)
-    changed = [(p != b).flatten(1).any(1) for p, b in zip(guide.parameters(), before, strict=True)]
-    assert changed[0].sum() == 5 and torch.equal(changed[0], changed[1])
 
 
 def test_on_the_half_line_the_guide_is_gaussian_in_the_logarithm() -> None:
@@ -439,20 +401,6 @@ def test_the_observations_may_be_any_argument() -> None:
     x = data_of(ebm, 10)
     trace = trace_of(guide, 2.0, {"x": x})
     assert trace.nodes["scene_z"]["value"].shape == (3, 2)
-
-
-@pytest.mark.usefixtures("global_rng_untouched")
-def test_the_seed_fixes_the_encoder() -> None:
-    ebm = quadratic_ebm()
-    x = data_of(ebm, 4)
-    weights = []
-    for seed in (0, 0, 1):
-        pyro.clear_param_store()  # guides of one class share their names in it
-        guide = AutoAmortisedNormal(plate_model(ebm), hidden=(5,), seed=seed)
-        with torch.random.fork_rng():
-            guide(x)
-        weights.append(guide.encoder[0].weight)
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 # --- refusals -------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from torch.distributions import kl_divergence
 from pyro_lvebm import (
     LVEBM,
     AutoAmortisedMultivariateNormal,
-    AutoAmortisedNormal,
     AutoPerDatumIAFNormal,
     AutoPerDatumLowRankMultivariateNormal,
     AutoPerDatumMultivariateNormal,
@@ -316,48 +315,7 @@ def test_a_flow_of_one_entry_is_a_gaussian() -> None:
     assert {name.split(".")[0] for name, _ in guide.named_parameters()} == {"locs", "scales"}
 
 
-# --- minibatches ----------------------------------------------------------------------------
-
-
-def rows_with_gradient(guide: Any, y: Tensor) -> dict[str, Tensor]:
-    """Which data have a gradient in each parameter that has a row for every datum."""
-    guide.zero_grad()
-    Trace_ELBO().loss_and_grads(guide.model, guide, y)
-    rows = {}
-    for name, param in guide.named_parameters():
-        if name.startswith("flows"):
-            assert param.grad is not None and param.shape[:1] != y.shape
-            continue
-        assert param.shape[0] == len(y)
-        rows[name] = (param.grad != 0).flatten(1).any(1)
-    return rows
-
-
-@pytest.mark.parametrize("support", MODELS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_rows_of_a_minibatch_have_gradients(family: str, support: str) -> None:
-    y = normal((23,), 1)
-    for size, count in ((5, 5), (None, 23)):  # the check does see what is not subsampled
-        pyro.clear_param_store()
-        seen: list[Tensor] = []
-
-        def model(y: Tensor, size: int | None = size, seen: list[Tensor] = seen) -> None:
-            trace = trace_of(partial(MODELS[support], size=size), y)
-            seen.append(trace.nodes["data"]["value"])
-
-        guide = FAMILIES[family](partial(MODELS[support], size=size))
-        guide(y)
-        with torch.no_grad():
-            for param in guide.parameters():
-                param.add_(0.1 * normal(tuple(param.shape), 3))
-        rows = rows_with_gradient(guide, y)
-        assert len(rows) == {"full": 2, "low rank": 3, "IAF": 3}[family]
-        first = rows["locs.z_unconstrained"]
-        assert first.sum() == count
-        assert all(torch.equal(first, other) for other in rows.values())
-
-
-# --- names, instances, refusals -------------------------------------------------------------
+# --- names, refusals -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -390,42 +348,6 @@ def test_names_are_those_of_the_sites_where_they_can_be() -> None:
         "half": "half_",
         "z_unconstrained": "z_unconstrained_",
     }
-
-
-INSTANCES = {
-    **FAMILIES,
-    "amortised": partial(AutoAmortisedNormal, hidden=(4,)),
-    "amortised full": partial(AutoAmortisedMultivariateNormal, hidden=(4,)),
-}
-
-
-@pytest.mark.parametrize("kind", INSTANCES)
-def test_two_guides_of_one_class_share_all_or_nothing(kind: str) -> None:
-    """Pyro's store names guides by their class; no part of a guide may silently go untrained."""
-    ebm = warm(quadratic_ebm(), 2)
-    model, x = plate_model(ebm), data_of(ebm, 6)
-    optim = ClippedAdam({"lr": 0.1})
-
-    def trained(**options: Any) -> tuple[Any, set[str]]:
-        guide = INSTANCES[kind](model, **options)
-        guide(x)
-        before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-        with ebm.frozen():
-            for _ in range(3):
-                SVI(model, guide, optim, Trace_ELBO()).step(x)
-        after = dict(guide.named_parameters())
-        return guide, {name for name in before if torch.equal(before[name], after[name])}
-
-    first, untrained = trained()
-    assert not untrained
-    second, untrained = trained()
-    assert not untrained
-    assert all(p is q for p, q in zip(first.parameters(), second.parameters(), strict=True))
-    with pytest.raises(ValueError, match="share parameters"):
-        compare_elbo(model, {"first": first, "second": second}, x, num_samples=2)
-    pyro.clear_param_store()
-    third, untrained = trained()
-    assert not untrained and not any(p is q for p in first.parameters() for q in third.parameters())
 
 
 def test_impossible_families_are_refused() -> None:

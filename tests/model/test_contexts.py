@@ -301,27 +301,6 @@ def test_integration_is_exact_for_energies_linear_in_beta() -> None:
     assert torch.allclose(log_z, -(2.0 * betas - 0.35 * betas**2 - 0.4 / 3 * betas**3))
 
 
-def test_the_spread_over_contexts_does_not_lengthen_settling() -> None:
-    """More refreshes make log Z(c) no more alike; a pool without contexts rests."""
-    ebm, _, c = linear_ebm()
-    ebm.settle(1e-6)
-    assert int(ebm.pool.refreshes) == 0
-    ebm.pool.refresh(ebm, c[:20])
-    before = int(ebm.pool.refreshes)
-    ebm.settle(1e-6)
-    assert int(ebm.pool.refreshes) == before + 20 and ebm.pool_is_fresh()
-
-
-def test_a_pool_with_contexts_belongs_to_one_lvebm() -> None:
-    """A refusal leaves its contexts as they were."""
-    ebm, _, c = linear_ebm()
-    ebm.pool.refresh(ebm, c[:20])
-    before = snapshot(ebm)
-    with pytest.raises(ValueError, match="belongs to another LVEBM"):
-        LVEBM(ebm.f, ebm.base_x, ebm.base_z, ebm.pool, context_shape=ebm.context_shape)
-    assert same(before, snapshot(ebm)) and ebm.pool.context.abs().max() > 0.0
-
-
 def test_contexts_of_the_pool_follow_those_it_is_given() -> None:
     ebm, _, c = linear_ebm()
     ebm.pool.refresh(ebm, c[:20])
@@ -347,17 +326,6 @@ def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
         young.append(int((ebm.pool.age <= ebm.pool.burn_in).sum()))
     assert max(young) <= num_contexts / 8 + 1 and max(young) >= 1
     assert ebm.pool.log_partition_std_error is None  # the spread over contexts is another thing
-
-
-def test_a_refresh_that_fails_leaves_the_pool_as_it_was() -> None:
-    ebm, _, c = linear_ebm()
-    ebm.pool.refresh(ebm, c)
-    before = snapshot(ebm.pool)
-    with torch.no_grad():
-        ebm.f.linear.fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        ebm.pool.refresh(ebm, c)
-    assert same(before, snapshot(ebm.pool))
 
 
 def test_kl_of_an_update_is_that_of_the_conditionals() -> None:

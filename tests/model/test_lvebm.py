@@ -32,7 +32,7 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, MLPEnergy, PersistentPool, QuadraticEnergy, TemperedPool
+from pyro_lvebm import LVEBM, MLPEnergy, PersistentPool, TemperedPool
 from pyro_lvebm.bases.fitting import cross_validated_shrinkage
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.model import conditionals as package_conditionals
@@ -142,20 +142,6 @@ def test_whitening_makes_the_bases_standard(full: bool) -> None:
     torch.testing.assert_close(value, expected_value)
     torch.testing.assert_close(grad, expected_grad)
     assert grad.abs().max() > 0.01 and not value.requires_grad
-
-
-@pytest.mark.parametrize("energy", [MLPEnergy(2, 1, hidden=(5,), seed=1), QuadraticEnergy(2, 1)])
-def test_whitened_energies_skip_the_detour_to_the_same_values(energy: nn.Module) -> None:
-    with torch.no_grad():
-        for k, p in enumerate(energy.parameters()):
-            p.copy_(0.5 * normal(p.shape, k, torch.float32))
-    base_z = dist.Normal(torch.tensor([0.5]), 1.7).to_event(1)
-    ebm = LVEBM(energy, dist.Normal(torch.tensor([1.0, -2.0]), 0.4).to_event(1), base_z)
-    u = normal((6, 3), 9, torch.float32)
-    expected = value_and_grad(lambda v: energy(*ebm.unwhiten(v)))(u)
-    for ours, theirs in zip(ebm.residual_and_grad(u), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ebm.residual(u), expected[0], rtol=1e-4, atol=1e-4)
 
 
 # --- joint ----------------------------------------------------------------------------------
@@ -617,14 +603,3 @@ def test_refused_data_leave_the_dtype_of_the_energy() -> None:
     with pytest.raises(ValueError, match="needs more than 3 rows"):
         LVEBM.from_data(energy, X[:3], z_dim=2)
     assert energy.out.weight.dtype is torch.float32
-
-
-def test_a_pool_belongs_to_one_lvebm() -> None:
-    """A second one would reset its chains, and both would share one log Z."""
-    pool = TemperedPool(3, 32)
-    first = quadratic_ebm(pool=pool)
-    before = snapshot(first)
-    with pytest.raises(ValueError, match="belongs to another LVEBM"):
-        quadratic_ebm(seed=1, pool=pool)
-    assert same(before, snapshot(first))
-    assert copy.deepcopy(first).pool is not pool

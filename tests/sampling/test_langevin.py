@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -682,37 +681,6 @@ def test_value_and_grad_is_that_of_the_formula(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad, 3.0 * u.detach() ** 2)
     assert not value.requires_grad and not grad.requires_grad
     assert u.grad is None
-
-
-@pytest.mark.parametrize("kernel", [ULA(), ULA(0.9), MALA()])
-@pytest.mark.parametrize("shape", [(7, 1), (3, 5, 4), (2, 3, 4, 2)])
-@BOTH_DTYPES
-def test_a_step_is_pure_and_evaluates_once(
-    kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    calls = []
-
-    @functools.wraps(rough)
-    def counted(u: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(u)
-        return value_and_grad(rough)(u)
-
-    state = init_state(counted, normal(shape, 41, dtype))
-    kept = [part.clone() for part in state]
-    calls.clear()
-    new, accepted = kernel.step(counted, state, 0.05, generator=seeded(42))
-    again, _ = kernel.step(counted, state, 0.05, generator=seeded(42))
-    assert len(calls) == 2
-    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(new, again, strict=True))
-    assert (new.u.shape, new.f.shape, new.grad.shape) == (shape, shape[:-1], shape)
-    assert new.u.dtype == new.f.dtype == new.grad.dtype == accepted.dtype == dtype
-    # The state carries f and ∇f of its own positions.
-    value, grad = value_and_grad(rough)(new.u)
-    torch.testing.assert_close(new.f, value)
-    torch.testing.assert_close(new.grad, grad)
-    other, _ = kernel.step(counted, state, 0.05, generator=seeded(43))
-    assert not torch.equal(new.u, other.u)
 
 
 @pytest.mark.parametrize("kernel", [ULA(), MALA()])
