@@ -9,6 +9,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from referee import assert_global_rng_untouched
 
+# Faults for `make mutants`, and the script that runs them.
+collect_ignore = ["faults"]
+
 # Fixed examples, and fixtures here guard a whole test rather than each of its examples.
 settings.register_profile(
     "repository",

@@ -88,6 +88,13 @@ def test_brackets_of_several_add_up() -> None:
     assert both.std_error == pytest.approx(0.5) and total([a]) is a
 
 
+def test_a_bracket_that_counts_twice_is_twice_as_wide() -> None:
+    """The two are one estimate, so that its errors do not add up as those of two do."""
+    twice = bracket(1.0, 0.3, 0.5, 2.0).times(2)
+    assert (twice.estimate, twice.std_error, twice.lower, twice.upper) == (2.0, 0.6, 1.0, 4.0)
+    assert (twice.forward, twice.reverse, twice.reverse_limit) == (1.0, 4.0, 4.0)
+
+
 def test_numbers_out_of_range() -> None:
     y = torch.zeros(3)
     for name in ("num_particles", "num_runs"):

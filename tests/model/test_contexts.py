@@ -40,11 +40,14 @@ from pyro_lvebm import (
     pool_diagnostics,
     traverse,
 )
+from pyro_lvebm.evidence import ConditionalLogPartition
 from pyro_lvebm.pools import context as context_pool
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
 package = sys.modules["pyro_lvebm.sites.distributions"]
+
+evidence_module = sys.modules["pyro_lvebm.evidence.log_evidence"]
 
 
 class Shift(nn.Module):
@@ -433,6 +436,20 @@ def test_log_evidence_is_that_of_the_conditional() -> None:
     wanted = dist.Normal(location[::3, 1], std).log_prob(x[::3, 1]).detach()
     z = (marginal.value[::3] - wanted) / marginal.std_error[::3]
     assert float(z.abs().max()) < stats.t(7).ppf(1 - ALPHA / 2 / len(z))
+
+
+def test_rows_in_chunks_keep_their_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 15, 15 and 10 rows, each against its closed form; false alarm ALPHA."""
+    ebm, x, c = linear_ebm()
+    log_z = ebm.f.log_partition(c).detach()
+    none = torch.zeros_like(log_z)
+    exact_z = ConditionalLogPartition(
+        log_z, none, log_z, log_z, log_z, log_z, torch.arange(len(c)), 1.0, 1, 8
+    )
+    monkeypatch.setattr(evidence_module, "MAX_PARTICLES", 15 * 48 * 8)
+    found = log_evidence(ebm, x, context=c, seed=1, num_particles=48, log_z=exact_z)
+    z = ((found.value - ebm.f.log_evidence(x, c)) / found.std_error).detach().numpy()
+    assert np.abs(z).max() < stats.t(7).ppf(1 - ALPHA / 2 / len(z))
 
 
 def test_lower_ends_of_rows_are_below_the_truth() -> None:
