@@ -11,7 +11,7 @@ from sklearn.mixture import GaussianMixture
 from benchmarks import mixtures, suite
 from benchmarks.mixtures import Candidate, best_mixture, choose, cross_validate, fit
 from benchmarks.suite import NAMES, DataSet, load
-from pyro_lvebm.cli.baselines import gaussian
+from pyro_lvebm.cli.baselines import MAX_ITER, gaussian
 
 SHAPES = {
     "two moons": (5000, 2, 1),
