@@ -335,6 +335,20 @@ def test_contexts_of_the_pool_follow_those_it_is_given() -> None:
     assert len(u) == len(log_w) == len(ebm.pool.negative_contexts())
 
 
+def test_the_rows_of_a_minibatch_are_taken_equally_often() -> None:
+    """Of 20 rows for 24 contexts, 16 are taken once and 4 twice; of 9, 3 twice and 6 three times.
+
+    Drawn one by one, 24 contexts would leave out 6 of 20 rows.
+    """
+    ebm, _, c = linear_ebm()
+    for rows, expected in ((20, {1: 16, 2: 4}), (9, {2: 3, 3: 6})):
+        ebm.pool.initialise(ebm.dim)
+        ebm.pool.refresh(ebm, c[:rows])
+        _, times = torch.unique(ebm.pool.context, dim=0, return_counts=True)
+        values, counts = torch.unique(times, return_counts=True)
+        assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == expected
+
+
 @pytest.mark.parametrize(("num_contexts", "num_moves"), [(8, 8), (9, 2), (24, 1), (50, 8)])
 def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
     """On average one in eight is, and never more than its share and one."""
