@@ -24,7 +24,7 @@ ARVIZ1_PIP := $(ARVIZ1_VENV)/bin/python -m pip --disable-pip-version-check
 ARVIZ1_TESTS = $(shell grep -rlE 'arviz|plot' tests --include='test_*.py') \
 	tests/whole/test_tutorials.py::test_tutorial_runs[posterior_analysis]
 
-.PHONY: help setup setup-arviz1 test test-all test-arviz1 demo lint docs clean
+.PHONY: help setup setup-arviz1 test test-all test-arviz1 coverage mutants demo lint docs clean
 .PHONY: bench bench-training bench-calibration bench-tightness
 
 help: ## List the targets.
@@ -63,6 +63,16 @@ test-arviz1: setup-arviz1 ## Run the tests that touch ArviZ or plots, and the tu
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
 	$(ARVIZ1_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(ARVIZ1_TESTS)
 
+coverage: setup ## Run the tests with line and branch coverage.
+	@$(BIN)/python -W ignore -c 'import arviz'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules \
+	--cov=pyro_lvebm --cov-branch --cov-report=term $(PYTEST_ARGS) pyro_lvebm tests
+
+mutants: setup ## Check that the tests notice deliberate faults; ONLY=pattern for some.
+	@$(BIN)/python -W ignore -c 'import arviz'
+	$(BIN)/python tests/faults/run.py --jobs $(WORKERS) $(if $(ONLY),--only '$(ONLY)')
+
 # One thread: two spend more time waiting for each other on matrices of this size than they save.
 demo: setup ## Fit the digits; write figure, table, ArviZ file and model to demo/.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pyro_lvebm demo --out demo
@@ -91,5 +101,5 @@ bench-tightness: setup ## Compare particles with restricted guides at one θ; QU
 
 clean: ## Remove outputs and caches; keep .venv and .venv-arviz1.
 	rm -rf demo docs/_build build dist *.egg-info
-	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

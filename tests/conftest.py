@@ -11,6 +11,9 @@ from referee import assert_global_rng_untouched
 
 from pyro_lvebm import log_partition
 
+# Faults for `make mutants`, and the script that runs them.
+collect_ignore = ["faults"]
+
 # Fixed examples, and fixtures here guard a whole test rather than each of its examples.
 settings.register_profile(
     "repository",

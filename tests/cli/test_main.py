@@ -43,6 +43,7 @@ from pyro_lvebm.cli.data import DigitsData, dequantise_logit, read_observations,
 from pyro_lvebm.cli.job import JobSettings
 from pyro_lvebm.cli.main import main
 from pyro_lvebm.evidence import programs as model_evidence
+from pyro_lvebm.rng import Stream
 
 cli = import_module("pyro_lvebm.cli.main")
 
@@ -319,6 +320,23 @@ def test_validation_rows_decide_when_to_stop(
     }
     refused = run("fit", data, "--validation", "1.5", out=tmp_path / "out")
     assert refused.status == 2 and "between 0 and 1" in refused.stderr
+
+
+def test_the_base_is_that_of_the_training_rows_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base fitted to held-out or validation rows too would know what it is judged by."""
+    seen: list[Tensor] = []
+
+    def record(energy: Any, x: Tensor, **_: Any) -> Any:
+        seen.append(x)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(job.LVEBM, "from_data", record)
+    assert run("fit", data, "--seed", "3", out=tmp_path / "out").status == 2
+    rows, _ = split(read_observations(data), 0.2, 3)
+    train, _ = split(rows, 0.1, 3, Stream.VALIDATION_SPLIT)
+    assert len(seen) == 1 and torch.equal(seen[0], torch.as_tensor(train, dtype=torch.float32))
 
 
 # --- demo -----------------------------------------------------------------------------------

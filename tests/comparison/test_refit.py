@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pyro.optim import Adam
 from referee import bracket
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, AutoParticles, Saddle, TemperedPool, compare_elbo
+from pyro_lvebm import LVEBM, AutoParticles, ElboTable, Saddle, TemperedPool, compare_elbo
 from pyro_lvebm.evidence import programs as model_evidence
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -94,6 +95,20 @@ def test_held_out_values_are_the_closed_form_of_each_fit() -> None:
     # The start is not where the fit ends, so a table of the start would be wrong.
     fresh = parts()[0].f.log_evidence(held_out).detach()
     assert abs(float(fresh.mean()) - row["held_out"]) > 0.03
+
+
+def test_differences_of_refits_have_the_errors_of_both_log_z() -> None:
+    """And that over the data, which are paired: a shift common to all of them has none."""
+    held_out = torch.linspace(-1.0, 1.0, 9)[None].double()
+    noise = 0.5 * torch.tensor([[-1.0, 1.0, 0.0] * 3]).double()
+    terms = {"first": held_out, "shifted": held_out - 0.25, "noisy": held_out + noise}
+    frame = pd.DataFrame({"held_out": {n: float(t.mean()) for n, t in terms.items()}})
+    errors = {"first": 0.3, "shifted": 0.4, "noisy": 0.0}
+    table = ElboTable(frame, "refit", math.nan, math.nan, [], 9, terms, errors)
+    found = table.differences("first")
+    assert found.loc["shifted"].tolist() == pytest.approx([-0.25, 0.5])
+    spread = float(noise.std()) / 3.0
+    assert found.loc["noisy"].tolist() == pytest.approx([0.0, math.hypot(spread, 0.3)])
 
 
 def test_an_error_puts_the_model_back_at_once() -> None:

@@ -82,11 +82,29 @@ def test_an_lvebm_in_a_minibatch_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.lower, found.value - 0.2)
 
 
+def test_the_error_of_log_z_is_part_of_that_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    ebm = make_quadratic(pool=TemperedPool(4, 16, seed=0))
+    x = draw_x(ebm, 6, seed=1)
+    errors = []
+    for error in (0.0, 0.3):
+        known = bracket(0.0, error)
+        monkeypatch.setattr(model_evidence, "log_partition", lambda *_, known=known, **__: known)
+        errors.append(log_evidence_of(make_model(ebm), x, num_particles=16).std_error)
+    torch.testing.assert_close(errors[1], torch.hypot(errors[0], torch.full_like(errors[0], 0.3)))
+
+
 def test_brackets_of_several_add_up() -> None:
     a, b = bracket(1.0, 0.3, 0.5, 2.0), bracket(2.0, 0.4, 1.0, 2.5)
     both = total([a, b])
     assert (both.estimate, both.lower, both.upper) == (3.0, 1.5, 4.5)
     assert both.std_error == pytest.approx(0.5) and total([a]) is a
+
+
+def test_a_bracket_that_counts_twice_is_twice_as_wide() -> None:
+    """The two are one estimate, so that its errors do not add up as those of two do."""
+    twice = bracket(1.0, 0.3, 0.5, 2.0).times(2)
+    assert (twice.estimate, twice.std_error, twice.lower, twice.upper) == (2.0, 0.6, 1.0, 4.0)
+    assert (twice.forward, twice.reverse, twice.reverse_limit) == (1.0, 4.0, 4.0)
 
 
 def test_numbers_out_of_range() -> None:

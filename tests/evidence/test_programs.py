@@ -247,15 +247,18 @@ def test_estimates_are_collected_over_minibatches_in_order(ebm: LVEBM, x: Tensor
 # --- log Z that the pool has missed ---------------------------------------------------------
 
 
-def missed(ebm: LVEBM, x: Tensor, shift: float, seeds: range) -> list[float]:
+def missed(
+    ebm: LVEBM, x: Tensor, shift: float, seeds: range, model: Callable[..., Any] | None = None
+) -> list[float]:
     """What annealing adds to a pool that claims log Z + shift, with no error of its own."""
+    model = make_model(ebm) if model is None else model
     pool, exact = ebm.pool, float(ebm.f.log_partition().detach())
     kept = pool.log_partition, pool.log_z_variance.clone()
     pool.log_partition = torch.full_like(kept[0], exact + shift)
     pool.log_z_variance.zero_()
     try:
         with torch.random.fork_rng(), ebm.frozen(), torch.no_grad(), poutine.block():
-            sweeps = [Sweep(Program(make_model(ebm), (x,), {}), seed) for seed in seeds]
+            sweeps = [Sweep(Program(model, (x,), {}), seed) for seed in seeds]
             return [missed_log_z(sweep, ebm) for sweep in sweeps]
     finally:
         pool.log_partition, pool.log_z_variance = kept
@@ -267,6 +270,17 @@ def test_mass_that_the_pool_has_missed_is_found_and_no_other(ebm: LVEBM, x: Tens
     assert missed(ebm, x[:4], 1.0, range(5)) == [0.0] * 5  # too much is not missed
     # The standard error of 2,048 particles is 0.036 nats over seeds.
     assert missed(ebm, x[:4], -2.0, range(5)) == pytest.approx([2.0] * 5, abs=0.15)
+
+
+def test_what_the_pool_has_missed_counts_at_every_site(ebm: LVEBM, x: Tensor) -> None:
+    """The error of twice a log Z is twice that of one."""
+
+    def twice(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            lvebm("a", ebm, obs=x)
+            lvebm("b", ebm, obs=-x)
+
+    assert missed(ebm, x[:4], -2.0, range(2), twice) == pytest.approx([4.0] * 2, abs=0.3)
 
 
 def test_the_check_fails_where_few_runs_count_as_many(

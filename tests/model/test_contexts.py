@@ -40,11 +40,14 @@ from pyro_lvebm import (
     pool_diagnostics,
     traverse,
 )
+from pyro_lvebm.evidence import ConditionalLogPartition
 from pyro_lvebm.pools import context as context_pool
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
 package = sys.modules["pyro_lvebm.sites.distributions"]
+
+evidence_module = sys.modules["pyro_lvebm.evidence.log_evidence"]
 
 
 class Shift(nn.Module):
@@ -316,6 +319,20 @@ def test_contexts_of_the_pool_follow_those_it_is_given() -> None:
     assert len(u) == len(log_w) == len(ebm.pool.negative_contexts())
 
 
+def test_the_rows_of_a_minibatch_are_taken_equally_often() -> None:
+    """Of 20 rows for 24 contexts, 16 are taken once and 4 twice; of 9, 3 twice and 6 three times.
+
+    Drawn one by one, 24 contexts would leave out 6 of 20 rows.
+    """
+    ebm, _, c = linear_ebm()
+    for rows, expected in ((20, {1: 16, 2: 4}), (9, {2: 3, 3: 6})):
+        ebm.pool.initialise(ebm.dim)
+        ebm.pool.refresh(ebm, c[:rows])
+        _, times = torch.unique(ebm.pool.context, dim=0, return_counts=True)
+        values, counts = torch.unique(times, return_counts=True)
+        assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == expected
+
+
 @pytest.mark.parametrize(("num_contexts", "num_moves"), [(8, 8), (9, 2), (24, 1), (50, 8)])
 def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
     """On average one in eight is, and never more than its share and one."""
@@ -407,6 +424,20 @@ def test_log_evidence_is_that_of_the_conditional() -> None:
     wanted = dist.Normal(location[::3, 1], std).log_prob(x[::3, 1]).detach()
     z = (marginal.value[::3] - wanted) / marginal.std_error[::3]
     assert float(z.abs().max()) < stats.t(7).ppf(1 - ALPHA / 2 / len(z))
+
+
+def test_rows_in_chunks_keep_their_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 15, 15 and 10 rows, each against its closed form; false alarm ALPHA."""
+    ebm, x, c = linear_ebm()
+    log_z = ebm.f.log_partition(c).detach()
+    none = torch.zeros_like(log_z)
+    exact_z = ConditionalLogPartition(
+        log_z, none, log_z, log_z, log_z, log_z, torch.arange(len(c)), 1.0, 1, 8
+    )
+    monkeypatch.setattr(evidence_module, "MAX_PARTICLES", 15 * 48 * 8)
+    found = log_evidence(ebm, x, context=c, seed=1, num_particles=48, log_z=exact_z)
+    z = ((found.value - ebm.f.log_evidence(x, c)) / found.std_error).detach().numpy()
+    assert np.abs(z).max() < stats.t(7).ppf(1 - ALPHA / 2 / len(z))
 
 
 def test_lower_ends_of_rows_are_below_the_truth() -> None:

@@ -172,7 +172,9 @@ def root_ebm() -> LVEBM:
     return warm(LVEBM(RootEnergy(), *standard, pool=TemperedPool(3, 32, num_moves=2)), 3)
 
 
-def moved_by(ebms: list[LVEBM], update: dict[int, float]) -> tuple[int, float, float]:
+def moved_by(
+    ebms: list[LVEBM], update: dict[int, float], min_kl: float = 0.0
+) -> tuple[int, float, float]:
     """A `bounded_step` that adds these numbers to the parameters of these LVEBMs."""
     changes = {
         p: update[k] for k, ebm in enumerate(ebms) for p in ebm.f.parameters() if k in update
@@ -183,7 +185,7 @@ def moved_by(ebms: list[LVEBM], update: dict[int, float]) -> tuple[int, float, f
             for p in params:
                 p.add_(changes[p])
 
-    region = TrustRegion(min_kl=0.0)
+    region = TrustRegion(min_kl=min_kl)
     _, halvings, kl, longer = bounded_step(optim, list(changes), ebms, region, step=1)
     return halvings, kl, longer
 
@@ -222,3 +224,44 @@ def test_an_lvebm_that_rests_does_not_hold_up_another() -> None:
     with torch.no_grad():
         halvings, kl, _ = moved_by([a, b], {0: 0.0, 1: 1e-3})  # here it is trained
     assert halvings == 21 and kl == 0.0
+
+
+def scaled_to(ebms: list[LVEBM], moving: int, divergence: float) -> float:
+    """How much to add to the parameters of one LVEBM to move it so far, in nats."""
+    params = list(ebms[moving].f.parameters())
+    before = [p.detach().clone() for p in params]
+    size = 1e-3
+    for _ in range(8):
+        with torch.no_grad():
+            for p in params:
+                p.add_(size)
+        found = float(ebms[moving].kl_of_update())
+        restore(params, before)
+        size *= math.sqrt(divergence / found)
+    return size
+
+
+@pytest.mark.parametrize("moving", [0, 1])
+def test_the_one_lvebm_that_moves_too_far_decides(moving: int) -> None:
+    """One rests: with the mean over both in place of the largest, the other would go too far."""
+    ebms = [warm(quadratic_ebm(seed=seed)) for seed in (1, 2)]
+    radius = default_radius(ebms[moving].dim)
+    update = {moving: scaled_to(ebms, moving, 1.5 * radius), 1 - moving: 0.0}
+    halvings, kl, _ = moved_by(ebms, update)
+    assert halvings == 1
+    assert 0.0 < kl <= radius and kl == pytest.approx(float(ebms[moving].kl_of_update()))
+
+
+def test_no_update_is_lengthened_where_one_lvebm_moves_by_min_kl() -> None:
+    """The other LVEBM has a smaller radius, in units of which `min_kl` is a longer way."""
+    ebms = [warm(quadratic_ebm(seed=1)), warm(quadratic_ebm(20, 12, seed=2))]
+    small, large = (default_radius(ebm.dim) for ebm in ebms)
+    assert large == pytest.approx(2.0 * small)
+    min_kl = 0.2 * small
+    for share, lengthened in ((1.5, False), (0.5, True)):
+        update = {0: 0.0, 1: scaled_to(ebms, 1, share * min_kl)}
+        before = snapshot(ebms[1])
+        _, kl, longer = moved_by(ebms, update, min_kl)
+        assert (longer > 1.0) == lengthened
+        assert kl == pytest.approx(max(share, 1.0) * min_kl, rel=0.1)
+        ebms[1].load_state_dict(before)
