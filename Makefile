@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # ArviZ writes a file on the first import of a day, which two test processes must not do at once.
 # TIMEFORMAT adds the processor time of all test processes, which does not depend on WORKERS.
-test: PYTEST_SELECT := -m "not slow"
+test coverage: PYTEST_SELECT := -m "not slow"
 test: ## Run the quick tests and the doctests of the package: all but those marked slow.
 test-all: ## Run all tests and doctests, the slow ones too.
 test test-all: setup
@@ -66,8 +66,8 @@ test-arviz1: setup-arviz1 ## Run the tests that touch ArviZ or plots, and the tu
 coverage: setup ## Run the tests with line and branch coverage.
 	@$(BIN)/python -W ignore -c 'import arviz'
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
-	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules \
-	--cov=pyro_lvebm --cov-branch --cov-report=term $(PYTEST_ARGS) pyro_lvebm tests
+	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_SELECT) \
+		--cov=pyro_lvebm --cov-branch --cov-report=term $(PYTEST_ARGS) pyro_lvebm tests
 
 mutants: setup ## Check that the tests notice deliberate faults; ONLY=pattern for some.
 	@$(BIN)/python -W ignore -c 'import arviz'
