@@ -20,13 +20,18 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
-SCRIPTS = [path for path in TUTORIALS if path.stem != "quickstart"]  # that one as a notebook
+QUICK = {"particle_maximum_likelihood", "when_training_goes_wrong"}
+SCRIPTS = [
+    pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow)
+    for path in TUTORIALS
+    if path.stem != "quickstart"  # that one as a notebook
+]
 
 
 def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
     settings = {"PYRO_LVEBM_SMOKE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(
-        [sys.executable, ROOT / "tests" / "run_notebook.py", tutorial, out],
+        [sys.executable, ROOT / "tests" / "support" / "run_notebook.py", tutorial, out],
         env=os.environ | settings,
         capture_output=True,
         text=True,
@@ -53,9 +58,12 @@ def test_a_tutorial_has_a_page(name: str) -> None:
     assert page.startswith(f"<!-- tutorial: {name} -->\n")
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS)
 def test_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a script in this process, which spares each tutorial a kernel and its imports."""
+    """As a script in this process, which spares each tutorial a kernel and its imports.
+
+    Slow: most are whole fits, of which nothing is new to the tests but the text around them.
+    """
     kinds = [cell.cell_type for cell in jupytext.read(path).cells]
     assert kinds.count("markdown") >= 3 and kinds.count("code") >= 3
     shown: list[int] = []
