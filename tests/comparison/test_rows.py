@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,7 +20,7 @@ from linear_gaussian import (
     z_p_value,
 )
 from pyro.infer import MCMC, NUTS, Trace_ELBO
-from referee import ALPHA, CERTAIN, bracket
+from referee import ALPHA, CERTAIN, bracket, normal
 from scipy import stats
 from torch import Tensor
 
@@ -214,6 +215,14 @@ def test_paired_differences_have_less_noise_than_their_rows(
     assert list(table.differences().index) == ["mean field"]  # the best is the reference
     with pytest.raises(ValueError, match="no row 'encoder'"):
         table.differences("encoder")
+
+
+def test_noise_that_rows_share_cancels_in_their_difference() -> None:
+    terms = {"first": normal((50, 8), 1), "shifted": normal((50, 8), 1) - 0.25}
+    frame = pd.DataFrame({"elbo": {n: float(t.mean()) for n, t in terms.items()}})
+    table = ElboTable(frame, "fixed", 0.0, 0.0, [], 8, terms, {})
+    found = table.differences("first").loc["shifted"]
+    assert found.tolist() == pytest.approx([-0.25, 0.0], abs=1e-6)
 
 
 def test_a_table_in_markdown_and_latex(ebm: LVEBM, x: Tensor, guides: dict[str, Any]) -> None:

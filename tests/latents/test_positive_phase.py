@@ -65,16 +65,16 @@ def test_a_block_that_has_moved_is_seen_by_the_next() -> None:
         guide(x, y)
         blocks, _ = blocks_of(model, x, y, guide=guide)
     first, second = blocks
-    guide.step_size(first.columns[0].name).fill_(1e-3)
-    with frozen([ebm]):
-        before = second.f(second.v)[0]
-        move_block(first, guide, Moves(MALA(), 5, seeded(1)))
-        after = second.f(second.v)[0]
-    assert (before != after).all()
-    name = first.columns[0].name
-    assert torch.equal(
-        first.at.nodes[name]["value"].reshape(guide.particles(name).shape), guide.particles(name)
-    )
+    for block, other in ((first, second), (second, first)):
+        name = block.columns[0].name
+        guide.step_size(name).fill_(1e-3)
+        with frozen([ebm]):
+            before = other.f(other.v)[0]
+            move_block(block, guide, Moves(MALA(), 5, seeded(1)))
+            after = other.f(other.v)[0]
+        assert (before != after).all()
+        particles = guide.particles(name)
+        assert torch.equal(block.at.nodes[name]["value"].reshape(particles.shape), particles)
 
 
 def test_a_noisy_energy_has_a_kernel_of_its_own() -> None:
