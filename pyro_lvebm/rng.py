@@ -89,6 +89,8 @@ class Stream(IntEnum):
     MIXTURE_STARTS = auto()
     GUIDE_FIT = auto()
     FIGURE = auto()
+    # Added later.
+    AVERAGED_POOL = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

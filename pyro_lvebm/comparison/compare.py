@@ -52,7 +52,7 @@ def compare_elbo(
     A guide's row is a plain Monte Carlo ELBO. A `Saddle` with `AutoParticles` has no density of
     its own, so its row is the ELBO of annealed Langevin from its particles: a Gaussian is fitted
     to draws of each datum's chains, and MALA carries new draws from it to the posterior. This is
-    a lower bound on the space of paths (`particle_elbo`); its gap is zero when the particles have
+    a lower bound on the space of paths (`annealed_elbo`); its gap is zero when the particles have
     converged and the path is slow enough. An `MCMC` run, such as one of NUTS, on the model with
     frozen θ and all data, gets the same with its draws in place of the particles'. Further rows
     are `ImportanceWeighted(guide)`, `LaplaceApproximation()` and `PriorProposal()`.
@@ -142,10 +142,10 @@ def _compare_refits(
     rows, terms, log_zs, num_data = {}, {}, [], 0
     log_z_se: dict[str, float] = {}
     fits = refits(program, posteriors, num_steps)
-    # Closing puts the model back at once, even if an error would keep the generator alive.
     # The same for all fits, so that their differences have less noise than they are stated to.
     seed, new_seed = (derive_seed(seed, s) for s in (Stream.TABLE, Stream.TABLE_HELD_OUT))
     noise = isolated_rng(seed, Stream.TABLE_REFITS, device=program.device)
+    # Closing puts the model back at once, even if an error would keep the generator alive.
     with poutine.block(), noise, closing(fits):
         for name, saddle, seconds in fits:
             fitted = replace(program)  # looked at anew, as supports may depend on θ

@@ -112,7 +112,8 @@ def log_partition(
 
     Args:
         ebm: The LVEBM; unchanged.
-        seed: Fixes every random number.
+        seed: Fixes every random number. Of several LVEBMs whose log Z are to be added, each needs
+            its own, or their errors are related.
         num_particles: Particles of each run.
         num_runs: R, independent runs in each direction, at least 2.
         num_moves: MALA steps at each temperature, before one move with a proposal from the base.

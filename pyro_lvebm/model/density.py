@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.energies import WhitenedEnergy, check_energy
-from pyro_lvebm.model.contexts import context_rows, expand_context
+from pyro_lvebm.model.contexts import check_contexts_finite, context_rows, expand_context
 from pyro_lvebm.sampling import value_and_grad
 
 
@@ -107,11 +107,15 @@ class Density(nn.Module):
                 evaluated at; None for a density without contexts.
 
         Raises:
-            ValueError: If there is a context and should be none, or the other way round.
+            ValueError: If there is a context and should be none, or the other way round; if it is
+                not finite, or has another dtype than the bases.
         """
+        if context is not None and self.context is not None:
+            raise ValueError("this density is at contexts already, and takes no others")
         context_rows(context, self.context_shape)
         if context is None:
             return self
+        check_contexts_finite(context, self.base_x.loc)
         density = Density.__new__(Density)
         nn.Module.__init__(density)
         density._compose(self.f, self.base_x, self.base_z, self.context_shape, context)

@@ -173,16 +173,17 @@ class LVEBM(Density):
         """
         if self.context_shape is None:
             raise ValueError("this LVEBM has no contexts; at(context) is for conditional LVEBMs")
+        check_contexts_finite(context, self.base_x.loc)
         if context.shape != self.context_shape:
             raise ValueError(
                 f"at() takes one context of shape {tuple(self.context_shape)}; got "
                 f"{tuple(context.shape)}"
             )
-        check_contexts_finite(context, self.base_x.loc)
         ebm = LVEBM.__new__(LVEBM)
         nn.Module.__init__(ebm)
         ebm._compose(self.f, self.base_x, self.base_z, self.context_shape, context.detach().clone())
-        seed = derive_seed(self.pool.seed, Stream.POOL_AT_CONTEXT)
+        key = (self.pool.site, str(context.tolist()))
+        seed = derive_seed(self.pool.seed, Stream.POOL_AT_CONTEXT, *key)
         ebm._take(TemperedPool(num_levels=self.pool.num_levels, seed=seed))
         ebm.expects_missing.copy_(self.expects_missing)
         ebm.pool.settle(ebm)
@@ -346,6 +347,8 @@ class JointEnergy(TorchDistribution):
     arg_constraints: dict[str, Any] = {}
 
     def __init__(self, ebm: LVEBM, batch_shape: torch.Size = _EMPTY) -> None:
+        if not isinstance(ebm, LVEBM):
+            raise ValueError(f"a joint draws from a pool: give an LVEBM; got {type(ebm).__name__}")
         if ebm.context_shape is not None:
             raise ValueError("a conditional LVEBM has a joint for each context: ebm.at(c).joint()")
         self.ebm = ebm

@@ -120,13 +120,13 @@ class Pool(nn.Module):
         self.initialise(dim)
 
     def belong_to(self, site: str) -> None:
-        """Take random numbers of one's own from the name of the site of x, for good.
+        """Take random numbers of one's own from the name of the site of x that it stands at.
 
         Without it, pools of equal seeds would start from the same chains and move by the same
         noise, so that the errors of several log Z in one model would be one error. The first
-        refresh draws the chains of a pool with a site anew.
+        refresh draws the chains of a pool with a site anew. At several sites the last one counts.
         """
-        self.site = self.site or site
+        self.site = site
 
     def refresh(self, ebm: ResidualEnergy, context: Tensor | None = None) -> None:
         """Move the chains towards p_θ under the present θ and update weights and log Z.
@@ -138,8 +138,11 @@ class Pool(nn.Module):
 
         Raises:
             RuntimeError: If a `ContextPool` has never had contexts.
-            ValueError: If f is NaN or infinite at a chain; the pool is then unchanged.
+            ValueError: If f is NaN or infinite at a chain, or contexts do not fit; the pool is
+                then unchanged.
         """
+        if context is not None and not self.takes_contexts:
+            raise ValueError(f"a {type(self).__name__} takes no contexts; that is a ContextPool")
         put_back = self.snapshot()
         try:
             if self.site and not self.refreshes:
@@ -198,13 +201,13 @@ class Pool(nn.Module):
 
     def snapshot(self) -> Callable[[], None]:
         """Return an action that puts the pool back to where it is now."""
-        buffers, theta = dict(self.named_buffers()), self.theta
+        buffers, theta, seed = dict(self.named_buffers()), self.theta, self.seed
 
         def put_back() -> None:
             # A pool replaces its buffers and never writes into them, so these are the old values.
             for name, value in buffers.items():
                 setattr(self, name, value)
-            self.theta = theta
+            self.theta, self.seed = theta, seed
 
         return put_back
 

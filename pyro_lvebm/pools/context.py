@@ -104,8 +104,14 @@ class ContextPool(LadderPool):
 
     def _refresh(self, ebm: ResidualEnergy, context: Tensor | None) -> None:
         empty = self.is_empty
+        shape = self.context.shape[1:]
         if context is not None:
-            self._take(context.detach().reshape(-1, *self.context.shape[1:]), empty)
+            if context.shape[context.dim() - len(shape) :] != shape or not context.numel():
+                raise ValueError(
+                    f"context has shape {tuple(context.shape)}; expected (*rows, *{tuple(shape)}) "
+                    "with at least one row"
+                )
+            self._take(context.detach().reshape(-1, *shape), empty)
         elif empty:
             raise RuntimeError("the pool has no contexts yet: give those of some data first")
         energy = ebm.given(self.chain_contexts())

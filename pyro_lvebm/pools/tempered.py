@@ -20,8 +20,8 @@ class TemperedPool(LadderPool):
     metric of their mean curvature E[∇E ∇Eᵀ] (`inverse_root`), and neighbours exchange chains with
     probability min(1, exp((β_{l+1} − β_l)(f_{l+1} − f_l))). The refresh then estimates log Z of
     every level by MBAR, and combines that with what is known of it from earlier refreshes
-    (`tracking`). With these log Z, all chains of all levels are reweighted to the model. The inner
-    β_l move slowly to where all neighbours exchange equally often.
+    (`log_z_filter`). With these log Z, all chains of all levels are reweighted to the model. The
+    inner β_l move slowly to where all neighbours exchange equally often.
 
     Args:
         num_levels: Number of temperatures, at least 2.

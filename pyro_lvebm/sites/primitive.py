@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import pyro
 import torch
 from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from torch import Tensor, nn
 
@@ -101,10 +102,12 @@ def lvebm(
     elif observed is not None:
         raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
     _check_not_random(name, ebm.f)
-    ebm.pool.belong_to(name)
-    _announce(f"{name}_lvebm", ebm.f)
     pairing = Pairing()
-    z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
+    with _FullName() as seen:
+        z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
+    site = seen.name.removesuffix("_z")
+    ebm.pool.belong_to(site)
+    _announce(f"{site}_lvebm", ebm.f)
     if completion is None:
         return pyro.sample(name, ObservedSite(ebm, z, pairing, context=context), obs=obs), z
     entries = pyro.sample(f"{name}_missing", MissingSite(completion))
@@ -112,6 +115,15 @@ def lvebm(
     x = pyro.sample(name, fn, obs=obs)
     # A replicate of x, as under `uncondition`, is complete.
     return (completion.complete(entries, x) if x is obs else x), z
+
+
+class _FullName(Messenger):
+    """Learns the name that a site has in the end, such as `left/scene_z` inside a scope."""
+
+    name = ""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.name = msg["name"]
 
 
 def _check_no_gradient(name: str, context: Tensor) -> None:

@@ -307,6 +307,8 @@ class Saddle(SVI):
         with self.average.swapped_in():
             try:
                 for ebm in ebms:
+                    # Not the noise of the next steps, for which the pools are put back.
+                    ebm.pool.seed = derive_seed(ebm.pool.seed, Stream.AVERAGED_POOL)
                     ebm.settle(log_z_error)
                 yield
             finally:
@@ -461,7 +463,7 @@ class Saddle(SVI):
             penalties=penalties,
             **{name: settings[name] for name in SETTINGS if name != "step_count"},
         )
-        checkpoint.restore(saddle._parts(saddle.prepare(args, kwargs)))
+        checkpoint.restore(saddle._parts(saddle._learn(args, kwargs)))
         saddle.step_count = settings["step_count"]
         return saddle
 
@@ -493,6 +495,14 @@ class Saddle(SVI):
 
         Pools of energies that nothing here will train catch up with them, if they never have.
         """
+        anatomy = self._learn(args, kwargs)
+        for ebm in self.ebms:
+            if not ebm.is_trained and not ebm.pool.refreshes:
+                ebm.settle()
+        return anatomy
+
+    def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+        """Learn the parts once, and leave the pools alone."""
         if self._anatomy is None:
             with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
                 self._anatomy = inspect(Program(self.model, args, kwargs), self.guide)
@@ -500,10 +510,6 @@ class Saddle(SVI):
                 # Spares Pyro a guess, which would run model and guide once more and log a message.
                 extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
                 self.elbo.max_plate_nesting = self._anatomy.nesting + extra
-            for ebm in self.ebms:
-                fixed = not any(p.requires_grad for p in ebm.f.parameters())
-                if fixed and not ebm.pool.refreshes:
-                    ebm.settle()
         return self._anatomy
 
     def device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

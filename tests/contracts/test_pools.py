@@ -127,11 +127,11 @@ def test_a_refresh_is_fixed_by_seed_site_and_count(name: str, dtype: torch.dtype
 
 
 @every
-def test_a_pool_keeps_its_first_site(name: str) -> None:
+def test_a_pool_has_the_site_it_met_last(name: str) -> None:
     ebm = ebm_of(POOLS[name](24, 5))
     ebm.pool.belong_to("first")
     ebm.pool.belong_to("second")
-    assert ebm.pool.site == "first"
+    assert ebm.pool.site == "second"
 
 
 @every

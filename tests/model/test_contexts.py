@@ -431,9 +431,8 @@ def test_rows_in_chunks_keep_their_contexts(monkeypatch: pytest.MonkeyPatch) -> 
     ebm, x, c = linear_ebm()
     log_z = ebm.f.log_partition(c).detach()
     none = torch.zeros_like(log_z)
-    exact_z = ConditionalLogPartition(
-        log_z, none, log_z, log_z, log_z, log_z, torch.arange(len(c)), 1.0, 1, 8
-    )
+    ends = (log_z, none, *[log_z] * 5)
+    exact_z = ConditionalLogPartition(*ends, torch.arange(len(c)), 1.0, 1, 8)
     monkeypatch.setattr(evidence_module, "MAX_PARTICLES", 15 * 48 * 8)
     found = log_evidence(ebm, x, context=c, seed=1, num_particles=48, log_z=exact_z)
     z = ((found.value - ebm.f.log_evidence(x, c)) / found.std_error).detach().numpy()

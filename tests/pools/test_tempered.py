@@ -688,7 +688,7 @@ def test_a_pool_evens_out_its_exchange_rates(
     """
     first, last = spreads(num_levels, dtype, 200)
     assert first > 0.4 and last < first / 3.0
-    monkeypatch.setattr(tempered_pool, "adapt_ladder", lambda betas, s: adapt_ladder(betas, -s))
+    monkeypatch.setattr(ladder, "adapt_ladder", lambda betas, s: adapt_ladder(betas, -s))
     first, last = spreads(num_levels, dtype, 20)
     assert last > first
 
