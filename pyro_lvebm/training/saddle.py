@@ -256,8 +256,7 @@ class Saddle(SVI):
                 error.add_note(f"fit: after {len(losses)} steps, parameters now have {which}")
             raise
         self._end_at_averages(best)
-        for ebm in self.ebms:
-            ebm.settle(LOG_Z_ERROR)
+        _settle_at_averages(self.ebms, LOG_Z_ERROR)
         self.recorder.look(self.step_count)
         return losses
 
@@ -306,10 +305,7 @@ class Saddle(SVI):
         put_back = pool_snapshot(ebms)
         with self.average.swapped_in():
             try:
-                for ebm in ebms:
-                    # Not the noise of the next steps, for which the pools are put back.
-                    ebm.pool.seed = derive_seed(ebm.pool.seed, Stream.AVERAGED_POOL)
-                    ebm.settle(log_z_error)
+                _settle_at_averages(ebms, log_z_error)
                 yield
             finally:
                 put_back()
@@ -594,3 +590,17 @@ class Saddle(SVI):
         if self.particles is None or self.particles is self.guide:
             return nullcontext()
         return isolated_rng(self.seed, Stream.GUIDE_DRAWS, self.step_count, device=device)
+
+
+def _settle_at_averages(ebms: list[LVEBM], log_z_error: float | None) -> None:
+    """Let pools follow averaged parameters, with other noise than the steps that may come next.
+
+    An evaluation and the end of a fit at its averages have the same.
+    """
+    for ebm in ebms:
+        seed = ebm.pool.seed
+        ebm.pool.seed = derive_seed(seed, Stream.AVERAGED_POOL)
+        try:
+            ebm.settle(log_z_error)
+        finally:
+            ebm.pool.seed = seed
