@@ -58,7 +58,8 @@ class QuadraticEnergy(WhitenedEnergy):
     @property
     def precision(self) -> Tensor:
         """P (d, d), the total precision in whitened coordinates."""
-        return self.tril @ self.tril.T
+        tril = self.tril
+        return tril @ tril.T
 
     def set_precision(self, precision: Tensor, linear: Tensor | None = None) -> None:
         """Set P (d, d), and b (d,) where given, in place.

@@ -67,11 +67,6 @@ def _total_grad(state: LangevinState, beta: float | Tensor, kappa: float) -> Ten
     return grad.add_(state.u, alpha=kappa) if kappa else grad
 
 
-def _total_energy(state: LangevinState, beta: float | Tensor, kappa: float) -> Tensor:
-    energy = beta * state.f
-    return energy + (0.5 * kappa) * (state.u * state.u).sum(-1) if kappa else energy
-
-
 def _noise_like(u: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(u).normal_(generator=generator)
 
@@ -268,10 +263,12 @@ def _log_acceptance(
     s = old_grad + _total_grad(new, beta, kappa)
     if scale is not None:
         s = s @ scale
-    half = 0.5 * step_size
-    root = half.sqrt() if isinstance(half, Tensor) else math.sqrt(half)
-    log_ratio = _total_energy(old, beta, kappa) - _total_energy(new, beta, kappa)
-    return log_ratio + root * (xi * s).sum(-1) - (0.5 * half) * (s * s).sum(-1)
+    eta, noise_scale = _step_scales(step_size)
+    # √(η/2) ξ·s − (η/4) |s|² + ½ κ (|u|² − |v|²), with one sum over entries.
+    terms = torch.sub(xi * (0.5 * noise_scale), s * (0.25 * eta)).mul_(s)
+    if kappa:
+        terms.addcmul_(old.u - new.u, old.u + new.u, value=0.5 * kappa)
+    return beta * (old.f - new.f) + terms.sum(-1)
 
 
 def _adapt(step_size: Tensor, acceptance: Tensor, target: float, rate: float) -> Tensor:

@@ -148,18 +148,16 @@ def exchange(
     Returns:
         The new state, and the mean acceptance probability (L − 1,) of each pair.
     """
-    u, f, grad = (part.clone() for part in state)
-    rate = torch.zeros_like(betas[1:])
-    for start in (0, 1):
-        low = torch.arange(start, len(betas) - 1, 2, device=betas.device)
-        if not len(low):
-            continue
-        high = low + 1
-        log_alpha = (betas[high] - betas[low])[:, None] * (f[high] - f[low])
+    f = state.f.clone()
+    level = torch.arange(len(betas), device=f.device)[:, None].repeat(1, f.shape[1])
+    gaps, rate = betas.diff(), torch.zeros_like(betas[1:])
+    for start in range(min(2, len(gaps))):
+        low, high = slice(start, -1, 2), slice(start + 1, None, 2)
+        log_alpha = gaps[start::2, None] * (f[high] - f[low])
         accept = torch.empty_like(log_alpha).exponential_(generator=generator).neg_() < log_alpha
-        rate[low] = log_alpha.clamp(max=0.0).exp().mean(-1)
-        for part in (u, f, grad):
-            mask = accept[..., None] if part.dim() == 3 else accept
+        rate[start::2] = log_alpha.clamp(max=0.0).exp().mean(-1)
+        for part in (f, level):
             a, b = part[low], part[high]
-            part[low], part[high] = torch.where(mask, b, a), torch.where(mask, a, b)
-    return LangevinState(u, f, grad), rate
+            part[low], part[high] = torch.where(accept, b, a), torch.where(accept, a, b)
+    column = torch.arange(f.shape[1], device=f.device)
+    return LangevinState(state.u[level, column], f, state.grad[level, column]), rate
