@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.noise import noise
 from benchmarks.speed import bare_network
 from pyro_lvebm.cli.baselines import gaussian
-from pyro_lvebm.sampling.annealing import anneal, pilot, standard_normal
+from pyro_lvebm.sampling import anneal, pilot, standard_normal
 from pyro_lvebm.sampling.langevin import value_and_grad
 from pyro_lvebm.sampling.weights import log_mean_exp, log_mean_std_error
 

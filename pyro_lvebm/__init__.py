@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent-variable energy-based models in Pyro, trained by Langevin particles."""
 
+from pyro_lvebm.bases import MixtureBase
 from pyro_lvebm.comparison import (
     ElboTable,
     ImportanceWeighted,
@@ -88,6 +89,7 @@ __all__ = [
     "LogEvidence",
     "LogPartition",
     "MLPEnergy",
+    "MixtureBase",
     "ParticleDiagnostics",
     "PersistentPool",
     "PoolDiagnostics",

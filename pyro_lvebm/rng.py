@@ -91,6 +91,7 @@ class Stream(IntEnum):
     FIGURE = auto()
     # Added later.
     AVERAGED_POOL = auto()
+    MIXTURE_BASE = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

@@ -72,7 +72,7 @@ print(f"{len(x)} rows to fit, {len(x_val)} for stopping, {len(x_test)} held out"
 # %% [markdown]
 # ## Model and training
 #
-# `LVEBM.from_data` starts from the Gaussian fit of the data; the network learns what is left. The
+# `LVEBM.from_data` starts from a mixture fitted to the data; the network learns what is left. The
 # plate draws a minibatch. `Saddle` moves two Langevin particles for each latent.
 #
 # With `held_out`, `fit` estimates the mean log evidence of the stopping rows every now and then,
@@ -101,8 +101,8 @@ losses = saddle.fit(
 # %% [markdown]
 # `saddle.history` has a row for every step. On the left is what `fit` stops by. In the middle is
 # the pool's running estimate of $\log Z_\theta$, which starts at zero because the untrained model
-# is the Gaussian; on the right its effective sample size, which falls as the model moves away from
-# that Gaussian.
+# is the mixture; on the right its effective sample size, which falls as the model moves away from
+# that mixture.
 
 # %%
 history = saddle.history

@@ -58,11 +58,12 @@ print(f"{len(x)} rows to fit, {len(x_test)} held out")
 # %% [markdown]
 # ## Model
 #
-# The energy is a network on top of two Gaussian bases,
+# The energy is a network on top of two bases,
 # $E_\theta = f_\theta(x, z) - \log \mathrm{base}_x(x) - \log \mathrm{base}_z(z)$.
-# `LVEBM.from_data` takes the Gaussian fit of the data as $\mathrm{base}_x$ and a standard normal
-# as $\mathrm{base}_z$. The last layer of `MLPEnergy` starts at zero, so training starts from that
-# Gaussian, where $\log Z_\theta = 0$ exactly.
+# `LVEBM.from_data` takes a mixture of Gaussians fitted to the data as $\mathrm{base}_x$, or one
+# Gaussian where left-out rows like it as well, and a standard normal as $\mathrm{base}_z$. The last
+# layer of `MLPEnergy` starts at zero, so training starts from the mixture, where
+# $\log Z_\theta = 0$ exactly.
 #
 # In the model, `lvebm` opens two sites: `moons_z`, the latent, and `moons`, the observation. The
 # plate draws a minibatch, as in any Pyro model.

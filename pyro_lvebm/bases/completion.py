@@ -37,7 +37,10 @@ def observed_entries(x: Tensor, observed: Tensor | None, x_shape: torch.Size) ->
 
 
 class Completion:
-    """The law of the missing entries of a batch of x under base_x given the observed ones.
+    """The law of the missing entries of a batch of x given the observed ones, under one Gaussian.
+
+    The Gaussian is that of the whitened coordinates of base_x: base_x itself, unless it is a
+    mixture.
 
         x_m = T(y_m),    y_m = m(y_o) + R⁻ᵀ v,    v ~ N(0, I),    R Rᵀ the conditional precision
 
@@ -106,12 +109,12 @@ class Completion:
         return self._log_density(value).sum(-1)
 
     def log_prob_missing(self, value: Tensor) -> Tensor:
-        """Return log base_x(x_m | x_o) (*, *b) of the missing entries alone, in nats."""
+        """Return log N(x_m | x_o) (*, *b) of the missing entries alone, in nats."""
         return torch.where(self.observed, 0.0, self._log_density(value)).sum(-1)
 
     def log_base(self) -> Tensor:
-        """Return log base_x(x_o) (*b,), the marginal of the observed entries, in nats."""
-        return self.base.log_prob(self.x) - self.log_prob_missing(self.x)
+        """Return log N(x_o) (*b,), the marginal of the observed entries, in nats."""
+        return self.base.log_normal(self.x) - self.log_prob_missing(self.x)
 
     def whitened(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return u (*b, d) and G (*b, c, d): whitened x is u + v G for v on some columns.

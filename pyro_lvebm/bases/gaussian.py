@@ -15,6 +15,7 @@ from torch.distributions.transforms import ComposeTransform
 
 from pyro_lvebm.bases.fitting import cross_validated_shrinkage, fit_incomplete
 from pyro_lvebm.bases.supports import Support
+from pyro_lvebm.sampling import STANDARD_NORMAL, Base
 
 
 class GaussianBase(nn.Module):
@@ -214,6 +215,11 @@ class GaussianBase(nn.Module):
         return cls(loc.to(x.dtype), scale.to(x.dtype), support)
 
     @property
+    def law(self) -> Base:
+        """The law of w."""
+        return STANDARD_NORMAL
+
+    @property
     def tril(self) -> Tensor:
         """The lower Cholesky factor L (d, d)."""
         return self.scale.diag() if self.diagonal else self.scale
@@ -255,10 +261,17 @@ class GaussianBase(nn.Module):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the normalised log density (*b,) of x (*b, *event_shape), in nats."""
+        return self._log_density(x, self.law)
+
+    def log_normal(self, x: Tensor) -> Tensor:
+        """Return the log density (*b,) of x where w ~ N(0, I), whatever its law, in nats."""
+        return self._log_density(x, STANDARD_NORMAL)
+
+    def _log_density(self, x: Tensor, law: Base) -> Tensor:
         y = self.support.unconstrain(x)
-        w = self.whiten_unconstrained(y)
-        log_normal = -0.5 * (w * w).sum(-1) - 0.5 * self.dim * math.log(2 * math.pi) - self.log_det
-        return log_normal - self.support.log_abs_det(y, x)
+        energy = law.energy(self.whiten_unconstrained(y))
+        constant = 0.5 * self.dim * math.log(2 * math.pi) + self.log_det
+        return -energy - constant - self.support.log_abs_det(y, x)
 
     def whiten_unconstrained(self, y: Tensor) -> Tensor:
         """Return w (*b, d) for unconstrained y (*b, *unconstrained_shape)."""

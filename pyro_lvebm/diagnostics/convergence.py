@@ -217,8 +217,8 @@ def _neighbour_kls(
 
     def free_energies(u: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            f = to_numpy(ebm.residual(torch.from_numpy(u).to(ebm.base_x.loc)))
-        energy = (f + 0.5 * (u * u).sum(-1)).reshape(-1, u.shape[-2])
+            at = torch.from_numpy(u).to(ebm.base_x.loc)
+            energy = to_numpy(ebm.residual(at) + ebm.base.energy(at)).reshape(-1, u.shape[-2])
         values = [free_energy(*sample) for sample in zip(_samples(u), energy, strict=True)]
         return np.reshape(values, u.shape[:2])
 

@@ -164,7 +164,7 @@ def _outward(ebm: LVEBM, u: Tensor) -> tuple[Tensor, Tensor]:
     """⟨∇E(u), u⟩ (*b,), −∞ where E or its gradient is not finite, and whether they are."""
     f, grad = ebm.residual_and_grad(u)
     finite = torch.isfinite(f) & torch.isfinite(grad).all(-1)
-    value = ((u + grad) * u).sum(-1)
+    value = ((ebm.base.energy_and_grad(u)[1] + grad) * u).sum(-1)
     return torch.where(finite, value, -torch.inf), finite
 
 
@@ -180,13 +180,14 @@ def _worst_first(ebm: LVEBM, radius: float, rays: Tensor) -> Tensor:
         length = float(np.linalg.norm(v))
         unit = v / length
         u = radius * torch.from_numpy(unit).to(rays)
-        # The gradient of ⟨∇f(u), u⟩ is ∇f(u) + Hu, with the Hessian H by a difference along u.
+        # The gradient of ⟨∇E(u), u⟩ is ∇E(u) + Hu, with the Hessian H by a difference along u.
         step = _RELATIVE_STEP
-        _, grads = ebm.residual_and_grad(torch.stack([u, (1 + step) * u, (1 - step) * u]))
+        at = torch.stack([u, (1 + step) * u, (1 - step) * u])
+        grads = ebm.residual_and_grad(at)[1] + ebm.base.energy_and_grad(at)[1]
         here, further, nearer = (g.cpu().double().numpy() for g in grads)
         slope = (here + 0.5 * (further - nearer) / step) / radius
         tangent = slope - (slope @ unit) * unit
-        return 1.0 + float(here @ unit) / radius, tangent / length
+        return float(here @ unit) / radius, tangent / length
 
     start, options = (worst / radius).cpu().double().numpy(), {"ftol": 1e-12, "gtol": 1e-9}
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x

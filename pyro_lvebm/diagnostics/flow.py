@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
-from pyro_lvebm.sampling import ULA, init_state, standard_normal
+from pyro_lvebm.sampling import ULA, init_state
 
 _REFRESHES_PER_SAMPLE = 4
 
@@ -71,11 +71,13 @@ def langevin_flow(
     """
     generator = generator_for(seed, Stream.RATE_FLOW, device=ebm.base_x.loc.device)
     kernel = ULA()
-    u = standard_normal((*size, ebm.dim), ebm.base_x.loc, generator)
+    u = ebm.base.draw((*size, ebm.dim), ebm.base_x.loc, generator)
     state, flow = init_state(ebm.residual_and_grad, u), [to_numpy(u)]
     for k in range(1, num_times):
         for _ in range(stride):
-            state, _ = kernel.step(ebm.residual_and_grad, state, step_size, generator=generator)
+            state, _ = kernel.step(
+                ebm.residual_and_grad, state, step_size, base=ebm.base, generator=generator
+            )
         bad = int((~torch.isfinite(state.u).all(-1)).sum())
         if bad:
             raise ValueError(

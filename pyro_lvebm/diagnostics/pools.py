@@ -139,6 +139,7 @@ def pool_diagnostics(
                     scales,
                     kernel=pool.kernel,
                     generator=generator,
+                    base=ebm.base,
                 )
                 state, swapped = chains.exchange(state, pool.betas, generator)
                 accepted_sum[1:] += accepted.mean(-1)

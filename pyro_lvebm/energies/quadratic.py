@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_lvebm.bases import GaussianBase, MixtureBase
 from pyro_lvebm.energies.whitened import WhitenedEnergy
 
 
@@ -49,6 +50,20 @@ class QuadraticEnergy(WhitenedEnergy):
         self.linear = nn.Parameter(torch.zeros(self.dim))
         weight = nn.Parameter(torch.zeros(context_dim, self.dim)) if context_dim else None
         self.register_parameter("by_context", weight)
+
+    def bind(self, base_x: GaussianBase, base_z: GaussianBase) -> None:
+        """Take the coordinates of these bases; see `WhitenedEnergy.bind`.
+
+        Raises:
+            ValueError: As there, or if base_x is a mixture, with which nothing here is a closed
+                form.
+        """
+        if isinstance(base_x, MixtureBase):
+            raise ValueError(
+                "a QuadraticEnergy needs a Gaussian base, for its closed forms; give "
+                "LVEBM.from_data(..., base='gaussian'), or an energy such as MLPEnergy"
+            )
+        super().bind(base_x, base_z)
 
     @property
     def tril(self) -> Tensor:

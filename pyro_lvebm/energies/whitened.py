@@ -78,13 +78,14 @@ class WhitenedEnergy(nn.Module):
 
 
 def _same(a: GaussianBase, b: GaussianBase) -> bool:
-    w = torch.linspace(-1.0, 1.0, a.dim).to(a.loc)  # tells supports apart
+    w = torch.linspace(-1.0, 1.0, a.dim).to(a.loc)  # tells supports and laws apart
     return (
         a.event_shape == b.event_shape
         and a.diagonal == b.diagonal
         and torch.equal(a.loc, b.loc)
         and torch.equal(a.scale, b.scale)
         and torch.equal(a.unwhiten(w), b.unwhiten(w))
+        and torch.equal(a.law.energy(w), b.law.energy(w))
     )
 
 

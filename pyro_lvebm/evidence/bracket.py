@@ -13,6 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_lvebm.sampling import (
+    STANDARD_NORMAL,
+    Base,
     Schedule,
     ValueAndGrad,
     anneal,
@@ -75,6 +77,7 @@ def both_directions(
     draws: Tensor,
     schedule: Schedule,
     *,
+    base: Base = STANDARD_NORMAL,
     num_moves: int,
     generator: torch.Generator,
 ) -> Runs:
@@ -89,6 +92,7 @@ def both_directions(
         start: Base draws (runs, problems, particles, d).
         draws: Model draws of the same shape.
         schedule: Temperatures and moves, fixed beforehand.
+        base: The base.
         num_moves: MALA steps at each temperature, before one independence move.
         generator: Source of randomness.
     """
@@ -97,6 +101,7 @@ def both_directions(
             f,
             v,
             path,
+            base=base,
             num_moves=num_moves,
             independence=True,
             keep_path=True,

@@ -6,23 +6,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lvebm.evidence.bracket import Bracket, Runs, both_directions, bracket, each_end
 from pyro_lvebm.evidence.log_partition import LogPartition, check_range
-from pyro_lvebm.model import LVEBM, check_contexts_finite, context_rows
+from pyro_lvebm.model import LVEBM, Density, check_contexts_finite, context_rows
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import (
     MALA,
     Annealed,
     Schedule,
-    ValueAndGrad,
     anneal,
     ess,
+    init_state,
     pilot,
-    standard_normal,
     systematic_resample,
 )
 
@@ -139,9 +139,8 @@ def conditional_log_partition(
     least, most = math.inf, 0
     with ebm.frozen(), torch.no_grad():
         for part in _side_by_side(distinct, num_runs * num_particles * ebm.dim):
-            f = ebm.given(part[:, None]).residual_and_grad
             runs, temperatures = _runs_of(
-                f,
+                ebm.given(part[:, None]),
                 (len(part), num_particles, ebm.dim),
                 ebm.base_x.loc,
                 num_runs=num_runs,
@@ -166,7 +165,7 @@ def _side_by_side(distinct: Tensor, per_context: int) -> Iterator[Tensor]:
 
 
 def _runs_of(
-    f: ValueAndGrad,
+    density: Density,
     shape: tuple[int, int, int],
     like: Tensor,
     *,
@@ -176,20 +175,18 @@ def _runs_of(
     generator: torch.Generator,
 ) -> tuple[Runs, int]:
     """Run both directions for (problems, particles, d); return them, and how many temperatures."""
-    start = standard_normal((1, *shape), like, generator)
-    schedule = pilot(f, start, relative_ess=relative_ess, num_moves=num_moves, generator=generator)
-
-    def base() -> Tensor:
-        return standard_normal((num_runs, *shape), like, generator)
-
-    ends = anneal(f, base(), schedule, num_moves=num_moves, generator=generator)
-    draws = _model_draws(f, ends, schedule, generator)
-    runs = both_directions(f, base(), draws, schedule, num_moves=num_moves, generator=generator)
-    return runs, len(schedule.betas) - 1
+    f, base = density.residual_and_grad, density.base
+    moves: dict[str, Any] = {"base": base, "num_moves": num_moves, "generator": generator}
+    start = base.draw((1, *shape), like, generator)
+    schedule = pilot(f, start, relative_ess=relative_ess, **moves)
+    starts = [base.draw((num_runs, *shape), like, generator) for _ in range(2)]
+    ends = anneal(f, starts[0], schedule, **moves)
+    draws = _model_draws(density, ends, schedule, generator)
+    return both_directions(f, starts[1], draws, schedule, **moves), len(schedule.betas) - 1
 
 
 def _model_draws(
-    f: ValueAndGrad, ends: Annealed, schedule: Schedule, generator: torch.Generator
+    density: Density, ends: Annealed, schedule: Schedule, generator: torch.Generator
 ) -> Tensor:
     """Resample the ends of all runs of a problem by their weights, and move them by MALA."""
     log_weights = ends.log_weights + (ends.log_ratio - _level(ends.log_weights))[..., None]
@@ -199,11 +196,13 @@ def _model_draws(
     index = index.reshape(problems, particles, runs).permute(2, 0, 1)
     pooled = ends.state.u.transpose(0, 1).reshape(problems, -1, d).expand(runs, -1, -1, -1)
     state = ends.state._replace(u=pooled.gather(2, index[..., None].expand(-1, -1, -1, d)))
-    value, grad = f(state.u)
-    state = state._replace(f=value, grad=grad)
+    f = density.residual_and_grad
+    state = init_state(f, state.u)
     scale = None if schedule.scales is None else schedule.scales[-1]
     for _ in range(_REJUVENATION_MOVES):
-        state, _ = MALA().step(f, state, schedule.step_sizes[-1], scale=scale, generator=generator)
+        state, _ = MALA().step(
+            f, state, schedule.step_sizes[-1], base=density.base, scale=scale, generator=generator
+        )
     return state.u
 
 

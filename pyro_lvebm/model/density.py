@@ -12,10 +12,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.bases import GaussianBase, JointBase, MixtureBase
 from pyro_lvebm.energies import WhitenedEnergy, check_energy
 from pyro_lvebm.model.contexts import check_contexts_finite, context_rows, expand_context
-from pyro_lvebm.sampling import value_and_grad
+from pyro_lvebm.sampling import STANDARD_NORMAL, Base, value_and_grad
 
 
 class Density(nn.Module):
@@ -23,14 +23,16 @@ class Density(nn.Module):
 
         E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
 
-    In coordinates u whitened by the bases it is E = ½ |u|² + f + const. With a `context_shape` f
+    In coordinates u whitened by the bases it is E = U(u) + f + const, with the base energy U, which
+    is ½ |u|² where both bases are Gaussian. With a `context_shape` f
     has a context c as a third argument; `given(c)` is the density at contexts, and whoever has
     that need not know of them.
 
     Args:
         energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
             z (*b, *z_shape), and a context (*b, *context_shape) if there are any, to (*b).
-        base_x: Gaussian over x, or the transform of one by the bijection to its support.
+        base_x: Gaussian over x, or the transform of one by the bijection to its support; or a
+            `MixtureBase`.
         base_z: Gaussian over z.
         context_shape: Shape of one context; None for a density without contexts.
 
@@ -56,6 +58,8 @@ class Density(nn.Module):
             raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
         base_x = GaussianBase.from_bounded(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
+        if isinstance(base_z, MixtureBase):
+            raise ValueError("base_z must be a Gaussian; only base_x can be a MixtureBase")
         if context_shape == ():
             raise ValueError("context_shape must have one axis at least, as (1,) for a number")
         shape = None if context_shape is None else torch.Size(context_shape)
@@ -88,6 +92,12 @@ class Density(nn.Module):
     def dim(self) -> int:
         """Number of unconstrained entries of x and z together."""
         return self.base_x.dim + self.base_z.dim
+
+    @property
+    def base(self) -> Base:
+        """The law of u under both bases."""
+        plain = self.base_x.law is self.base_z.law is STANDARD_NORMAL
+        return STANDARD_NORMAL if plain else JointBase(self.base_x, self.base_z)
 
     @property
     def x_shape(self) -> torch.Size:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_lvebm.bases import GaussianBase, PairSupport, Support
-from pyro_lvebm.energies import MLPEnergy
+from pyro_lvebm.bases import GaussianBase, MixtureBase, PairSupport, Support
+from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
 from pyro_lvebm.model.contexts import check_context, check_contexts_finite
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.imputation import impute
@@ -31,7 +31,8 @@ class LVEBM(Density):
         p_θ(x, z) = exp(−E_θ(x, z)) / Z_θ,    E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
 
     The bases are normalised, so Z_θ = E_base[exp(−f_θ)]; f = 0 is the base with log Z = 0. All
-    sampling happens in coordinates u whitened by the bases, where E = ½ |u|² + f + const.
+    sampling happens in coordinates u whitened by the bases, where E = U(u) + f + const; U is ½ |u|²
+    for Gaussian bases.
 
     With a `context_shape` it is conditional on a context c, such as covariates or a class:
 
@@ -86,7 +87,7 @@ class LVEBM(Density):
 
     def _take(self, pool: Pool) -> None:
         like = self.base_x.loc
-        pool.prepare(self.dim, self.context_shape)
+        pool.prepare(self.dim, self.base, self.context_shape)
         self.pool = pool.to(device=like.device, dtype=like.dtype)
         self.register_buffer("expects_missing", torch.tensor(False))
 
@@ -99,11 +100,14 @@ class LVEBM(Density):
         z_dim: int,
         support: Constraint | None = None,
         context: Tensor | None = None,
+        base: Literal["auto", "gaussian", "mixture"] = "auto",
         pool: Pool | None = None,
     ) -> LVEBM:
-        """Start from a Gaussian fitted to the data and a standard normal latent.
+        """Start from a law fitted to the data and a standard normal latent.
 
-        The Gaussian has the means and variances of the columns, and their correlations, shrunk
+        The law is a Gaussian, or a mixture of Gaussians in its coordinates (`MixtureBase.fit`), so
+        that modes far apart have negatives from the start and f learns what a mixture misses. The
+        Gaussian has the means and variances of the columns, and their correlations, shrunk
         towards 0 by the share that cross-validation finds best; with many rows that is none. Where
         entries are missing it is that of maximum likelihood, by expectation maximisation.
 
@@ -118,6 +122,8 @@ class LVEBM(Density):
                 (support), and so are the whitened coordinates; f(x, z) still gets x.
             context: Contexts (N, *context_shape) of a conditional LVEBM, floating point. An
                 `MLPEnergy` standardises its contexts by their means and standard deviations.
+            base: "mixture" or "gaussian"; "auto" is a mixture if cross-validation finds more than
+                one component, and the energy is not one whose closed forms need a Gaussian.
             pool: The pool of negatives; `TemperedPool()` if None, or `ContextPool()`.
 
         Raises:
@@ -139,6 +145,11 @@ class LVEBM(Density):
         check_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
         base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
+        if base not in ("auto", "gaussian", "mixture"):
+            raise ValueError(f'base must be "auto", "gaussian" or "mixture"; got {base!r}')
+        if base == "mixture" or (base == "auto" and not isinstance(energy, QuadraticEnergy)):
+            mixture = MixtureBase.fit(x, gaussian=base_x)
+            base_x = mixture if base == "mixture" or mixture.num_components > 1 else base_x
         energy.to(device=x.device, dtype=x.dtype)
         shape = None
         if context is not None:

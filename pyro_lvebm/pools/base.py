@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sampling import MALA, Kernel, LangevinState, check_finite, ess, init_state
+from pyro_lvebm.sampling import (
+    MALA,
+    STANDARD_NORMAL,
+    Base,
+    Kernel,
+    LangevinState,
+    check_finite,
+    ess,
+    init_state,
+)
 from pyro_lvebm.validation import check_at_least
 
 _SETTLING_REFRESHES = 20
@@ -27,7 +36,11 @@ _DRAW_KERNEL = MALA()
 
 
 class ResidualEnergy(Protocol):
-    """What a pool needs of a density: f and ∇f at whitened coordinates."""
+    """What a pool needs of a density: f and ∇f at whitened coordinates, and their base."""
+
+    @property
+    def base(self) -> Base:
+        """The law of u where f = 0."""
 
     def residual_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return f(u) (*b,) and ∇f(u) (*b, d), without a graph."""
@@ -89,13 +102,10 @@ class Pool(nn.Module):
         self.register_buffer("acceptance", torch.full((num_levels,), torch.nan))
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.long))
 
-    def initialise(self, dim: int) -> None:
-        """Draw all chains from the base N(0, I) in `dim` dimensions, where log Z = 0 exactly."""
+    def initialise(self, dim: int, base: Base = STANDARD_NORMAL) -> None:
+        """Draw all chains from the base in `dim` dimensions, where log Z = 0 exactly."""
         generator = self._generator(Stream.POOL_START)
-        shape = (self.num_levels, self.num_chains, dim)
-        self.u = torch.empty(shape, dtype=self.u.dtype, device=self.u.device).normal_(
-            generator=generator
-        )
+        self.u = base.draw((self.num_levels, self.num_chains, dim), self.u, generator)
 
     def check_free(self, context_shape: tuple[int, ...] | None) -> None:
         """Refuse a place in an LVEBM with contexts of this shape, or without any.
@@ -115,9 +125,9 @@ class Pool(nn.Module):
                 f"{type(self).__name__} with context_shape={context_shape}"
             )
 
-    def prepare(self, dim: int, context_shape: torch.Size | None) -> None:
+    def prepare(self, dim: int, base: Base, context_shape: torch.Size | None) -> None:
         """Take a place in an LVEBM of `dim` dimensions, after `check_free`."""
-        self.initialise(dim)
+        self.initialise(dim, base)
 
     def belong_to(self, site: str) -> None:
         """Take random numbers of one's own from the name of the site of x that it stands at.
@@ -146,7 +156,7 @@ class Pool(nn.Module):
         put_back = self.snapshot()
         try:
             if self.site and not self.refreshes:
-                self.initialise(self.u.shape[-1])
+                self.initialise(self.u.shape[-1], ebm.base)
             self._refresh(ebm, context)
         except BaseException:
             put_back()
@@ -306,6 +316,7 @@ class Pool(nn.Module):
                 ebm.residual_and_grad,
                 state,
                 self.step_size[-1],
+                base=ebm.base,
                 scale=scale,
                 generator=generator,
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_lvebm.pools.base import ResidualEnergy
 from pyro_lvebm.pools.ladder import LadderPool
 from pyro_lvebm.rng import Stream
-from pyro_lvebm.sampling import MALA, SNAPSHOT_STRIDE, LangevinState
+from pyro_lvebm.sampling import MALA, SNAPSHOT_STRIDE, STANDARD_NORMAL, Base, LangevinState
 from pyro_lvebm.validation import check_at_least
 
 _BURN_IN_MOVES = 32
@@ -84,15 +84,15 @@ class ContextPool(LadderPool):
         self.register_buffer("negative_u", torch.empty(n, 0))
         self.register_buffer("negative_f", torch.zeros(n))
 
-    def prepare(self, dim: int, context_shape: torch.Size | None) -> None:
+    def prepare(self, dim: int, base: Base, context_shape: torch.Size | None) -> None:
         """Take a place in a conditional LVEBM; see `Pool.prepare`."""
-        super().prepare(dim, context_shape)
+        super().prepare(dim, base, context_shape)
         assert context_shape is not None
         self.context = self.u.new_zeros(self.num_contexts, *context_shape)
 
-    def initialise(self, dim: int) -> None:
-        """Draw all chains from the base N(0, I) in `dim` dimensions; contexts come later."""
-        super().initialise(dim)
+    def initialise(self, dim: int, base: Base = STANDARD_NORMAL) -> None:
+        """Draw all chains from the base in `dim` dimensions; contexts come later."""
+        super().initialise(dim, base)
         self.context = torch.zeros_like(self.context)
         self.age = torch.full_like(self.age, -1)
         self.negative_u = self.u.new_zeros(len(self.log_weights), dim)
@@ -165,7 +165,7 @@ class ContextPool(LadderPool):
         self.negative_u = torch.cat([snapshot.u[-1] for snapshot in found.snapshots])
         self.negative_f = f[:, -1].flatten()
         self.age = self.age + 1
-        self._record(found, betas)
+        self._record(ebm, found, betas)
 
     def negatives(self) -> tuple[Tensor, Tensor]:
         """Return the chains (n, d) of β = 1 and their normalised log weights (n,)."""

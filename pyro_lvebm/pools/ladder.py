@@ -9,6 +9,8 @@ from torch import Tensor
 from pyro_lvebm.pools.base import Pool, ResidualEnergy
 from pyro_lvebm.sampling import (
     MALA,
+    STANDARD_NORMAL,
+    Base,
     LangevinState,
     Tempered,
     adapt_ladder,
@@ -21,7 +23,7 @@ from pyro_lvebm.validation import check_at_least
 
 
 class LadderPool(Pool):
-    """Chains on E_β = ½ |u|² + β_l f(u), 0 = β_0 < … < β_L = 1, for each of `num_levels` levels.
+    """Chains on E_β = U(u) + β_l f(u), 0 = β_0 < … < β_L = 1, for each of `num_levels` levels.
 
     Args:
         num_levels: Number of temperatures, at least 2.
@@ -67,9 +69,9 @@ class LadderPool(Pool):
         self.register_buffer("fisher", torch.empty(num_levels - 1, 0, 0))
         self.register_buffer("swap_rate", torch.full((num_levels - 1,), torch.nan))
 
-    def initialise(self, dim: int) -> None:
-        """Draw all chains from the base N(0, I) in `dim` dimensions, where log Z = 0 exactly."""
-        super().initialise(dim)
+    def initialise(self, dim: int, base: Base = STANDARD_NORMAL) -> None:
+        """Draw all chains from the base in `dim` dimensions, where log Z = 0 exactly."""
+        super().initialise(dim, base)
         self.fisher = torch.eye(dim).to(self.u).repeat(self.num_levels - 1, 1, 1)
 
     def _climb(
@@ -89,15 +91,16 @@ class LadderPool(Pool):
             kernel=self.kernel,
             num_moves=self.num_moves,
             generator=generator,
+            base=ebm.base,
         )
 
     def next_betas(self) -> Tensor:
         """Return the ladder (num_levels,) of the next refresh."""
         return adapt_ladder(self.betas, self.swap_rate)
 
-    def _record(self, found: Tempered, betas: Tensor) -> None:
+    def _record(self, ebm: ResidualEnergy, found: Tempered, betas: Tensor) -> None:
         """Keep chains, ladder and rates, and adapt metrics and step sizes to them."""
-        self.fisher = running_fisher(self.fisher, found.state, betas)
+        self.fisher = running_fisher(self.fisher, found.state, betas, ebm.base)
         self.u, self.f, self.betas = found.state.u, found.state.f, betas
         self.log_partition = self.log_z[-1].clone()
         self.swap_rate = found.swap_rate

@@ -73,7 +73,7 @@ class PersistentPool(Pool):
         acceptance = torch.zeros_like(self.acceptance)
         for _ in range(self.num_moves):
             state, accepted = self.kernel.step(
-                ebm.residual_and_grad, state, self.step_size, generator=generator
+                ebm.residual_and_grad, state, self.step_size, base=ebm.base, generator=generator
             )
             acceptance += accepted.mean() / self.num_moves
         check_finite(state.f)

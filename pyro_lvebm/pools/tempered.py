@@ -75,7 +75,7 @@ class TemperedPool(LadderPool):
         self.log_z, self.log_z_variance = track
         mixture = log_mixture(found.state.f, betas, track.log_z)
         self.log_weights = torch.log_softmax(-found.state.f.flatten() - mixture, 0)
-        self._record(found, betas)
+        self._record(ebm, found, betas)
 
     @property
     def log_partition_std_error(self) -> Tensor:

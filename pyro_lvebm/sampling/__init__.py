@@ -8,8 +8,8 @@ from pyro_lvebm.sampling.annealing import (
     anneal,
     pick_draws,
     pilot,
-    standard_normal,
 )
+from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base, StandardNormal, standard_normal
 from pyro_lvebm.sampling.langevin import (
     MALA,
     ULA,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annealing from a standard normal to an energy: normalising constants and draws.
+"""Annealing from a base to an energy: normalising constants and draws.
 
-A *problem* is a residual energy f over v ∈ R^d. The path is
+A *problem* is a residual energy f over v ∈ R^d. With the base energy U, ½ |v|² of a standard normal
+unless another `Base` is given, the path is
 
-    p_β(v) ∝ exp(−½ |v|² − β f(v)),    β from 0 to 1,    log C = log E_{N(0,I)}[exp(−f)].
+    p_β(v) ∝ exp(−U(v) − β f(v)),    β from 0 to 1,    log C = log E_base[exp(−f)].
 
 Many problems run side by side in tensors v (runs, problems, particles, d). With a schedule fixed
 beforehand Ĉ is unbiased, so log Ĉ is low in expectation; a pilot run finds the schedule.
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_lvebm.sampling.langevin import MALA, LangevinState, ValueAndGrad, init_state
+from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base
+from pyro_lvebm.sampling.langevin import MALA, LangevinState, ValueAndGrad, init_state, select
 from pyro_lvebm.sampling.preconditioning import inverse_root
 from pyro_lvebm.sampling.weights import ess, log_mean_exp, systematic_resample
 
@@ -50,17 +52,11 @@ class Annealed(NamedTuple):
     f_path: Tensor | None = None  # (T + 1, runs, problems, particles), f after the moves at each β
 
 
-def standard_normal(
-    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    """Return N(0, 1) draws of a shape, with the dtype and device of `like`."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
-
-
 def pilot(
     f: ValueAndGrad,
     v: Tensor,
     *,
+    base: Base = STANDARD_NORMAL,
     relative_ess: float = 0.9,
     num_moves: int = 2,
     max_temperatures: int = 400,
@@ -75,7 +71,8 @@ def pilot(
 
     Args:
         f: Residual energy and gradient on v (runs, problems, n, d).
-        v: Draws of N(0, I), (1, problems, n, d).
+        v: Draws of the base, (1, problems, n, d).
+        base: The base.
         relative_ess: Wanted ESS / n from one temperature to the next, in (0, 1).
         num_moves: MALA steps at each temperature.
         max_temperatures: Give up beyond this many.
@@ -105,10 +102,16 @@ def pilot(
         beta_next = given[len(used)] if given else _next_beta(state.f, beta, relative_ess)
         state = _resample(state, -(beta_next - beta) * state.f, generator)
         beta = beta_next
-        scale = _scale_of(state, beta) if precondition else None
+        scale = _scale_of(state, beta, base) if precondition else None
         for _ in range(num_moves):
             state, accepted = _KERNEL.step(
-                f, state, step, inverse_temperature=beta, scale=scale, generator=generator
+                f,
+                state,
+                step,
+                inverse_temperature=beta,
+                base=base,
+                scale=scale,
+                generator=generator,
             )
             step = _KERNEL.adapt(step, accepted.mean((0, -1))[:, None], rate=0.5)
         used.append(beta)
@@ -119,9 +122,9 @@ def pilot(
     return Schedule(temperatures, torch.stack(steps), found)
 
 
-def _scale_of(state: LangevinState, beta: float) -> Tensor:
+def _scale_of(state: LangevinState, beta: float, base: Base) -> Tensor:
     """Scales (problems, d, d) from the gradients of one run."""
-    grad = state.u[0] + beta * state.grad[0]
+    grad = base.energy_and_grad(state.u[0])[1] + beta * state.grad[0]
     # Behind a wall of infinite energy there is no gradient, and no particle stays there.
     grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
     n = grad.shape[-2]
@@ -133,6 +136,7 @@ def anneal(
     v: Tensor,
     schedule: Schedule,
     *,
+    base: Base = STANDARD_NORMAL,
     num_moves: int = 2,
     resample: bool = True,
     independence: bool = False,
@@ -145,6 +149,7 @@ def anneal(
         f: Residual energy and gradient on v (runs, problems, n, d).
         v: Draws of p_β at the first β of the schedule, (runs, problems, n, d).
         schedule: Temperatures in either direction, and step sizes.
+        base: The base.
         num_moves: MALA steps at each temperature.
         resample: True is sequential Monte Carlo; False is annealed importance sampling, whose
             particles stay independent and carry their own weights.
@@ -180,11 +185,14 @@ def anneal(
                 state,
                 schedule.step_sizes[k],
                 inverse_temperature=beta_next,
+                base=base,
                 scale=scale,
                 generator=generator,
             )
         if independence:
-            state = independence_step(f, state, inverse_temperature=beta_next, generator=generator)
+            state = independence_step(
+                f, state, inverse_temperature=beta_next, base=base, generator=generator
+            )
         path += [state.f] if keep_path else []
     f_path = torch.stack(path) if keep_path else None
     return Annealed(log_ratio if resample else log_mean_exp(log_w), log_w, state, f_path)
@@ -241,20 +249,22 @@ def independence_step(
     f: ValueAndGrad,
     state: LangevinState,
     *,
-    inverse_temperature: float,
+    inverse_temperature: float | Tensor,
+    base: Base = STANDARD_NORMAL,
     generator: torch.Generator | None = None,
 ) -> LangevinState:
     """Propose a new place for every particle by the base, and accept it by Metropolis' rule.
 
-    The proposal v ~ N(0, I) replaces u with probability min(1, exp(−β (f(v) − f(u)))), which leaves
-    p_β(u) ∝ exp(−½ |u|² − β f(u)) invariant. Langevin moves do not cross between regions that
+    The proposal v from the base replaces u with probability min(1, exp(−β (f(v) − f(u)))), which
+    leaves p_β(u) ∝ exp(−U(u) − β f(u)) invariant. Langevin moves do not cross between regions that
     the energy separates; at small β this one does, from anywhere to anywhere. Proposals where f is
     NaN are rejected.
 
     Args:
         f: Residual energy and gradient.
         state: Positions u (*b, d), f and ∇f.
-        inverse_temperature: β.
+        inverse_temperature: β, a number or a tensor that broadcasts to (*b,).
+        base: The base, with U.
         generator: Source of randomness; None means torch's global generator.
 
     Returns:
@@ -274,11 +284,6 @@ def independence_step(
         >>> round(state.u.var().item(), 1)
         0.5
     """
-    new = init_state(f, torch.empty_like(state.u).normal_(generator=generator))
+    new = init_state(f, base.draw(tuple(state.u.shape), state.u, generator))
     threshold = torch.empty_like(state.f).exponential_(generator=generator).neg_()
-    accept = threshold < inverse_temperature * (state.f - new.f)
-    return LangevinState(
-        torch.where(accept[..., None], new.u, state.u),
-        torch.where(accept, new.f, state.f),
-        torch.where(accept[..., None], new.grad, state.grad),
-    )
+    return select(threshold < inverse_temperature * (state.f - new.f), new, state)

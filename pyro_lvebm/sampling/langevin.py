@@ -3,10 +3,10 @@
 
 Every kernel targets, for a residual energy f and u of shape (*b, d),
 
-    p_β(u) ∝ exp(−E(u)),    E(u) = ½ κ |u|² + β f(u)
+    p_β(u) ∝ exp(−E(u)),    E(u) = U(u) + β f(u)
 
-with inverse temperature β and base precision κ. With κ = 1 this is an LVEBM in coordinates
-whitened by its base; with κ = 0 and β = 1 it is any energy f.
+with inverse temperature β and base energy U, ½ |u|² of a standard normal unless another `Base` is
+given; without a base it is any energy f.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps u (*b, d) to f(u) (*b,) and ∇f(u) (*b, d), both without a graph."""
@@ -28,7 +30,7 @@ class LangevinState(NamedTuple):
 
     u: Tensor  # (*b, d)
     f: Tensor  # (*b,)
-    grad: Tensor  # (*b, d), ∇f(u) without the base
+    grad: Tensor  # (*b, d), ∇f(u) without that of the base
 
 
 def value_and_grad(f: Callable[[Tensor], Tensor]) -> ValueAndGrad:
@@ -62,9 +64,23 @@ def init_state(f: ValueAndGrad, u: Tensor) -> LangevinState:
     return LangevinState(u, *f(u))
 
 
-def _total_grad(state: LangevinState, beta: float | Tensor, kappa: float) -> Tensor:
-    grad = state.grad * beta[..., None] if isinstance(beta, Tensor) else state.grad * beta
-    return grad.add_(state.u, alpha=kappa) if kappa else grad
+def select(accept: Tensor, new: LangevinState, old: LangevinState) -> LangevinState:
+    """Return the new state where `accept` (*b,) is true, the old one elsewhere."""
+    return LangevinState(
+        torch.where(accept[..., None], new.u, old.u),
+        torch.where(accept, new.f, old.f),
+        torch.where(accept[..., None], new.grad, old.grad),
+    )
+
+
+def _total(state: LangevinState, beta: float | Tensor, base: Base | None) -> tuple[Tensor, Tensor]:
+    """Return E (*b,) and ∇E (*b, d)."""
+    grad = state.grad * (beta[..., None] if isinstance(beta, Tensor) else beta)
+    energy = beta * state.f
+    if base is None:
+        return energy, grad
+    base_energy, base_grad = base.energy_and_grad(state.u)
+    return energy.add_(base_energy), grad.add_(base_grad)
 
 
 def _noise_like(u: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -97,7 +113,7 @@ class ULA:
         >>> g = torch.Generator().manual_seed(0)
         >>> state = init_state(f, torch.zeros(4096, 1))
         >>> for _ in range(50):
-        ...     state, _ = ULA().step(f, state, 0.5, base_precision=0.0, generator=g)
+        ...     state, _ = ULA().step(f, state, 0.5, base=None, generator=g)
         >>> abs(state.u.var().item() - 1 / (1 - 0.25)) < 0.1
         True
     """
@@ -111,7 +127,7 @@ class ULA:
         step_size: float | Tensor,
         *,
         inverse_temperature: float | Tensor = 1.0,
-        base_precision: float = 1.0,
+        base: Base | None = STANDARD_NORMAL,
         generator: torch.Generator | None = None,
     ) -> tuple[LangevinState, Tensor]:
         """Move every chain once.
@@ -121,18 +137,19 @@ class ULA:
             state: Positions u (*b, d) with f and ∇f there.
             step_size: η, a number or a tensor that broadcasts to (*b,).
             inverse_temperature: β, a number or a tensor that broadcasts to (*b,).
-            base_precision: κ.
+            base: The base with U; None for U = 0.
             generator: Source of randomness; None means torch's global generator.
 
         Returns:
             The new state, and the acceptance probability (*b,) that a Metropolis test would
             have had (1 where `target_acceptance` is None and nothing needs it).
         """
-        beta, kappa = inverse_temperature, base_precision
-        new, grad, xi = _propose(f, state, step_size, beta, kappa, generator)
+        beta = inverse_temperature
+        energy, grad = _total(state, beta, base)
+        new, xi = _propose(f, state, grad, step_size, generator)
         if self.target_acceptance is None:
             return new, new.u.new_ones(())
-        log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa)
+        log_alpha = _log_acceptance((energy, grad), _total(new, beta, base), xi, step_size)
         return new, log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
@@ -169,7 +186,7 @@ class MALA:
         >>> g = torch.Generator().manual_seed(0)
         >>> state = init_state(f, torch.zeros(4096, 1))
         >>> for _ in range(50):
-        ...     state, _ = MALA().step(f, state, 0.5, base_precision=0.0, generator=g)
+        ...     state, _ = MALA().step(f, state, 0.5, base=None, generator=g)
         >>> round(state.u.var().item(), 1)
         1.0
     """
@@ -183,7 +200,7 @@ class MALA:
         step_size: float | Tensor,
         *,
         inverse_temperature: float | Tensor = 1.0,
-        base_precision: float = 1.0,
+        base: Base | None = STANDARD_NORMAL,
         scale: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[LangevinState, Tensor]:
@@ -196,17 +213,13 @@ class MALA:
         Returns:
             The new state, and the acceptance probability (*b,).
         """
-        beta, kappa = inverse_temperature, base_precision
-        new, grad, xi = _propose(f, state, step_size, beta, kappa, generator, scale)
-        log_alpha = _log_acceptance(state, new, grad, xi, step_size, beta, kappa, scale)
+        beta = inverse_temperature
+        energy, grad = _total(state, beta, base)
+        new, xi = _propose(f, state, grad, step_size, generator, scale)
+        log_alpha = _log_acceptance((energy, grad), _total(new, beta, base), xi, step_size, scale)
         # −log(uniform) is exponential; a NaN log α compares false and so is rejected.
         accept = torch.empty_like(log_alpha).exponential_(generator=generator).neg_() < log_alpha
-        moved = LangevinState(
-            torch.where(accept[..., None], new.u, state.u),
-            torch.where(accept, new.f, state.f),
-            torch.where(accept[..., None], new.grad, state.grad),
-        )
-        return moved, log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
+        return select(accept, new, state), log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
         """Return η moved towards the target acceptance, η exp(rate (acceptance − target))."""
@@ -215,10 +228,8 @@ class MALA:
 
 Kernel = ULA | MALA
 
-Scales = tuple[float, float] | tuple[Tensor, Tensor]
 
-
-def _step_scales(step_size: float | Tensor) -> Scales:
+def _step_scales(step_size: float | Tensor) -> tuple[Any, Any]:
     """Return η and √(2η), with a trailing axis where they are tensors."""
     if isinstance(step_size, Tensor):
         eta = step_size[..., None]
@@ -229,46 +240,39 @@ def _step_scales(step_size: float | Tensor) -> Scales:
 def _propose(
     f: ValueAndGrad,
     state: LangevinState,
+    grad: Tensor,
     step_size: float | Tensor,
-    beta: float | Tensor,
-    kappa: float,
     generator: torch.Generator | None,
     scale: Tensor | None = None,
-) -> tuple[LangevinState, Tensor, Tensor]:
-    """Return the state at v = u − η ∇E(u) + √(2η) ξ, with ∇E(u) and ξ (*b, d)."""
-    scales = _step_scales(step_size)
-    grad = _total_grad(state, beta, kappa)
+) -> tuple[LangevinState, Tensor]:
+    """Return the state at v = u − η ∇E(u) + √(2η) ξ, for ∇E (*b, d), and ξ (*b, d)."""
+    eta, noise_scale = _step_scales(step_size)
     xi = _noise_like(state.u, generator)
     if scale is not None:
-        move = torch.sub(xi * scales[1], grad @ scale * scales[0])
+        move = torch.sub(xi * noise_scale, grad @ scale * eta)
         v = state.u + move @ scale.mT
-    elif isinstance(scales[0], Tensor):
-        eta, noise_scale = scales
+    elif isinstance(eta, Tensor):
         v = torch.addcmul(state.u, grad, eta, value=-1.0).addcmul_(xi, noise_scale)
     else:
-        v = torch.add(state.u, grad, alpha=-scales[0]).add_(xi, alpha=scales[1])
-    return LangevinState(v, *f(v)), grad, xi
+        v = torch.add(state.u, grad, alpha=-eta).add_(xi, alpha=noise_scale)
+    return LangevinState(v, *f(v)), xi
 
 
 def _log_acceptance(
-    old: LangevinState,
-    new: LangevinState,
-    old_grad: Tensor,
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
     xi: Tensor,
     step_size: float | Tensor,
-    beta: float | Tensor,
-    kappa: float,
     scale: Tensor | None = None,
 ) -> Tensor:
-    s = old_grad + _total_grad(new, beta, kappa)
+    """Return log α (*b,) for E and ∇E before and after."""
+    s = old[1] + new[1]
     if scale is not None:
         s = s @ scale
     eta, noise_scale = _step_scales(step_size)
-    # √(η/2) ξ·s − (η/4) |s|² + ½ κ (|u|² − |v|²), with one sum over entries.
+    # √(η/2) ξ·s − (η/4) |s|², with one sum over entries.
     terms = torch.sub(xi * (0.5 * noise_scale), s * (0.25 * eta)).mul_(s)
-    if kappa:
-        terms.addcmul_(old.u - new.u, old.u + new.u, value=0.5 * kappa)
-    return beta * (old.f - new.f) + terms.sum(-1)
+    return old[0] - new[0] + terms.sum(-1)
 
 
 def _adapt(step_size: Tensor, acceptance: Tensor, target: float, rate: float) -> Tensor:

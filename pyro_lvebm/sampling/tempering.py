@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base
 from pyro_lvebm.sampling.langevin import MALA, LangevinState, ValueAndGrad, check_finite, init_state
 
 SNAPSHOT_STRIDE = 2
@@ -36,6 +37,7 @@ def temper(
     kernel: MALA,
     num_moves: int,
     generator: torch.Generator,
+    base: Base = STANDARD_NORMAL,
 ) -> Tempered:
     """Move chains at all temperatures: draws at level 0, MALA above it, exchange of neighbours.
 
@@ -48,6 +50,7 @@ def temper(
         kernel: The MALA kernel.
         num_moves: Number of moves.
         generator: Source of randomness.
+        base: The base.
 
     Raises:
         ValueError: If f or ∇f is NaN or infinite at a chain after the moves.
@@ -57,7 +60,7 @@ def temper(
     snapshots = []
     for move in range(num_moves):
         state, accepted = move_levels(
-            f, state, betas, step_size, scale, kernel=kernel, generator=generator
+            f, state, betas, step_size, scale, kernel=kernel, generator=generator, base=base
         )
         acceptance += accepted.mean(-1, keepdim=True) / num_moves
         state, swapped = exchange(state, betas, generator)
@@ -77,6 +80,7 @@ def move_levels(
     *,
     kernel: MALA,
     generator: torch.Generator,
+    base: Base = STANDARD_NORMAL,
 ) -> tuple[LangevinState, Tensor]:
     """Draw level 0 afresh and move all others once; arguments as in `temper`.
 
@@ -88,23 +92,26 @@ def move_levels(
         LangevinState(*(part[1:] for part in state)),
         step_size,
         inverse_temperature=betas[1:, None],
+        base=base,
         scale=scale,
         generator=generator,
     )
-    fresh = torch.empty_like(state.u[:1]).normal_(generator=generator)
-    base = init_state(f, fresh)
-    return LangevinState(*map(torch.cat, zip(base, moved, strict=True))), accepted
+    fresh = init_state(f, base.draw(tuple(state.u[:1].shape), state.u, generator))
+    return LangevinState(*map(torch.cat, zip(fresh, moved, strict=True))), accepted
 
 
-def running_fisher(fisher: Tensor, state: LangevinState, betas: Tensor) -> Tensor:
+def running_fisher(
+    fisher: Tensor, state: LangevinState, betas: Tensor, base: Base = STANDARD_NORMAL
+) -> Tensor:
     """Return the running mean (L − 1, d, d) of ∇E ∇Eᵀ with that of the present chains in it.
 
     Args:
         fisher: The mean so far.
         state: Chains u (L, n, d) with ∇f.
         betas: Inverse temperatures (L,).
+        base: The base.
     """
-    grad = state.u[1:] + betas[1:, None, None] * state.grad[1:]
+    grad = base.energy_and_grad(state.u[1:])[1] + betas[1:, None, None] * state.grad[1:]
     return torch.lerp(fisher, grad.mT @ grad / grad.shape[1], _FORGETTING)
 
 

@@ -7,17 +7,19 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import cache
 
 import pyro.distributions as dist
 import pytest
 import torch
-from referee import ALPHA, CERTAIN, global_seed, normal, plane_grid, variance_p_value
+from referee import ALPHA, CERTAIN, global_seed, normal, plane_grid, seeded, variance_p_value
+from scipy import stats
 from small_models import rotations, same, snapshot
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_lvebm.bases import GaussianBase, Support
+from pyro_lvebm.bases import GaussianBase, MixtureBase, Support
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -34,6 +36,23 @@ def bounded(constraint: Constraint, shape: tuple[int, ...], seed: int) -> Gaussi
     """A base with a full covariance in the two unconstrained coordinates of a support."""
     support = Support(constraint, torch.Size(shape))
     return GaussianBase(normal(tuple(support.unconstrained_shape), seed), tril(seed), support)
+
+
+def mixture(gaussian: GaussianBase, seed: int) -> MixtureBase:
+    """Three components in the coordinates of a Gaussian, one of them small and far out."""
+    d = gaussian.dim
+    trils = torch.stack([0.4 * normal((d, d), seed + k).tril(-1) for k in range(3)])
+    trils = trils + torch.diag_embed(0.3 + normal((3, d), seed).abs())
+    means = torch.stack([torch.zeros(d), torch.full((d,), 2.5), torch.full((d,), -1.0)])
+    return MixtureBase(gaussian, torch.tensor([0.6, 0.1, 0.3]).log(), means.double(), trils)
+
+
+@cache
+def fitted_mixture(seed: int) -> MixtureBase:
+    """Two clusters, and the broad component."""
+    x = normal((300, 2), seed) @ tril(seed).T
+    x[:60] += 5.0
+    return MixtureBase.fit(x)
 
 
 def rows(seed: int) -> Tensor:
@@ -62,6 +81,13 @@ BASES: dict[str, Callable[[int], GaussianBase]] = {
     "interval": lambda s: bounded(constraints.interval(-0.5, 2.0), (1, 2), s),
     "mixed columns": lambda s: bounded(COLUMNS, (2,), s),
     "simplex": lambda s: bounded(constraints.simplex, (3,), s),
+    "mixture of one entry": lambda s: mixture(GaussianBase(normal((1,), s), scales(1, s)), s),
+    "mixture": lambda s: mixture(GaussianBase(normal((2,), s), tril(s)), s),
+    "mixture, two axes": lambda s: mixture(
+        GaussianBase(normal((2, 1), s), scales(2, s)[:, None]), s
+    ),
+    "mixture on positive": lambda s: mixture(bounded(constraints.positive, (2,), s), s),
+    "fitted mixture": lambda s: copy.deepcopy(fitted_mixture(s)),
     "a log-normal": lambda s: GaussianBase.from_bounded(
         dist.LogNormal(normal((2,), s), scales(2, s)).to_event(1), "base_x"
     ),
@@ -71,6 +97,7 @@ BASES: dict[str, Callable[[int], GaussianBase]] = {
 }
 
 every = pytest.mark.parametrize("name", BASES)
+gaussian = pytest.mark.parametrize("name", [name for name in BASES if "mixture" not in name])
 
 
 def points(base: GaussianBase, batch: tuple[int, ...] = (5,), seed: int = 1) -> Tensor:
@@ -86,6 +113,10 @@ def free_entries(base: GaussianBase, x: Tensor) -> Tensor:
 
 def log_standard_normal(w: Tensor) -> Tensor:
     return -0.5 * (w * w).sum(-1) - 0.5 * w.shape[-1] * math.log(2 * math.pi)
+
+
+def log_law(base: GaussianBase, w: Tensor) -> Tensor:
+    return -base.law.energy(w) - 0.5 * w.shape[-1] * math.log(2 * math.pi)
 
 
 @every
@@ -109,7 +140,7 @@ def test_events_lie_on_the_support(name: str) -> None:
 
 @every
 def test_the_density_is_that_of_a_change_of_variables(name: str) -> None:
-    """log N(w) − log |det dx/dw|, with the Jacobian by automatic differentiation."""
+    """Its law at w, less log |det dx/dw| with the Jacobian by automatic differentiation."""
     base = BASES[name](1)
     w = normal((4, base.dim), 3)
     x = base.unwhiten(w)
@@ -119,7 +150,8 @@ def test_the_density_is_that_of_a_change_of_variables(name: str) -> None:
     ]
     log_det = torch.linalg.slogdet(torch.stack(jacobians)).logabsdet
     torch.testing.assert_close(base.log_abs_det(w), log_det, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(base.log_prob(x), log_standard_normal(w) - log_det)
+    torch.testing.assert_close(base.log_prob(x), log_law(base, w) - log_det)
+    torch.testing.assert_close(base.log_normal(x), log_standard_normal(w) - log_det)
 
 
 def mass(base: GaussianBase, log_density: Callable[[Tensor], Tensor]) -> float:
@@ -161,7 +193,45 @@ def whiteness_p_value(base: GaussianBase, widen: float) -> float:
     return variance_p_value(directions, torch.full((directions.shape[1],), widen))
 
 
+def same_law_p_value(base: GaussianBase, widen: float) -> float:
+    """Kolmogorov's test along axes and diagonals, draws of w beside those of torch's own law."""
+    with global_seed(4):
+        x = base.distribution().sample((3000,)).reshape(3000, *base.event_shape)
+    w = widen * base.law.draw((3000, base.dim), base.loc, seeded(5))
+    pairs = zip(rotations(base.whiten(x)).T, rotations(w).T, strict=True)
+    p_values = [stats.ks_2samp(a.numpy(), b.numpy()).pvalue for a, b in pairs]
+    return min(1.0, len(p_values) * min(p_values))
+
+
 @every
+def test_draws_have_the_law(name: str) -> None:
+    """False alarms: 1e-3 a base. Draws that are half as wide fail."""
+    assert same_law_p_value(BASES[name](1), 1.0) > ALPHA
+    assert same_law_p_value(BASES[name](1), 0.5) < CERTAIN
+
+
+@every
+def test_the_generator_fixes_draws(name: str) -> None:
+    base = BASES[name](1).float()
+    draws = [base.law.draw((2, 3, base.dim), base.loc, seeded(s)) for s in (1, 1, 2)]
+    assert draws[0].shape == (2, 3, base.dim) and draws[0].dtype is torch.float32
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@every
+@pytest.mark.parametrize("batch", [(), (5,), (2, 1, 3)])
+def test_the_base_energy_has_its_gradient(name: str, batch: tuple[int, ...]) -> None:
+    base = BASES[name](1)
+    w = (2.0 * normal((*batch, base.dim), 6)).requires_grad_(True)
+    energy = base.law.energy(w)
+    (expected,) = torch.autograd.grad(energy.sum(), w)
+    value, grad = base.law.energy_and_grad(w)
+    assert not value.requires_grad and not grad.requires_grad and value.shape == batch
+    torch.testing.assert_close(value, energy.detach())
+    torch.testing.assert_close(grad, expected)
+
+
+@gaussian
 def test_draws_of_the_distribution_are_white(name: str) -> None:
     """Mean 0 and variance 1 along all axes and diagonals. False alarms: 1e-3 a base.
 

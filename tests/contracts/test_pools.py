@@ -375,7 +375,7 @@ class Tilted:
     """An LVEBM whose energy a pool sees twice too high."""
 
     def __init__(self, density: Any) -> None:
-        self.density = density
+        self.density, self.base = density, density.base
 
     def residual_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = self.density.residual_and_grad(u)

@@ -557,7 +557,7 @@ def test_log_partition_and_moments_of_an_ill_conditioned_energy() -> None:
 
 
 def test_ill_conditioned_check_fails_without_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(langevin, "_log_acceptance", lambda old, *_: torch.zeros_like(old.f))
+    monkeypatch.setattr(langevin, "_log_acceptance", lambda old, *_: torch.zeros_like(old[0]))
     assert ill_p_values(16)[1] < CERTAIN
 
 

@@ -20,7 +20,8 @@ from referee import (
 from torch import Tensor
 
 from pyro_lvebm.sampling import annealing, langevin
-from pyro_lvebm.sampling.annealing import Annealed, Schedule, anneal, pilot, standard_normal
+from pyro_lvebm.sampling.annealing import Annealed, Schedule, anneal, pilot
+from pyro_lvebm.sampling.base import standard_normal
 from pyro_lvebm.sampling.langevin import ValueAndGrad
 from pyro_lvebm.sampling.preconditioning import inverse_root
 from pyro_lvebm.sampling.weights import log_mean_exp, log_mean_std_error
@@ -71,10 +72,9 @@ def cut(schedule: Schedule, part: slice) -> Schedule:
 class AlwaysAccepts(langevin.MALA):
     """MALA without its test."""
 
-    def step(self, f, state, step_size, *, inverse_temperature, scale, generator):
-        new, _, _ = langevin._propose(
-            f, state, step_size, inverse_temperature, 1.0, generator, scale
-        )
+    def step(self, f, state, step_size, *, inverse_temperature, base, scale, generator):
+        grad = base.energy_and_grad(state.u)[1] + inverse_temperature * state.grad
+        new, _ = langevin._propose(f, state, grad, step_size, generator, scale)
         return new, torch.full_like(new.f, 0.6)
 
 
@@ -212,7 +212,7 @@ def test_checks_fail_for_a_kernel_with_another_target(
 def test_checks_fail_for_independence_moves_that_are_always_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def accept(f, state, *, inverse_temperature, generator):
+    def accept(f, state, *, inverse_temperature, base, generator):
         return langevin.init_state(f, normal(tuple(state.u.shape), 9))
 
     monkeypatch.setattr(annealing, "independence_step", accept)
@@ -315,7 +315,7 @@ def test_moves_are_made_at_each_new_temperature_with_its_own_step_and_scale(
     seen = []
 
     class Spy(langevin.MALA):
-        def step(self, f, state, step_size, *, inverse_temperature, scale, generator):
+        def step(self, f, state, step_size, *, inverse_temperature, base, scale, generator):
             corner = None if scale is None else scale[0, 0, 0].item()
             seen.append((inverse_temperature, step_size[0, 0].item(), corner))
             return super().step(
@@ -323,6 +323,7 @@ def test_moves_are_made_at_each_new_temperature_with_its_own_step_and_scale(
                 state,
                 step_size,
                 inverse_temperature=inverse_temperature,
+                base=base,
                 scale=scale,
                 generator=generator,
             )

@@ -10,6 +10,7 @@ from referee import (
     ALPHA,
     CERTAIN,
     grid_cdf,
+    isotropic,
     ks_p_value,
     mean_p_value,
     normal,
@@ -20,7 +21,7 @@ from referee import (
 from scipy import stats
 from torch import Tensor
 
-from pyro_lvebm.sampling import langevin
+from pyro_lvebm.sampling import STANDARD_NORMAL, langevin
 from pyro_lvebm.sampling.langevin import (
     MALA,
     ULA,
@@ -118,7 +119,7 @@ def quadratic_p_value(
         max(60, math.ceil(6.0 / (eta * 0.3))),  # the slowest start decays by e^-6 in the mean
         seed=3,
         inverse_temperature=inverse_temperature,
-        base_precision=kappa,
+        base=isotropic(kappa),
     )
     assert state.u.dtype == dtype
     return variance_p_value(state.u.double() @ axes, variance)
@@ -220,7 +221,7 @@ def double_well_p_value(kappa: float, beta: float, dtype: torch.dtype) -> float:
         350,
         seed=8,
         inverse_temperature=beta,
-        base_precision=kappa,
+        base=isotropic(kappa),
     )
     cdf = grid_cdf(lambda u: 0.5 * kappa * u * u + beta * double_well(u), 6.0)
     return ks_p_value(state.u, cdf)
@@ -277,8 +278,8 @@ def acceptance_error(
         energy(old) - energy(new) + proposal(new).log_prob(old.u) - proposal(old).log_prob(new.u)
     )
     assert textbook.abs().max() > 1.0  # the comparison is not between zeros
-    old_grad = kappa * old.u + b[..., None] * old.grad
-    ours = langevin._log_acceptance(old, new, old_grad, xi, step_size, beta, kappa)
+    totals = (langevin._total(state, beta, isotropic(kappa)) for state in (old, new))
+    ours = langevin._log_acceptance(*totals, xi, step_size)
     return (ours - textbook).abs().max().item()
 
 
@@ -307,13 +308,8 @@ def test_detailed_balance(step_size, beta, kappa, shape) -> None:
 def test_detailed_balance_check_fails_for_half_the_temperature(
     monkeypatch: pytest.MonkeyPatch, step_size, beta, kappa, shape
 ) -> None:
-    monkeypatch.setattr(
-        langevin,
-        "_log_acceptance",
-        lambda old, new, grad, xi, eta, b, k: _real_log_acceptance(
-            old, new, grad, xi, eta, 0.5 * b, k
-        ),
-    )
+    real = langevin._total
+    monkeypatch.setattr(langevin, "_total", lambda state, b, base: real(state, 0.5 * b, base))
     assert acceptance_error(step_size, beta, kappa, shape) > 1e-3
 
 
@@ -322,9 +318,9 @@ def test_steps_report_the_probability_of_the_ratio() -> None:
     old = init_state(f, u)
     _, ours = MALA().step(f, old, 0.1, generator=seeded(14))
     xi = torch.empty_like(u).normal_(generator=seeded(14))
-    old_grad = u + old.grad
-    new = init_state(f, u - 0.1 * old_grad + math.sqrt(0.2) * xi)
-    log_alpha = _real_log_acceptance(old, new, old_grad, xi, 0.1, 1.0, 1.0)
+    new = init_state(f, u - 0.1 * (u + old.grad) + math.sqrt(0.2) * xi)
+    totals = (langevin._total(state, 1.0, STANDARD_NORMAL) for state in (old, new))
+    log_alpha = _real_log_acceptance(*totals, xi, 0.1)
     torch.testing.assert_close(ours, log_alpha.exp().clamp(max=1.0))
     assert ours.min() < 0.5 < ours.max() == 1.0
     moved, also = ULA(0.9).step(f, old, 0.1, generator=seeded(14))
@@ -350,13 +346,13 @@ def test_accepted_share_equals_the_reported_probability() -> None:
 def wrong_scale_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """The acceptance test does not know the scale of the proposal."""
     monkeypatch.setattr(
-        langevin, "_log_acceptance", lambda *args: _real_log_acceptance(*args[:7], None)
+        langevin, "_log_acceptance", lambda *args: _real_log_acceptance(*args[:4], None)
     )
 
 
 def transposed_scale_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        langevin, "_log_acceptance", lambda *args: _real_log_acceptance(*args[:7], args[7].mT)
+        langevin, "_log_acceptance", lambda *args: _real_log_acceptance(*args[:4], args[4].mT)
     )
 
 
@@ -443,7 +439,7 @@ def bent_p_value(kappa: float, beta: float, dtype: torch.dtype) -> float:
             state,
             0.2,
             inverse_temperature=beta,
-            base_precision=kappa,
+            base=isotropic(kappa),
             scale=scale,
             generator=generator,
         )
@@ -501,7 +497,7 @@ def scaled_difference(scale: Tensor, shape: tuple[int, ...]) -> float:
         state, p = MALA().step(
             f, state, eta, inverse_temperature=beta, scale=scale, generator=scaled_draws
         )
-        plain, q = MALA().step(g, plain, eta, base_precision=0.0, generator=plain_draws)
+        plain, q = MALA().step(g, plain, eta, base=None, generator=plain_draws)
         moved += int((state.u != before).any(-1).sum())
         difference = torch.cat([(state.u - plain.u @ scale.mT).flatten(), (p - q).flatten()])
         largest = max(largest, difference.abs().max().item())
@@ -572,11 +568,11 @@ def adapted_acceptance(
     state = init_state(f, normal((1000, dim), 21, dtype) / precision.sqrt())
     eta = torch.full((1,), start, dtype=dtype)
     for _ in range(num_steps):
-        state, accepted = kernel.step(f, state, eta, base_precision=0.0, generator=generator)
+        state, accepted = kernel.step(f, state, eta, base=None, generator=generator)
         eta = kernel.adapt(eta, accepted.mean(-1, keepdim=True))
     rates = []
     for _ in range(20):
-        state, accepted = kernel.step(f, state, eta, base_precision=0.0, generator=generator)
+        state, accepted = kernel.step(f, state, eta, base=None, generator=generator)
         rates.append(accepted.mean().item())
     return eta.item(), float(np.mean(rates))
 
@@ -640,7 +636,7 @@ def walled(value: float) -> ValueAndGrad:
 
 def wall_p_value(kernel: Kernel, wall: float, dtype: torch.dtype) -> float:
     start = -normal((5000, 1), 31, dtype).abs()
-    state = run(kernel, walled(wall), start, 0.3, 100, seed=30, base_precision=0.0)
+    state = run(kernel, walled(wall), start, 0.3, 100, seed=30, base=None)
     return ks_p_value(state.u, stats.truncnorm(-np.inf, 1.0).cdf)
 
 
@@ -659,10 +655,10 @@ def test_a_proposal_without_an_energy_has_probability_zero() -> None:
     f = walled(math.nan)
     old = init_state(f, torch.full((2000, 1), 0.9))
     for kernel in (MALA(), ULA(0.9)):
-        _, probability = kernel.step(f, old, 0.5, base_precision=0.0, generator=seeded(32))
+        _, probability = kernel.step(f, old, 0.5, base=None, generator=seeded(32))
         assert torch.isfinite(probability).all()
         assert (probability == 0.0).sum() > 100
-    new, probability = MALA().step(f, old, 0.5, base_precision=0.0, generator=seeded(32))
+    new, probability = MALA().step(f, old, 0.5, base=None, generator=seeded(32))
     stayed = probability == 0.0
     assert torch.equal(new.u[stayed], old.u[stayed])
     assert torch.equal(new.f[stayed], old.f[stayed])

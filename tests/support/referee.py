@@ -144,3 +144,24 @@ def bracket(
     """A bracket of log Z with these numbers; by default it is exact."""
     low, high = (estimate if end is None else end for end in (lower, upper))
     return LogPartition(estimate, std_error, low, high, low, high, high, 1e3, 1, 2, 1e9)
+
+
+class Isotropic:
+    """A base with the energy ½ κ |u|², whose draws are those of N(0, I/κ)."""
+
+    def __init__(self, kappa: float) -> None:
+        self.kappa = kappa
+
+    def energy(self, u: Tensor) -> Tensor:
+        return 0.5 * self.kappa * u.square().sum(-1)
+
+    def energy_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.energy(u), self.kappa * u
+
+    def draw(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.empty(shape).to(like).normal_(generator=generator) / math.sqrt(self.kappa)
+
+
+def isotropic(kappa: float) -> Isotropic | None:
+    """The base with this precision, none where it is 0."""
+    return Isotropic(kappa) if kappa else None

@@ -474,7 +474,9 @@ def test_training_on_positive_data_finds_their_density() -> None:
     ).clamp(min=1e-12)
     energy = MLPEnergy(1, 1, hidden=(32,), fourier_features=0)
     pool = TemperedPool(4, 128, num_moves=4)
-    ebm = LVEBM.from_data(energy, x, z_dim=1, support=constraints.positive, pool=pool)
+    ebm = LVEBM.from_data(
+        energy, x, z_dim=1, support=constraints.positive, base="gaussian", pool=pool
+    )
     exact = gamma.log_prob(new[:, 0])
     gap = float((exact - ebm.base_x.log_prob(new)).mean())
     assert gap > 0.1

@@ -117,7 +117,8 @@ def test_a_network_learns_two_modes() -> None:
     modes = torch.where(torch.rand(2000, 1, generator=generator) < 0.5, -1.0, 1.0)
     x = modes + 0.4 * torch.randn(2000, 1, generator=generator)
     energy = MLPEnergy(1, 1, hidden=(16,))
-    ebm = LVEBM.from_data(energy, x, z_dim=1, pool=TemperedPool(4, 64, num_moves=4))
+    pool = TemperedPool(4, 64, num_moves=4)
+    ebm = LVEBM.from_data(energy, x, z_dim=1, base="gaussian", pool=pool)
     grid, cell = torch.linspace(-4.0, 4.0, 401)[:, None], 8.0 / 400
     parts = [dist.Normal(m, 0.4).log_prob(grid[:, 0]) for m in (-1.0, 1.0)]
     truth = torch.stack(parts).logsumexp(0) - math.log(2.0)
@@ -175,7 +176,8 @@ def test_digits_improve_on_their_gaussian_base() -> None:
     baselines = evaluate_baselines(digits.train, digits.test, seed=0).set_index("baseline")
     x, x_test = (torch.tensor(a, dtype=torch.float32) for a in (digits.train, digits.test))
     pool = TemperedPool(4, 64)
-    ebm = LVEBM.from_data(MLPEnergy(64, 4, hidden=(64,)), x, z_dim=4, pool=pool)
+    energy = MLPEnergy(64, 4, hidden=(64,))
+    ebm = LVEBM.from_data(energy, x, z_dim=4, base="gaussian", pool=pool)
     base = ebm.base_x.log_prob(x_test)
     train(ebm, x, num_steps=100, lr=1e-2, num_particles=1, seed=0)
     log_z = log_partition(ebm, seed=0, num_particles=128, num_runs=8, num_refreshes=10)
