@@ -10,9 +10,12 @@ from hypothesis import HealthCheck, settings
 from referee import assert_global_rng_untouched
 
 from pyro_lvebm import log_partition
+from pyro_lvebm.pools import base as pool_base
 
 # Faults for `make mutants`, and the script that runs them.
 collect_ignore = ["faults"]
+
+SETTLING = (pool_base._SETTLING_REFRESHES, pool_base._MAX_REFRESHES)
 
 # Fixed examples, and fixtures here guard a whole test rather than each of its examples.
 settings.register_profile(
@@ -40,6 +43,24 @@ def coarse_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cheap bracket of log Z, for tests that do not ask how near it is."""
     for name, value in (("num_particles", 64), ("num_runs", 4), ("num_refreshes", 3)):
         monkeypatch.setitem(log_partition.__kwdefaults__, name, value)
+
+
+@pytest.fixture
+def brief_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools follow frozen or averaged θ for 4 refreshes, and for 8 at most, not for 20 and 80.
+
+    For tests that do not ask how near their log Z comes. Others of the same file ask for
+    `whole_settling` too.
+    """
+    monkeypatch.setattr(pool_base, "_SETTLING_REFRESHES", 4)
+    monkeypatch.setattr(pool_base, "_MAX_REFRESHES", 8)
+
+
+@pytest.fixture
+def whole_settling(brief_settling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of refreshes of the package, in a file of tests with `brief_settling`."""
+    monkeypatch.setattr(pool_base, "_SETTLING_REFRESHES", SETTLING[0])
+    monkeypatch.setattr(pool_base, "_MAX_REFRESHES", SETTLING[1])
 
 
 @pytest.fixture
