@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pyro
@@ -43,6 +44,17 @@ def coarse_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cheap bracket of log Z, for tests that do not ask how near it is."""
     for name, value in (("num_particles", 64), ("num_runs", 4), ("num_refreshes", 3)):
         monkeypatch.setitem(log_partition.__kwdefaults__, name, value)
+
+
+@pytest.fixture
+def brief_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bracket of log Z of the usual size from a pool that moves less, where that does not show.
+
+    For models whose chains forget in a few refreshes where they were.
+    """
+    module = sys.modules["pyro_lvebm.evidence.log_partition"]  # the name is a function, too
+    monkeypatch.setattr(module, "_REFRESHES_PER_RUN", 2)
+    monkeypatch.setitem(log_partition.__kwdefaults__, "num_refreshes", 15)
 
 
 @pytest.fixture

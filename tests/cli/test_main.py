@@ -297,6 +297,7 @@ def test_the_same_command_gives_the_same_numbers(
     assert {p.name for p in tmp_path.iterdir()} == OUTPUTS | {"notes.txt"}
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_validation_rows_decide_when_to_stop(
     data: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,9 +488,7 @@ def metric_errors(precision: Tensor, dtype: torch.dtype, looks: tuple[int, ...])
     return errors
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [(PRECISION, torch.float64), (ILL, torch.float32)]
-)
+@pytest.mark.parametrize(("precision", "dtype"), [(PRECISION, torch.float64), (ILL, torch.float32)])
 def test_metric_converges_to_the_curvature_of_each_level(
     precision: Tensor, dtype: torch.dtype
 ) -> None:

@@ -289,6 +289,7 @@ def test_fit_takes_batches_in_turn_and_ends_at_the_averages() -> None:
     assert losses[0] == losses[1] and same(*ends)
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_fit_stops_on_held_out_rows() -> None:
     """A rate that ruins the model: the parameters of the start come back."""
     ebm = warm(quadratic_ebm())
@@ -531,6 +532,7 @@ def test_a_look_at_the_rows_ends_where_they_are_known() -> None:
 # --- estimates ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_estimates_on_all_data_are_those_without_rows() -> None:
     """The model with `torch.arange(N)` gives the numbers of the model without rows."""
     ebm = warm(make_quadratic(pool=tiny_pool()))
@@ -558,6 +560,7 @@ def test_estimates_on_all_data_are_those_without_rows() -> None:
         torch.testing.assert_close(given, plain)
 
 
+@pytest.mark.usefixtures("brief_settling", "brief_brackets")
 def test_estimates_on_some_rows_are_about_these() -> None:
     """Draws start at the particles of the rows, in their order, and fill no others."""
     ebm = warm(make_quadratic(pool=tiny_pool()))

@@ -40,6 +40,9 @@ from pyro_lvebm import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("brief_settling")
+
+
 def adam() -> ClippedAdam:
     return ClippedAdam({"lr": 1e-2})
 
