@@ -65,7 +65,7 @@ pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 # The function hides the module of its name in the package.
 log_partition_module = sys.modules["pyro_lvebm.evidence.log_partition"]
 
-N, BATCH = 230, 64  # the last of four minibatches has 38 data of its own
+N, BATCH = 230, 96  # the last of three minibatches has 38 data of its own
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def ebm() -> LVEBM:
-    ebm = make_quadratic(pool=TemperedPool(4, 32, seed=0))
+    ebm = make_quadratic(pool=TemperedPool(4, 32, num_moves=3, seed=0))
     with ebm.frozen():
         for _ in range(10):
             ebm.pool.refresh(ebm)
@@ -438,7 +438,7 @@ def test_a_latent_that_feeds_a_regression(full_z: bool) -> None:
 
     log evidence, the exact guide and the particles within 3 standard errors: 3 · 2.7e-3.
     """
-    ebm = make_quadratic(full_z=full_z, pool=TemperedPool(4, 32, seed=0))
+    ebm = make_quadratic(full_z=full_z, pool=TemperedPool(4, 32, num_moves=3, seed=0))
     x = draw_x(ebm, 50, seed=2)
     prior = ebm.f.posterior(x)
     prior_mean, prior_covariance = prior.mean.detach(), prior.covariance_matrix[0].detach()
@@ -521,8 +521,8 @@ def test_neural_energy_against_quadrature() -> None:
 @pytest.mark.usefixtures("quick")
 def test_two_lvebms_in_one_model() -> None:
     """Two latents of a datum are one block: the evidence adds up; false alarm 3 · 2.7e-3."""
-    first = make_quadratic(pool=TemperedPool(4, 32, seed=0))
-    second = make_quadratic(full_z=True, pool=TemperedPool(4, 32, seed=1))
+    first = make_quadratic(pool=TemperedPool(4, 32, num_moves=3, seed=0))
+    second = make_quadratic(full_z=True, pool=TemperedPool(4, 32, num_moves=3, seed=1))
     x, y = draw_x(first, 24, 1), draw_x(second, 24, 2)
 
     def model(x: Tensor, y: Tensor) -> None:

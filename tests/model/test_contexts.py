@@ -41,6 +41,7 @@ from pyro_lvebm import (
     traverse,
 )
 from pyro_lvebm.evidence import ConditionalLogPartition
+from pyro_lvebm.model import imputation
 from pyro_lvebm.pools import context as context_pool
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -271,7 +272,7 @@ def online_errors(num_pools: int) -> np.ndarray:
         ebm.pool.seed = seed
         c = normal((30, 1), 5)
         found = []
-        for step in range(40):
+        for step in range(30):
             ebm.pool.refresh(ebm, c)
             active = ebm.pool.age > ebm.pool.burn_in
             if step % 5 == 4:
@@ -460,8 +461,9 @@ def test_brackets_of_other_contexts_are_refused() -> None:
         log_evidence(ebm.at(c[0]), x, log_z=found)
 
 
-def test_imputation_follows_the_context() -> None:
+def test_imputation_follows_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of the missing entry given the other and c, against Gaussian conditioning."""
+    monkeypatch.setattr(imputation, "_NUM_PARTICLES", 64)  # enough for a Gaussian
     ebm, x, c = linear_ebm()
     x, c = x[:16], c[:16]
     rows = x.clone()

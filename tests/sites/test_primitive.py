@@ -305,9 +305,9 @@ def predictive_p_value(shift: float) -> float:
             pyro.sample("scene_z", dist.MultivariateNormal(q.mean + shift, q.covariance_matrix))
 
     torch.manual_seed(3)
-    out = Predictive(model, guide=guide, num_samples=300, return_sites=("scene", "scene_z"))()
+    out = Predictive(model, guide=guide, num_samples=220, return_sites=("scene", "scene_z"))()
     z, new = out["scene_z"], out["scene"]
-    assert z.shape == (300, 4, 1) and new.shape == (300, 4, 2)
+    assert z.shape == (220, 4, 1) and new.shape == (220, 4, 2)
     white = torch.cat([whitened(z, q), whitened(new, condition(exact_joint(ebm), [2], z))], -1)
     return min(1.0, 2.0 * min(variance_p_value(rotations(white), 1.0), mean_p_value(white, 0.0)))
 
