@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, settings
 from referee import assert_global_rng_untouched
 
 from pyro_lvebm import log_partition
+from pyro_lvebm.evidence import annealed
+from pyro_lvebm.latents import ChainSettings
 from pyro_lvebm.pools import base as pool_base
 
 # Faults for `make mutants`, and the script that runs them.
@@ -55,6 +58,20 @@ def brief_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["pyro_lvebm.evidence.log_partition"]  # the name is a function, too
     monkeypatch.setattr(module, "_REFRESHES_PER_RUN", 2)
     monkeypatch.setitem(log_partition.__kwdefaults__, "num_refreshes", 15)
+
+
+@pytest.fixture
+def short_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws of each posterior from shorter chains, for rows of particles in tables and evidences.
+
+    They are enough to fit a Gaussian in a few dimensions.
+    """
+    run_chains = annealed.run_chains
+
+    def shorter(blocks: Any, steps: Any, kernel: Any, _: Any, generator: Any) -> Any:
+        return run_chains(blocks, steps, kernel, ChainSettings(150, 100, 1), generator)
+
+    monkeypatch.setattr(annealed, "run_chains", shorter)
 
 
 @pytest.fixture

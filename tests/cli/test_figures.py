@@ -473,6 +473,7 @@ def test_nothing_in_a_history_overlaps(tmp_path: Path) -> None:
         assert not any(other is not None and box.overlaps(other) for other in boxes[:k])
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_the_history_of_a_saddle_can_be_drawn() -> None:
     ebm = quadratic_ebm()
     model = plate_model(ebm, 8)

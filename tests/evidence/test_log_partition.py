@@ -293,7 +293,7 @@ def test_neural_energies_agree_with_quadrature() -> None:
     for name, make in NEURAL.items():
         ebm = make()
         expected = quadrature_log_partition(ebm)
-        result = log_partition(ebm, seed=7, num_particles=256, num_runs=8, num_refreshes=25)
+        result = log_partition(ebm, seed=7, num_particles=160, num_runs=8, num_refreshes=15)
         assert abs(expected) > 0.1 and result.std_error < 0.1, name
         assert estimate_p_value(result, 8, expected) > ALPHA, name
         assert estimate_p_value(result, 8, expected + 1.0) < 1e-4, name
@@ -578,7 +578,7 @@ def holds(result: LogPartition) -> bool:
 MODEST = {"num_particles": 256, "num_runs": 8, "num_refreshes": 1}
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.35])
+@pytest.mark.parametrize("share", [0.05, 0.35])
 def test_a_pool_that_misses_the_heavier_mode_is_found_out(share: float) -> None:
     """The pool sits in a mode that has less weight than annealing from the base gives it.
 
@@ -592,7 +592,7 @@ def test_a_pool_that_misses_the_heavier_mode_is_found_out(share: float) -> None:
         assert abs(result.estimate - Modes.log_z) > 3.0 * result.std_error
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.97])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_pool_that_misses_the_lighter_mode_has_a_bracket_around_the_truth(share: float) -> None:
     """Reverse runs are high: the share of the pool's mode falls on the way to the base.
 

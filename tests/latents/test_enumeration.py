@@ -24,9 +24,7 @@ from torch import Tensor
 
 from pyro_lvebm import LVEBM, AutoParticles, Saddle, TemperedPool, lvebm
 from pyro_lvebm.comparison.rows import row_terms
-from pyro_lvebm.evidence import annealed
 from pyro_lvebm.evidence.programs import model_log_evidence
-from pyro_lvebm.latents import ChainSettings
 from pyro_lvebm.latents.energy import latent_blocks
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.latents.sweep import Sweep
@@ -121,14 +119,9 @@ def test_particle_check_fails_for_the_posterior_of_other_observations() -> None:
     assert particle_p_value(1.5) < CERTAIN
 
 
-def test_evidence_and_rows_have_the_label_summed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short_chains")
+def test_evidence_and_rows_have_the_label_summed_out() -> None:
     """log p(x, y) of every datum, and the row of the particles reaches it."""
-    run_chains = annealed.run_chains
-
-    def shorter(blocks: Any, steps: Any, kernel: Any, _: Any, generator: Any) -> Any:
-        return run_chains(blocks, steps, kernel, ChainSettings(150, 100, 1), generator)
-
-    monkeypatch.setattr(annealed, "run_chains", shorter)
     ebm, x, y = setting()
     x, y = x[:5], y[:5]
     model = labelled(ebm)

@@ -44,7 +44,7 @@ from pyro_lvebm.evidence import ConditionalLogPartition
 from pyro_lvebm.model import imputation
 from pyro_lvebm.pools import context as context_pool
 
-pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+pytestmark = pytest.mark.usefixtures("global_rng_untouched", "brief_settling")
 
 package = sys.modules["pyro_lvebm.sites.distributions"]
 
@@ -536,6 +536,7 @@ def test_nuts_and_predictive_run() -> None:
             assert found["scene"].shape == (3, len(c), X_DIM)
 
 
+@pytest.mark.usefixtures("whole_settling")
 def test_the_pool_of_one_context_has_followed_it() -> None:
     ebm, _, c = linear_ebm(3)
     one = ebm.at(2.0 * c[1])
@@ -564,6 +565,7 @@ def test_one_conditional_lvebm_stands_at_one_site() -> None:
             log_evidence_of(model, x, c)
 
 
+@pytest.mark.usefixtures("brief_brackets")
 def test_an_lvebm_at_two_sites_has_log_z_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     # log Z keeps a standard error of 0.005 nats, which the tolerances allow for.
     for name, value in (("num_runs", 6), ("num_refreshes", 10)):
@@ -655,6 +657,7 @@ def test_a_context_that_needs_a_gradient_is_refused() -> None:
         model(x, c)
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_training_fits_a_conditional_density() -> None:
     """x | c ~ N(c, 0.5²): contexts are worth 0.8 nats of the mean log evidence.
 

@@ -144,9 +144,9 @@ def test_the_check_fails_where_blocks_do_not_see_each_other_move(
 ) -> None:
     """With one move in turn, which leaves an energy of before in place wherever it is refused."""
     monkeypatch.setattr(chains, "_MOVES_IN_TURN", 1)
-    assert posterior_p_value(particle_weights(1024)) > ALPHA
+    assert posterior_p_value(particle_weights(768)) > ALPHA
     monkeypatch.setattr(chains._Walk, "look_again", lambda self: None)
-    assert posterior_p_value(particle_weights(1024)) < CERTAIN
+    assert posterior_p_value(particle_weights(768)) < CERTAIN
 
 
 # --- in a guide -------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ from pyro_lvebm import (
     lvebm,
 )
 
-
 pytestmark = pytest.mark.usefixtures("brief_settling")
 
 

@@ -98,6 +98,7 @@ def pair_model(a: LVEBM, b: LVEBM) -> Callable[[Tensor, Tensor], None]:
     return model
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_no_two_purposes_of_a_fit_a_table_and_an_export_share_a_stream(
     asked: dict[int, list[CallSite]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
