@@ -50,9 +50,9 @@ RUNS = 6
 CHEAP = {
     "num_particles": 160,
     "num_runs": RUNS,
-    "num_moves": 3,
+    "num_moves": 2,
     "relative_ess": 0.9,
-    "num_refreshes": 15,
+    "num_refreshes": 10,
 }
 
 
@@ -674,7 +674,7 @@ def test_four_modes_in_ten_dimensions(weights: list[float], distance: float, sca
     for seed in range(3):
         pool = TemperedPool(6, 64, num_moves=4, seed=1 + seed)
         ebm = four_modes(weights, distance, scale, pool)
-        result = log_partition(ebm, seed=2 + seed, num_particles=256, num_runs=8, num_refreshes=25)
+        result = log_partition(ebm, seed=2 + seed, num_particles=256, num_runs=8, num_moves=2, num_refreshes=25)
         assert not result.is_reliable or result.upper - result.lower < 0.3
         misses += result.is_reliable and not holds(result)
     assert misses <= 1
