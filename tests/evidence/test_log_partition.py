@@ -674,7 +674,9 @@ def test_four_modes_in_ten_dimensions(weights: list[float], distance: float, sca
     for seed in range(3):
         pool = TemperedPool(6, 64, num_moves=4, seed=1 + seed)
         ebm = four_modes(weights, distance, scale, pool)
-        result = log_partition(ebm, seed=2 + seed, num_particles=256, num_runs=8, num_moves=2, num_refreshes=25)
+        result = log_partition(
+            ebm, seed=2 + seed, num_particles=256, num_runs=8, num_moves=2, num_refreshes=25
+        )
         assert not result.is_reliable or result.upper - result.lower < 0.3
         misses += result.is_reliable and not holds(result)
     assert misses <= 1
