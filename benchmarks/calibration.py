@@ -184,7 +184,8 @@ PROBLEMS = (
     Problem("network, 3 + 1", partial(neural, 3, 0), 128, spacing=0.36),
     Problem("network, 2 + 1", partial(neural, 2, 1), 128, spacing=0.3),
 )
-QUICK_PROBLEMS = PROBLEMS[1::2]
+QUICK_PROBLEMS = (PROBLEMS[1], PROBLEMS[-1])
+"""One with a closed form in many dimensions, and one with quadrature."""
 EVIDENCE = Problem("quadratic, d = 6 + 2", partial(quadratic, 8, CONDITION), 256)
 
 

@@ -42,6 +42,9 @@ from pyro_lvebm.training.fit import half_cosine
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_SETS = ("two moons", "8 Gaussians", "Lorenz-63", "digits")
 PEER_SETS = ("two moons", "8 Gaussians", "Lorenz-63")
+QUICK_SETS = ("two moons", "digits")
+"""Suite rows of a quick run: one set with few columns, and one with many."""
+QUICK_RATES = (RATES[0], RATES[-1])
 LEARNING_RATE, BATCH, NUM_PARTICLES = 3e-3, 256, 2
 SMALL = 1000
 """Rows below which two held-out parts are too few to choose the number of steps."""
@@ -52,6 +55,8 @@ LOG_Z_ERROR = 0.0015
 """Standard error of log Z there, which decides the number of runs."""
 FEW_RUNS = 8
 """Runs of log Z elsewhere: fewer widen the bracket, which counts against us."""
+QUICK_HELP = "one seed, a few steps, and of rates and online only two moons"
+DATA_HELP = f"all by default; with --quick {' and '.join(QUICK_SETS)}"
 SEEDS_HELP = "seeds of our fits at each learning rate; the first is that of suite and online too"
 
 
@@ -343,29 +348,34 @@ def tasks(
     return work
 
 
+def sweep(quick: bool, sets: Sequence[str] = NAMES) -> list[tuple[str, float]]:
+    """Return the data set and the learning rate of each run of one seed for the rows of rates."""
+    names, rates = (RATE_SETS[:1], QUICK_RATES) if quick else (RATE_SETS, RATES)
+    return [(name, rate) for name in names if name in sets for rate in rates]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all rows, print the table, and return 1 if a row falls short."""
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = ("suite", "online", "peers", "rates")
-    parser.add_argument("--quick", action="store_true", help="each row once, for a few steps")
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     parser.add_argument("--rows", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--data", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--data", nargs="+", choices=NAMES, help=DATA_HELP)
     parser.add_argument("--seeds", nargs="+", type=int, help=SEEDS_HELP)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     effort = QUICK if args.quick else FULL
+    sets = args.data or (QUICK_SETS if args.quick else NAMES)
     seeds = range(effort.seeds) if args.seeds is None else args.seeds
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        work = tasks(effort, args.quick, args.rows, args.data, seeds[0])
+        work = tasks(effort, args.quick, args.rows, sets, seeds[0])
         futures = [pool.submit(task) for task in work]
         for future in futures:
             future.add_done_callback(_announce)
         runs = {
             (name, rate, seed): pool.submit(rate_run, name, rate, seed, effort)
             for seed in (seeds if "rates" in args.rows else ())
-            for name in RATE_SETS
-            if name in args.data
-            for rate in RATES
+            for name, rate in sweep(args.quick, sets)
         }
         for key, run in runs.items():
             run.add_done_callback(partial(_announce_run, key))

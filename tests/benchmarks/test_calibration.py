@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -45,6 +46,9 @@ from benchmarks.tables import table
 from pyro_lvebm import LVEBM, LogPartition, TemperedPool, log_partition
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+# The function hides the module of its name in the package.
+log_partition_module = sys.modules["pyro_lvebm.evidence.log_partition"]
 
 TINY = Effort(48, 48, 6, 4, 64, 1, 64, 2, 30)
 
@@ -244,7 +248,9 @@ def test_data_follow_the_model() -> None:
 
 @pytest.fixture(scope="module")
 def real() -> Repeats:
-    return repeat(SMALL, range(48), TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_partition_module, "_REFRESHES_PER_RUN", 2)
+        return repeat(SMALL, range(48), TINY)
 
 
 def test_the_estimator_is_calibrated(real: Repeats) -> None:
@@ -299,6 +305,7 @@ def test_the_exit_status_is_1_if_a_row_falls_short(
     error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(calibration, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(calibration, "_SETTLING_REFRESHES", 5)
     monkeypatch.setattr(calibration, "QUICK", replace(TINY, repeats=4, chunk=3))
     monkeypatch.setattr(calibration, "QUICK_PROBLEMS", (SMALL,))
     monkeypatch.setattr(calibration, "hard_run", lambda seed, effort: (error, 0.02, 1.0))

@@ -24,6 +24,7 @@ from benchmarks.training import (
     main,
     quadrature,
     rate_rows,
+    sweep,
     tasks,
 )
 from pyro_lvebm.training.fit import half_cosine
@@ -176,6 +177,40 @@ def test_every_kind_of_row_is_there() -> None:
     names = [t.func.__name__ for t in tasks(FULL, False, ("suite", "online"))]
     assert names.count("suite_row") == 8 and names.count("online_row") == 3
     assert [t.func.__name__ for t in tasks(FULL, True, ("online",))] == ["online_row"]
+
+
+def test_rates_are_all_of_four_sets_or_the_ends_on_one() -> None:
+    assert len(sweep(False)) == 4 * 4 and sweep(False, ["wine", "digits"]) == [
+        ("digits", rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)
+    ]
+    assert sweep(True) == [("two moons", 3e-4), ("two moons", 1e-2)]
+    assert sweep(True, ["digits"]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], training.NAMES),
+        (["--quick"], training.QUICK_SETS),
+        (["--quick", "--data", "wine"], ("wine",)),
+    ],
+)
+def test_sets_of_the_suite(
+    arguments: list[str],
+    expected: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[str] = []
+
+    def fitted(name: str, effort: training.Effort, quick: bool, seed: int) -> Row:
+        seen.append(name)
+        return row(0.0, -0.02)
+
+    monkeypatch.setattr(training, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(training, "suite_row", fitted)
+    main(["--rows", "suite", *arguments])
+    assert sorted(seen) == sorted(expected)
 
 
 def test_the_first_seed_is_that_of_the_rows_with_one_fit(

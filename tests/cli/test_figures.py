@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import matplotlib.image
@@ -292,6 +293,12 @@ def by_title(history: pd.DataFrame) -> dict[str, Axes]:
     return found
 
 
+@cache
+def usual() -> dict[str, Axes]:
+    """Panels of the whole history, for tests that only look."""
+    return by_title(make_history())
+
+
 def labelled(axes: Axes) -> dict[str, Line2D]:
     return {str(a.get_label()): a for a in axes.lines if not str(a.get_label()).startswith("_")}
 
@@ -308,7 +315,7 @@ def moving_mean(values: pd.Series) -> pd.Series:
 
 
 def test_history_has_nine_panels_with_units() -> None:
-    axes = by_title(make_history())
+    axes = usual()
     assert {title: a.get_ylabel() for title, a in axes.items()} == PANELS
     assert all(a.get_xlabel() == "step" for a in axes.values())
 
@@ -316,7 +323,7 @@ def test_history_has_nine_panels_with_units() -> None:
 @pytest.mark.parametrize("title", LINES)
 def test_lines_are_the_steps_and_their_moving_means(title: str) -> None:
     history = make_history()
-    axes = by_title(history)[title]
+    axes = usual()[title]
     shown = labelled(axes)
     assert list(shown) == list(LINES[title])
     faint = [line for line in axes.lines if line not in shown.values()]
@@ -330,7 +337,7 @@ def test_lines_are_the_steps_and_their_moving_means(title: str) -> None:
 
 def test_log_z_is_shown_as_it_is_with_two_standard_errors() -> None:
     history = make_history()
-    axes = by_title(history)["log Z online"]
+    axes = usual()["log Z online"]
     (line,) = axes.lines
     assert_line(line, history["log_partition"])
     (band,) = [c for c in axes.collections if isinstance(c, PolyCollection)]
@@ -357,7 +364,7 @@ def test_log_z_without_an_error_has_no_band(error: float | None) -> None:
 
 def test_held_out_evidence_stands_where_it_was_evaluated() -> None:
     history = make_history()
-    axes = by_title(history)["held-out data"]
+    axes = usual()["held-out data"]
     (points,) = [line for line in axes.lines if line.get_marker() == "o"]
     evaluated = history["log_evidence"].dropna()
     assert list(evaluated.index) == [0, 30, 60, 90]
@@ -466,6 +473,7 @@ def test_nothing_in_a_history_overlaps(tmp_path: Path) -> None:
         assert not any(other is not None and box.overlaps(other) for other in boxes[:k])
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_the_history_of_a_saddle_can_be_drawn() -> None:
     ebm = quadratic_ebm()
     model = plate_model(ebm, 8)

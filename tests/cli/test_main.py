@@ -42,7 +42,9 @@ from pyro_lvebm.cli import job
 from pyro_lvebm.cli.data import DigitsData, dequantise_logit, read_observations, split
 from pyro_lvebm.cli.job import JobSettings
 from pyro_lvebm.cli.main import main
+from pyro_lvebm.evidence import annealed
 from pyro_lvebm.evidence import programs as model_evidence
+from pyro_lvebm.latents import ChainSettings
 from pyro_lvebm.rng import Stream
 
 cli = import_module("pyro_lvebm.cli.main")
@@ -102,6 +104,13 @@ def run(*arguments: str | Path, out: Path) -> Run:
     return Run(status, stdout.getvalue(), stderr.getvalue(), out)
 
 
+run_chains = annealed.run_chains
+
+
+def shorter(blocks: Any, steps: Any, kernel: Any, _: Any, generator: Any) -> Any:
+    return run_chains(blocks, steps, kernel, ChainSettings(150, 100, 1), generator)
+
+
 small_energy = partial(MLPEnergy, hidden=(16, 16), fourier_features=8)
 small_pool = partial(TemperedPool, 4, 32, num_moves=2)
 
@@ -115,6 +124,7 @@ def quick() -> Iterator[None]:
         patch.setattr(LOG_EVIDENCE, "log_partition", cheap)
         patch.setattr(job, "MLPEnergy", small_energy)
         patch.setattr(job, "TemperedPool", small_pool)
+        patch.setattr(annealed, "run_chains", shorter)
         yield
 
 
@@ -297,6 +307,7 @@ def test_the_same_command_gives_the_same_numbers(
     assert {p.name for p in tmp_path.iterdir()} == OUTPUTS | {"notes.txt"}
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_validation_rows_decide_when_to_stop(
     data: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -61,7 +62,10 @@ from pyro_lvebm.latents import ChainSettings
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
-N, BATCH = 230, 64  # the last of four minibatches has 38 data of its own
+# The function hides the module of its name in the package.
+log_partition_module = sys.modules["pyro_lvebm.evidence.log_partition"]
+
+N, BATCH = 230, 96  # the last of three minibatches has 38 data of its own
 
 
 @pytest.fixture
@@ -69,17 +73,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cheaper bracket of log Z, which no gap depends on, and shorter chains of particles."""
     cheap = partial(log_partition, num_particles=64, num_runs=4, num_refreshes=3)
     monkeypatch.setattr(model_evidence, "log_partition", cheap)
+    monkeypatch.setattr(log_partition_module, "_REFRESHES_PER_RUN", 2)
     run_chains = annealed.run_chains
 
     def shorter(blocks: Any, steps: Any, kernel: Any, _: Any, generator: Any) -> Any:
-        return run_chains(blocks, steps, kernel, ChainSettings(150, 100, 1), generator)
+        return run_chains(blocks, steps, kernel, ChainSettings(100, 60, 1), generator)
 
     monkeypatch.setattr(annealed, "run_chains", shorter)
 
 
 @pytest.fixture(scope="module")
 def ebm() -> LVEBM:
-    ebm = make_quadratic(pool=TemperedPool(4, 32, seed=0))
+    ebm = make_quadratic(pool=TemperedPool(4, 32, num_moves=3, seed=0))
     with ebm.frozen():
         for _ in range(10):
             ebm.pool.refresh(ebm)
@@ -433,7 +438,7 @@ def test_a_latent_that_feeds_a_regression(full_z: bool) -> None:
 
     log evidence, the exact guide and the particles within 3 standard errors: 3 · 2.7e-3.
     """
-    ebm = make_quadratic(full_z=full_z, pool=TemperedPool(4, 32, seed=0))
+    ebm = make_quadratic(full_z=full_z, pool=TemperedPool(4, 32, num_moves=3, seed=0))
     x = draw_x(ebm, 50, seed=2)
     prior = ebm.f.posterior(x)
     prior_mean, prior_covariance = prior.mean.detach(), prior.covariance_matrix[0].detach()
@@ -490,7 +495,7 @@ def test_neural_energy_against_quadrature() -> None:
     y = normal((50,), 6, torch.float32)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
-        with pyro.plate("data", len(x), subsample_size=20) as i:
+        with pyro.plate("data", len(x), subsample_size=30) as i:
             _, z = lvebm("scene", ebm, obs=x[i])
             if y is not None:
                 pyro.sample("y", dist.Normal(2.0 * z[..., 0].tanh(), 0.7), obs=y[i])
@@ -516,8 +521,8 @@ def test_neural_energy_against_quadrature() -> None:
 @pytest.mark.usefixtures("quick")
 def test_two_lvebms_in_one_model() -> None:
     """Two latents of a datum are one block: the evidence adds up; false alarm 3 · 2.7e-3."""
-    first = make_quadratic(pool=TemperedPool(4, 32, seed=0))
-    second = make_quadratic(full_z=True, pool=TemperedPool(4, 32, seed=1))
+    first = make_quadratic(pool=TemperedPool(4, 32, num_moves=3, seed=0))
+    second = make_quadratic(full_z=True, pool=TemperedPool(4, 32, num_moves=3, seed=1))
     x, y = draw_x(first, 24, 1), draw_x(second, 24, 2)
 
     def model(x: Tensor, y: Tensor) -> None:
@@ -655,7 +660,7 @@ def test_local_latents_that_depend_on_one_another() -> None:
     y = 2.0 * normal((24,), 6, torch.float32)
 
     def model(x: Tensor, y: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=10) as i:
+        with pyro.plate("data", len(x), subsample_size=16) as i:
             _, z = lvebm("scene", ebm, obs=x[i])
             h = pyro.sample("h", dist.Normal(z[..., 0], 1.0))
             pyro.sample("y", dist.Normal(h, 1.0), obs=y[i])

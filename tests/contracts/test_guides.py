@@ -31,6 +31,7 @@ from pyro_lvebm import (
     AutoPerDatumLowRankMultivariateNormal,
     AutoPerDatumMultivariateNormal,
     Saddle,
+    TemperedPool,
     compare_elbo,
     lvebm,
 )
@@ -62,7 +63,7 @@ def is_encoder(guide: Any) -> bool:
 
 def sharp_ebm() -> LVEBM:
     """f = 4 |z + Bx|² / 2 in whitened coordinates: posteriors narrower than the base, and apart."""
-    ebm = quadratic_ebm()
+    ebm = quadratic_ebm(pool=TemperedPool(3, 48, num_moves=2))
     lines = 2.0 * torch.cat([normal((2, 3), 8), torch.eye(2).double()], 1)
     ebm.f.set_precision(torch.eye(5).double() + lines.T @ lines)
     return ebm

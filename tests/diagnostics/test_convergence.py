@@ -102,7 +102,7 @@ def test_kl_check_fails_for_slow_chains(monkeypatch: pytest.MonkeyPatch) -> None
             return super().step(f, state, 0.5 * step_size, **options)
 
     monkeypatch.setattr(flow_samples, "ULA", Slow)
-    assert kl_p_value([exact(TRANSLATE, seed) for seed in range(16)], TRANSLATE) < CERTAIN
+    assert kl_p_value([exact(TRANSLATE, seed) for seed in range(10)], TRANSLATE) < CERTAIN
 
 
 def test_rate_of_a_translate_is_twice_lambda() -> None:
@@ -132,7 +132,7 @@ def test_late_times_show_the_slowest_direction() -> None:
     """λ is the smallest eigenvalue; the mean lies along its direction."""
     values, vectors = torch.linalg.eigh(STRETCHED[0])
     law = (STRETCHED[0], 4.0 * vectors[:, 0])
-    options = {"duration": 2.4, "num_times": 7, "fit_from": 0.8, "num_chains": 160}
+    options = {"duration": 2.4, "num_times": 7, "fit_from": 0.8, "num_chains": 120}
     results = [exact(law, seed, **options) for seed in range(6)]
     frame = results[0].frame
     assert frame["t"][frame["fitted"]].min() == pytest.approx(0.8)
@@ -185,7 +185,7 @@ def start_error(estimator: str, num_replicates: int) -> float:
 
 def test_neighbours_find_the_divergence_of_a_network() -> None:
     """Within 0.15 nats with 400 draws; moments, which see Gaussians only, are not."""
-    assert start_error("neighbours", 10) < 0.15
+    assert start_error("neighbours", 7) < 0.15
     assert start_error("gaussian", 3) > 0.2
 
 
@@ -224,7 +224,7 @@ def test_chains_held_in_modes_are_told_from_fast_ones() -> None:
     """
     base = dist.Normal(torch.zeros(1).double(), 1.0).to_event(1)
     ebm = LVEBM(TwoWells(), base, base, TemperedPool(6, 100, seed=1))
-    result = convergence_rate(ebm, num_chains=300, num_replicates=5, duration=3.0, num_times=17)
+    result = convergence_rate(ebm, num_chains=300, num_replicates=4, duration=3.0, num_times=17)
     axis = torch.linspace(-6.0, 6.0, 4001, dtype=torch.float64)
     log_p = -0.5 * axis**2 - TwoWells()(axis[:, None], axis)
     share = float(torch.softmax(log_p, 0)[axis < 0.0].sum())

@@ -20,7 +20,7 @@ from pyro_lvebm import Disentanglement, disentanglement
 def small_forests() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # The function hides the module of its name in the package.
-        patch.setattr(sys.modules["pyro_lvebm.diagnostics.disentanglement"], "_TREES", 20)
+        patch.setattr(sys.modules["pyro_lvebm.diagnostics.disentanglement"], "_TREES", 10)
         yield
 
 

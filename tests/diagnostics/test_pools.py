@@ -151,7 +151,7 @@ def test_shares_of_modes_are_those_of_quadrature() -> None:
     Errors by 20 batch means: 19 degrees of freedom each. False alarms: 3e-3.
     """
     tables = [
-        pool_diagnostics(two_wells(seed), num_refreshes=60, modes=left, seed=seed).modes
+        pool_diagnostics(two_wells(seed), num_refreshes=40, modes=left, seed=seed).modes
         for seed in range(10)
     ]
     share, error = (np.array([t.loc[1, name] for t in tables]) for name in ("share", "std_error"))

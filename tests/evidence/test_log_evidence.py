@@ -101,6 +101,7 @@ def test_estimates_are_unbiased_on_the_scale_of_densities(ebm: LVEBM, x: Tensor)
     assert mean_of_ratio_p_value(result, ebm.f.log_evidence(x).detach()) > ALPHA
 
 
+@pytest.mark.usefixtures("brief_brackets")
 def test_mean_is_within_three_standard_errors(ebm: LVEBM, x: Tensor) -> None:
     """With brackets of its own. One seed of four may be beyond: false alarm 5e-4 (Student, 15).
 
@@ -280,6 +281,7 @@ def test_results_are_fixed_by_the_seed(ebm: LVEBM, x: Tensor) -> None:
     assert (first.value != other.value).all()
 
 
+@pytest.mark.usefixtures("coarse_brackets")
 def test_the_model_its_pool_and_x_stay_as_they_are(ebm: LVEBM, x: Tensor) -> None:
     ebm.mark_pool(fresh=True)
     rows = x[:5].clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,14 +46,24 @@ pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 MODULE = sys.modules["pyro_lvebm.evidence.log_partition"]
 BRACKET = sys.modules["pyro_lvebm.evidence.bracket"]
 
+REFRESHES_PER_RUN = MODULE._REFRESHES_PER_RUN
+
 RUNS = 6
 CHEAP = {
     "num_particles": 160,
     "num_runs": RUNS,
-    "num_moves": 3,
+    "num_moves": 2,
     "relative_ess": 0.9,
-    "num_refreshes": 15,
+    "num_refreshes": 10,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_refreshes_per_run() -> Iterator[None]:
+    """Three, not eight, for the draws of one run: chains here forget where they were in fewer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "_REFRESHES_PER_RUN", 3)
+        yield
 
 
 def tempered(seed: int) -> Pool:
@@ -173,7 +183,7 @@ def test_bracket_check_fails_for_kernels_with_another_target(
 
     monkeypatch.setattr(annealing, "_KERNEL", AlwaysAccepts())
     monkeypatch.setattr(annealing, "independence_step", draw_base)
-    estimates = np.array([r.estimate for r in brackets(14, persistent)])
+    estimates = np.array([r.estimate for r in brackets(9, persistent)])
     assert mean_p_value(estimates, exact()) < CERTAIN
 
 
@@ -243,8 +253,9 @@ def test_spread_check_fails_for_the_error_of_the_sum_of_runs(many: list[LogParti
     assert spread_p_value([replace(r, std_error=RUNS * r.std_error) for r in many]) < CERTAIN
 
 
-def test_default_settings_and_the_pool_of_training() -> None:
+def test_default_settings_and_the_pool_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool at work before and the settings of the door; false alarm ALPHA for the estimate."""
+    monkeypatch.setattr(MODULE, "_REFRESHES_PER_RUN", REFRESHES_PER_RUN)
     ebm = make_quadratic(dtype=torch.float32)
     for _ in range(5):
         ebm.pool.refresh(ebm)
@@ -283,7 +294,7 @@ def test_neural_energies_agree_with_quadrature() -> None:
     for name, make in NEURAL.items():
         ebm = make()
         expected = quadrature_log_partition(ebm)
-        result = log_partition(ebm, seed=7, num_particles=256, num_runs=8, num_refreshes=25)
+        result = log_partition(ebm, seed=7, num_particles=160, num_runs=8, num_refreshes=15)
         assert abs(expected) > 0.1 and result.std_error < 0.1, name
         assert estimate_p_value(result, 8, expected) > ALPHA, name
         assert estimate_p_value(result, 8, expected + 1.0) < 1e-4, name
@@ -367,9 +378,7 @@ def narrow_brackets(
     return results, gaussian_log_partition(f.precision.detach(), f.linear.detach())
 
 
-@pytest.mark.parametrize(
-    ("x_dim", "z_dim", "condition"), [(1, 1, 4.0), (1, 1, 1e4), (6, 2, 4.0), (6, 2, 1e3)]
-)
+@pytest.mark.parametrize(("x_dim", "z_dim", "condition"), [(1, 1, 4.0), (1, 1, 1e4), (6, 2, 1e3)])
 def test_brackets_of_quadratic_energies(x_dim: int, z_dim: int, condition: float) -> None:
     """Four seeds and pools a case; false alarm ALPHA (3 misses)."""
     results, expected = narrow_brackets(x_dim, z_dim, condition, 4)
@@ -421,8 +430,9 @@ def test_runs_are_added_until_the_error_is_reached() -> None:
 
 @pytest.mark.parametrize(("max_runs", "expected"), [(3, 6), (6, 6), (11, 6), (12, 12), (19, 18)])
 def test_runs_stop_at_their_limit(max_runs: int, expected: int) -> None:
+    few = CHEAP | {"num_particles": 32, "num_refreshes": 1}
     result = log_partition(
-        make_quadratic(pool=tempered(0)), target_se=1e-9, max_runs=max_runs, **CHEAP
+        make_quadratic(pool=tempered(0)), target_se=1e-9, max_runs=max_runs, **few
     )
     assert result.num_runs == expected and result.std_error > 1e-9
 
@@ -629,7 +639,7 @@ def holds(result: LogPartition) -> bool:
 MODEST = {"num_particles": 256, "num_runs": 8, "num_refreshes": 1}
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.35])
+@pytest.mark.parametrize("share", [0.05, 0.35])
 def test_a_pool_that_misses_the_heavier_mode_is_found_out(share: float) -> None:
     """The pool sits in a mode that has less weight than annealing from the base gives it.
 
@@ -643,7 +653,7 @@ def test_a_pool_that_misses_the_heavier_mode_is_found_out(share: float) -> None:
         assert abs(result.estimate - Modes.log_z) > 3.0 * result.std_error
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.97])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_pool_that_misses_the_lighter_mode_has_a_bracket_around_the_truth(share: float) -> None:
     """Reverse runs are high: the share of the pool's mode falls on the way to the base.
 
@@ -725,7 +735,9 @@ def test_four_modes_in_ten_dimensions(weights: list[float], distance: float, sca
     for seed in range(3):
         pool = TemperedPool(6, 64, num_moves=4, seed=1 + seed)
         ebm = four_modes(weights, distance, scale, pool)
-        result = log_partition(ebm, seed=2 + seed, num_particles=512, num_runs=8, num_refreshes=40)
+        result = log_partition(
+            ebm, seed=2 + seed, num_particles=256, num_runs=8, num_moves=2, num_refreshes=25
+        )
         assert not result.is_reliable or result.upper - result.lower < 0.3
         misses += result.is_reliable and not holds(result)
     assert misses <= 1

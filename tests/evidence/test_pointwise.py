@@ -118,12 +118,12 @@ def elpd(result: Any) -> float:
 @pytest.fixture(scope="module")
 def by_particles(ebm: LVEBM, x: Tensor) -> Any:
     model = shifted(ebm)
-    saddle = Saddle(model, AutoParticles(model, 16), Adam({"lr": 1e-3}), seed=1)
+    saddle = Saddle(model, AutoParticles(model, 14), Adam({"lr": 1e-3}), seed=1)
     return to_arviz(
         saddle,
         x,
         num_samples=20,
-        num_warmup=150,
+        num_warmup=90,
         num_predictive=0,
         num_log_likelihood=20,
     )
@@ -137,7 +137,7 @@ def test_values_follow_each_draw(by_particles: Any, ebm: LVEBM, x: Tensor) -> No
     """
     found = log_likelihood(by_particles)
     mu = by_particles["posterior"]["mu"].to_numpy()
-    assert found.shape == (16, 20, N)
+    assert found.shape == (14, 20, N)
     exact = conditional(ebm, x, mu)
     assert exact.std((0, 1)).min() > 0.05
     assert np.abs(found - exact).max() < 0.4 and (found - exact).std() < 0.06
@@ -195,7 +195,7 @@ def test_other_sites_of_a_datum_count(ebm: LVEBM, x: Tensor) -> None:
     guide = AutoNormal(model, init_scale=0.3)
     with torch.random.fork_rng():
         guide(x, y)
-    idata = to_arviz(guide, x, y, num_samples=60, num_predictive=0, num_log_likelihood=60)
+    idata = to_arviz(guide, x, y, num_samples=40, num_predictive=0, num_log_likelihood=40)
     found = log_likelihood(idata, "scene+y")[0]
     w = torch.from_numpy(idata["posterior"]["w"].to_numpy())[0]
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_loo_is_exact_leave_one_out_within_its_standard_error(
 ) -> None:
     """elpd_loo with μ as particles is within a fifth of its standard error of the exact value.
 
-    That error is over data; the rest is Monte Carlo error of 320 draws of 16 chains. In sample,
+    That error is over data; the rest is Monte Carlo error of 280 draws of 14 chains. In sample,
     with the μ of all data, the figure would be too high by p_loo, and fail.
     """
     exact = exact_leave_one_out(ebm, x)
@@ -261,10 +261,10 @@ def test_loo_of_nuts_draws_agrees_too(ebm: LVEBM, x: Tensor) -> None:
     with torch.random.fork_rng(), ebm.frozen():
         torch.manual_seed(0)
         mcmc = MCMC(
-            NUTS(model, max_tree_depth=4), num_samples=80, warmup_steps=60, disable_progbar=True
+            NUTS(model, max_tree_depth=4), num_samples=60, warmup_steps=50, disable_progbar=True
         )
         mcmc.run(x)
-        idata = to_arviz(mcmc, x, num_predictive=0, num_log_likelihood=80)
+        idata = to_arviz(mcmc, x, num_predictive=0, num_log_likelihood=60)
     exact = exact_leave_one_out(ebm, x).sum()
     found = loo(idata)  # of few draws, for NUTS is slow here
     assert abs(elpd(found) - exact) < 0.3 * found.se

@@ -38,6 +38,7 @@ from pyro_lvebm import (
     Saddle,
     TemperedPool,
     compare_elbo,
+    log_partition,
     lvebm,
     to_arviz,
 )
@@ -311,9 +312,11 @@ def test_netcdf_round_trip(idata: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def table(ebm: LVEBM, saddle: Saddle, x: Tensor) -> ElboTable:
-    return compare_elbo(
-        saddle.model, {"prior & base": PriorProposal(), "Laplace": LaplaceApproximation()}, x
-    )
+    rows = {"prior & base": PriorProposal(), "Laplace": LaplaceApproximation()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("num_particles", 64), ("num_runs", 6), ("num_refreshes", 3)):
+            patch.setitem(log_partition.__kwdefaults__, name, value)
+        return compare_elbo(saddle.model, rows, x)
 
 
 def check_table(dataset: Any, table: ElboTable) -> None:

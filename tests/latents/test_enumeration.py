@@ -97,7 +97,7 @@ def test_the_energy_of_particles_has_the_label_summed_out(size: int | None, scal
 
 
 def particle_p_value(stretch: float) -> float:
-    """p-value of E[z | x, y], with 60 data as replicates and chains of 4 × 80 draws each.
+    """p-value of E[z | x, y], with 60 data as replicates and chains of 4 × 40 draws each.
 
     The error, and the error towards y, have mean 0.
     """
@@ -105,7 +105,7 @@ def particle_p_value(stretch: float) -> float:
     model = labelled(ebm)
     guide = AutoParticles(poutine.block(model, hide=["c"]), 4)
     saddle = Saddle(model, guide, SGD({"lr": 0.0}), TraceEnum_ELBO(max_plate_nesting=1))
-    draws = saddle.sample_posterior(x, y, num_samples=80, num_warmup=150)["scene_z"]
+    draws = saddle.sample_posterior(x, y, num_samples=40, num_warmup=80)["scene_z"]
     error = draws.mean((0, 1)) - posterior_mean(ebm, x, y * stretch)
     return mean_p_value(torch.cat([error, error * y.sign()[:, None]], -1), 0.0)
 
@@ -119,6 +119,7 @@ def test_particle_check_fails_for_the_posterior_of_other_observations() -> None:
     assert particle_p_value(1.5) < CERTAIN
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_evidence_and_rows_have_the_label_summed_out() -> None:
     """log p(x, y) of every datum, and the row of the particles reaches it."""
     ebm, x, y = setting()
@@ -177,7 +178,7 @@ def nuts_p_value(stretch: float) -> float:
     pyro.set_rng_seed(0)
     with ebm.frozen():
         kernel = NUTS(labelled(ebm), max_plate_nesting=1)
-        mcmc = MCMC(kernel, num_samples=80, warmup_steps=30, disable_progbar=True)
+        mcmc = MCMC(kernel, num_samples=60, warmup_steps=30, disable_progbar=True)
         mcmc.run(x, y)
     error = mcmc.get_samples()["scene_z"].mean(0) - posterior_mean(ebm, x, y * stretch)
     return mean_p_value(torch.cat([error, error * y.sign()[:, None]], -1), 0.0)

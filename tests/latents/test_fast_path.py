@@ -70,7 +70,7 @@ def model_of(ebm: LVEBM, size: int | None, weight: float | None) -> Callable[[Te
 
 
 def trained(kind: str, size: int | None, holes: bool, weight: float | None) -> tuple[Any, ...]:
-    """Losses, θ and pool, particles and step sizes after 25 steps, and traces of the model."""
+    """Losses, θ and pool, particles and step sizes after 10 steps, and traces of the model."""
     pyro.clear_param_store()
     ebm = EBMS[kind]()
     model = model_of(ebm, size, weight)
@@ -87,7 +87,7 @@ def trained(kind: str, size: int | None, holes: bool, weight: float | None) -> t
         # Where other sites steer the latents, one move in ten is short, on either path.
         patch.setattr(positive, "step_factors", lambda block, kernel, n, generator: [1.0] * n)
         saddle = Saddle(model, guide, Adam({"lr": 1e-2}), num_moves=4, seed=3)
-        losses = [saddle.step(rows(ebm, holes)) for _ in range(25)]
+        losses = [saddle.step(rows(ebm, holes)) for _ in range(10)]
     return losses, snapshot(ebm), snapshot(guide), count[0]
 
 
@@ -101,7 +101,7 @@ def test_training_without_traces_is_training_with_them_bit_for_bit(
     assert same(ebm, other_ebm) and same(particles, other_particles)
     assert "particles_scene_missing" in particles or not holes
     # One for the plates of each step; and one for what depends on z, and one for each gradient.
-    assert traces == 25 and other_traces == 25 * (1 + 1 + 5)
+    assert traces == 10 and other_traces == 10 * (1 + 1 + 5)
 
 
 @pytest.mark.parametrize(("kind", "size", "holes"), CASES)
@@ -160,9 +160,9 @@ def accepted(block: Any, ebm: LVEBM, num_steps: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", EBMS)
 @pytest.mark.parametrize("holes", [False, True])
 def test_a_trace_for_all_accepts_the_same_moves(kind: str, holes: bool) -> None:
-    """All of 300 × 3 × 12 decisions, of which some are refusals; positions agree to rounding."""
+    """All of 120 × 3 × 12 decisions, of which some are refusals; positions agree to rounding."""
     ebm, fast, traced = both_paths(kind, holes)
-    (ours, u), (theirs, v) = accepted(fast, ebm, 300), accepted(traced, ebm, 300)
+    (ours, u), (theirs, v) = accepted(fast, ebm, 120), accepted(traced, ebm, 120)
     assert torch.equal(ours, theirs) and 0.3 < float(ours.double().mean()) < 0.999
     torch.testing.assert_close(u, v, rtol=0.0, atol=1e-13)
 

@@ -41,9 +41,10 @@ from pyro_lvebm import (
     traverse,
 )
 from pyro_lvebm.evidence import ConditionalLogPartition
+from pyro_lvebm.model import imputation
 from pyro_lvebm.pools import context as context_pool
 
-pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+pytestmark = pytest.mark.usefixtures("global_rng_untouched", "brief_settling")
 
 package = sys.modules["pyro_lvebm.sites.distributions"]
 
@@ -271,7 +272,7 @@ def online_errors(num_pools: int) -> np.ndarray:
         ebm.pool.seed = seed
         c = normal((30, 1), 5)
         found = []
-        for step in range(40):
+        for step in range(30):
             ebm.pool.refresh(ebm, c)
             active = ebm.pool.age > ebm.pool.burn_in
             if step % 5 == 4:
@@ -460,8 +461,9 @@ def test_brackets_of_other_contexts_are_refused() -> None:
         log_evidence(ebm.at(c[0]), x, log_z=found)
 
 
-def test_imputation_follows_the_context() -> None:
+def test_imputation_follows_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of the missing entry given the other and c, against Gaussian conditioning."""
+    monkeypatch.setattr(imputation, "_NUM_PARTICLES", 64)  # enough for a Gaussian
     ebm, x, c = linear_ebm()
     x, c = x[:16], c[:16]
     rows = x.clone()
@@ -534,6 +536,7 @@ def test_nuts_and_predictive_run() -> None:
             assert found["scene"].shape == (3, len(c), X_DIM)
 
 
+@pytest.mark.usefixtures("whole_settling")
 def test_the_pool_of_one_context_has_followed_it() -> None:
     ebm, _, c = linear_ebm(3)
     one = ebm.at(2.0 * c[1])
@@ -562,6 +565,7 @@ def test_one_conditional_lvebm_stands_at_one_site() -> None:
             log_evidence_of(model, x, c)
 
 
+@pytest.mark.usefixtures("brief_brackets")
 def test_an_lvebm_at_two_sites_has_log_z_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     # log Z keeps a standard error of 0.005 nats, which the tolerances allow for.
     for name, value in (("num_runs", 6), ("num_refreshes", 10)):
@@ -653,6 +657,7 @@ def test_a_context_that_needs_a_gradient_is_refused() -> None:
         model(x, c)
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_training_fits_a_conditional_density() -> None:
     """x | c ~ N(c, 0.5²): contexts are worth 0.8 nats of the mean log evidence.
 

@@ -69,9 +69,9 @@ def test_kl_to_is_that_of_two_gaussians(weighted: bool) -> None:
 
 
 def draw_p_value(*, use_weights: bool, num_moves: int) -> float:
-    """p-value of moments of 300 draws from each of 80 pools of weighted wider draws."""
+    """p-value of moments of 300 draws from each of 50 pools of weighted wider draws."""
     moments = []
-    for seed in range(80):
+    for seed in range(50):
         pool = PersistentPool(3000, kernel=MALA(), step_size=0.2)
         ebm = frozen_ebm(pool, dtype=torch.float64)
         weigh_wider_draws(pool, 300 + seed)

@@ -183,10 +183,10 @@ def prediction_errors(
 
 
 def prediction_p_value(predictor: Callable[..., LogZTrack], move: str, dtype: torch.dtype) -> float:
-    """p-value of errors against their claimed variance, over 300 replicates of 1,200 draws."""
+    """p-value of errors against their claimed variance, over 200 replicates of 1,200 draws."""
     live = slice(0, 2) if move == "ladder" else slice(None)  # β = 1 stays and has no error
     errors, variance = prediction_errors(
-        predictor, [MOVES[move]], dtype, [mixture_draws(300, 300, seed=10)]
+        predictor, [MOVES[move]], dtype, [mixture_draws(200, 300, seed=10)]
     )
     return variance_p_value(errors[:, live], variance[live])
 
@@ -373,10 +373,10 @@ def variance_of_estimates_p_value(
     dtype: torch.dtype,
     n: int = 60,
 ) -> float:
-    """p-value of the variances of MBAR estimates around the exact log Z, over 400 replicates."""
+    """p-value of the variances of MBAR estimates around the exact log Z, over 250 replicates."""
     betas, exact = BETAS.to(dtype), ladder_log_z(BETAS, *theta)
     estimates, variances = [], []
-    for f in energies(ladder_draws(BETAS, *theta, (400, n), seed=16), *theta).to(dtype):
+    for f in energies(ladder_draws(BETAS, *theta, (250, n), seed=16), *theta).to(dtype):
         log_z = mbar_log_z(f, betas, exact.to(dtype))
         estimates.append(log_z[1:].double())
         variances.append(formula(f, betas, log_z)[1:].double())
@@ -389,7 +389,7 @@ def test_variance_is_that_of_estimates_from_exact_draws(theta: Theta, dtype: tor
     """Two-sided chi-square test. False alarms: 1e-3 a case.
 
     The variance is off by less than 2 % at 60 draws of each level (3,000 replicates); the test
-    resolves 20 %.
+    resolves 25 %.
     """
     assert variance_of_estimates_p_value(mbar_variance, theta, dtype) > ALPHA
 

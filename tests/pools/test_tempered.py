@@ -53,24 +53,24 @@ pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
 
 def tempered_p_values(make: Callable[[int], TemperedPool], dtype: torch.dtype) -> tuple:
-    """p-values of log Z and of weighted moments over 14 pools with their own seeds.
+    """p-values of log Z and of weighted moments over 12 pools with their own seeds.
 
-    Chains start in equilibrium, and each pool is averaged over 16 refreshes. The bias of log Z,
+    Chains start in equilibrium, and each pool is averaged over 10 refreshes. The bias of log Z,
     half the variance of an estimate by MBAR, is below a quarter of the standard error of the mean.
     """
     log_zs, moments = [], []
-    for seed in range(14):
+    for seed in range(12):
         ebm = frozen_ebm(make(seed), dtype=dtype)
         equilibrate(ebm, 500 + seed)
         chain = []
-        for _ in range(16):
+        for _ in range(10):
             ebm.pool.refresh(ebm)
             chain.append((ebm.pool.log_partition.double(), weighted_moments(ebm.pool)))
             assert (ebm.pool.swap_rate >= 0).all() and (ebm.pool.swap_rate <= 1 + 1e-6).all()
             assert 1.0 <= ebm.pool.ess <= ebm.pool.log_weights.numel() + 1e-2
         log_zs.append(torch.stack([c[0] for c in chain]).mean())
         moments.append(torch.stack([c[1] for c in chain]).mean(0))
-        assert int(ebm.pool.refreshes) == 16
+        assert int(ebm.pool.refreshes) == 10
     return (
         mean_p_value(torch.stack(log_zs), LOG_Z),
         mean_p_value(torch.stack(moments), exact_moments()),
@@ -146,11 +146,11 @@ def distance_from_mbar(num_pools: int) -> float:
 
 
 def test_tracked_log_z_is_near_the_solution_of_mbar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less than 5 standard errors in 72 comparisons. False alarms: 1e-4."""
-    assert distance_from_mbar(4) < 5.0
+    """Less than 5 standard errors in 36 comparisons. False alarms: 1e-4."""
+    assert distance_from_mbar(2) < 5.0
     real = tempered_pool.mbar_log_z
     monkeypatch.setattr(tempered_pool, "mbar_log_z", lambda *args: 0.3 * real(*args))
-    assert distance_from_mbar(4) > 5.0
+    assert distance_from_mbar(2) > 5.0
 
 
 class TwoWells(nn.Module):
@@ -161,7 +161,7 @@ class TwoWells(nn.Module):
 
 
 def two_wells() -> tuple[Tensor, float]:
-    """Estimates of log Z by 14 pools, and log Z by quadrature."""
+    """Estimates of log Z by 10 pools, and log Z by quadrature."""
     base_x, base_z = dist.Normal(0.3, 0.8), dist.Normal(-0.4, 2.0)
     grid, cell = plane_grid(15.0, 301)
     x, z = grid[:, :1], grid[:, 1:]
@@ -169,7 +169,7 @@ def two_wells() -> tuple[Tensor, float]:
         base_x.log_prob(x[:, 0]) + base_z.log_prob(z[:, 0]) - TwoWells()(x, z), 0
     ) + math.log(cell)
     estimates = []
-    for seed in range(14):
+    for seed in range(10):
         ebm = LVEBM(
             TwoWells(),
             base_x.expand([1]).to_event(1),
@@ -177,7 +177,7 @@ def two_wells() -> tuple[Tensor, float]:
             pool=TemperedPool(5, 200, num_moves=1, seed=seed),
         )
         chain = []
-        for refresh in range(30):
+        for refresh in range(25):
             ebm.pool.refresh(ebm)
             if refresh >= 10:
                 chain.append(ebm.pool.log_partition)
@@ -186,7 +186,7 @@ def two_wells() -> tuple[Tensor, float]:
 
 
 def test_tempered_pool_on_two_modes() -> None:
-    """Quadrature in 1 + 1 dimensions, 14 pools. False alarms: 1e-3.
+    """Quadrature in 1 + 1 dimensions, 10 pools. False alarms: 1e-3.
 
     The check finds an error of 0.1 nats.
     """
@@ -284,8 +284,10 @@ def test_tracked_log_z_is_within_its_standard_error(path: str, setting: Setting)
     assert ((errors / claimed)[:, -1].abs() < 3.0).double().mean() >= 0.95
 
 
-@EVERY_PATH
-@pytest.mark.parametrize(("factor", "side", "num_pools"), [(0.05, 0, 12), (60.0, 1, 24)])
+@pytest.mark.parametrize(
+    ("path", "factor", "side", "num_pools"),
+    [("still", 0.05, 0, 8), ("slow", 0.05, 0, 8), ("still", 60.0, 1, 20)],
+)
 def test_calibration_check_fails_for_a_wrong_variance(
     path: str, factor: float, side: int, num_pools: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,7 +312,7 @@ def test_calibration_check_fails_where_log_z_does_not_follow_theta(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tempered_pool, "predict", lambda track, *_: track)
-    errors, claimed, _ = tracked(SLOW, SETTINGS[0], 12)
+    errors, claimed, _ = tracked(SLOW, SETTINGS[0], 9)
     assert calibration_p_values(errors, claimed)[0] < CERTAIN
 
 
@@ -486,9 +488,7 @@ def metric_errors(precision: Tensor, dtype: torch.dtype, looks: tuple[int, ...])
     return errors
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [(PRECISION, torch.float32), (ILL, torch.float32), (ILL, torch.float64)]
-)
+@pytest.mark.parametrize(("precision", "dtype"), [(PRECISION, torch.float64), (ILL, torch.float32)])
 def test_metric_converges_to_the_curvature_of_each_level(
     precision: Tensor, dtype: torch.dtype
 ) -> None:
@@ -534,7 +534,7 @@ def ill_p_values(refreshes: int) -> tuple[float, float]:
     """p-values of log Z and of weighted moments of an ill-conditioned energy, over pools."""
     linear = AXES @ torch.tensor([8.0, -2.0, 0.3], dtype=torch.float64)
     log_zs, moments = [], []
-    for seed in range(10):
+    for seed in range(8):
         pool = TemperedPool(5, 200, num_moves=2, step_size=0.3, seed=seed)
         ebm = frozen_ebm(pool, ILL, linear)
         equilibrate(ebm, 700 + seed, ILL, linear)
@@ -552,7 +552,7 @@ def ill_p_values(refreshes: int) -> tuple[float, float]:
 
 
 def test_log_partition_and_moments_of_an_ill_conditioned_energy() -> None:
-    """Condition number 800, 10 pools. False alarms: 2e-3."""
+    """Condition number 800, 8 pools. False alarms: 2e-3."""
     assert min(ill_p_values(16)) > ALPHA
 
 

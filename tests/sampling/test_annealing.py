@@ -83,7 +83,7 @@ def forward(
     *,
     resample: bool,
     num_moves: int = 2,
-    runs: int = 2000,
+    runs: int = 1200,
     dtype: torch.dtype = torch.float64,
     independence: bool = False,
 ) -> Annealed:
@@ -140,7 +140,7 @@ SETTINGS = pytest.mark.parametrize(
 def test_estimate_is_unbiased_and_draws_follow_the_target(
     independence: bool, resample: bool, num_moves: int, count: int, dtype: torch.dtype, make
 ) -> None:
-    """SMC and AIS: mean of Ĉ / C, and of Ĉ φ / C, over 2,000 runs. False alarms: 2e-3 a case."""
+    """SMC and AIS: mean of Ĉ / C, and of Ĉ φ / C, over 1,200 runs. False alarms: 2e-3 a case."""
     schedule = make(count, dtype)
     result = forward(
         schedule, resample=resample, num_moves=num_moves, dtype=dtype, independence=independence

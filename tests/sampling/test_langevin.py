@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def double_well_p_value(kappa: float, beta: float, dtype: torch.dtype) -> float:
     state = run(
         MALA(),
         value_and_grad(lambda u: double_well(u).squeeze(-1)),
-        normal((20000, 1), 7, dtype),
+        normal((10000, 1), 7, dtype),
         0.06,
         350,
         seed=8,
@@ -421,18 +422,25 @@ def bent(u: Tensor) -> Tensor:
     return 0.5 * u[..., 0] ** 2 + 2.0 * (u[..., 1] - 0.5 * u[..., 0] ** 2) ** 2 + 0.3 * u[..., 1]
 
 
+@cache
+def bent_law(kappa: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Points of a grid with their probabilities, and 20,000 exact draws."""
+    points, area = plane_grid(9.0, 1201)
+    mass = torch.softmax(-0.5 * kappa * points.square().sum(-1) - beta * bent(points), 0)
+    exact = points[torch.multinomial(mass, 20000, replacement=True, generator=seeded(55))]
+    jitter = torch.rand(exact.shape, generator=seeded(56), dtype=torch.float64) - 0.5
+    return points, mass, exact + math.sqrt(area) * jitter
+
+
 def bent_p_value(kappa: float, beta: float, dtype: torch.dtype) -> float:
     """Chi-square p-value of counts in cells of the plane against quadrature.
 
     Chains start from exact draws, by quadrature too.
     """
     scale = torch.tensor([[0.9, 0.2], [0.5, 0.7]], dtype=dtype)
-    points, area = plane_grid(9.0, 1201)
-    mass = torch.softmax(-0.5 * kappa * points.square().sum(-1) - beta * bent(points), 0)
-    exact = points[torch.multinomial(mass, 20000, replacement=True, generator=seeded(55))]
-    jitter = torch.rand(exact.shape, generator=seeded(56), dtype=torch.float64) - 0.5
+    points, mass, exact = bent_law(kappa, beta)
     f, generator = value_and_grad(bent), seeded(54)
-    state = init_state(f, (exact + math.sqrt(area) * jitter).to(dtype))
+    state = init_state(f, exact.to(dtype))
     for _ in range(40):
         state, _ = MALA().step(
             f,

@@ -210,7 +210,7 @@ def linear_gaussian_loss(*, half: bool = False) -> float:
     x = x + 0.5 * torch.randn(600, 4, generator=generator)
     standard = [dist.Normal(torch.zeros(d), 1.0).to_event(1) for d in (4, 2)]
     energy = QuadraticEnergy(4, 2)
-    ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, seed=0))
+    ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, num_moves=4, seed=0))
     covariance = torch.cov(x.T, correction=0)
     mle = dist.MultivariateNormal(x.mean(0), covariance).log_prob(x).mean()
     assert mle - energy.log_evidence(x).mean() > 0.1  # the start is not already there
@@ -254,8 +254,8 @@ def factor_loss(*, ignore_ids: bool = False) -> float:
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     best = log_likelihood((values[-1] - 0.25).sqrt() * vectors[:, -1])
     guide = AutoParticles(model)
-    saddle = Saddle(model, guide, ClippedAdam({"lr": 0.03}), num_moves=2)
-    saddle.fit(num_steps=200, batches=loader(x, 60), progress=False)
+    saddle = Saddle(model, guide, ClippedAdam({"lr": 0.04}), num_moves=2)
+    saddle.fit(num_steps=150, batches=loader(x, 60), progress=False)
     return best - log_likelihood(pyro.param("w").detach())
 
 
@@ -289,6 +289,7 @@ def test_fit_takes_batches_in_turn_and_ends_at_the_averages() -> None:
     assert losses[0] == losses[1] and same(*ends)
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_fit_stops_on_held_out_rows() -> None:
     """A rate that ruins the model: the parameters of the start come back."""
     ebm = warm(quadratic_ebm())
@@ -531,6 +532,7 @@ def test_a_look_at_the_rows_ends_where_they_are_known() -> None:
 # --- estimates ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_estimates_on_all_data_are_those_without_rows() -> None:
     """The model with `torch.arange(N)` gives the numbers of the model without rows."""
     ebm = warm(make_quadratic(pool=tiny_pool()))
@@ -558,6 +560,7 @@ def test_estimates_on_all_data_are_those_without_rows() -> None:
         torch.testing.assert_close(given, plain)
 
 
+@pytest.mark.usefixtures("brief_settling", "brief_brackets")
 def test_estimates_on_some_rows_are_about_these() -> None:
     """Draws start at the particles of the rows, in their order, and fill no others."""
     ebm = warm(make_quadratic(pool=tiny_pool()))

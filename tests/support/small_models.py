@@ -19,7 +19,7 @@ from pyro_lvebm import LVEBM, PersistentPool, QuadraticEnergy, TemperedPool, lve
 
 def tiny_pool(seed: int = 0) -> TemperedPool:
     """A pool that is quick to refresh and not at default settings."""
-    return TemperedPool(3, 48, num_moves=2, seed=seed)
+    return TemperedPool(3, 48, num_moves=1, seed=seed)
 
 
 def quadratic_ebm(

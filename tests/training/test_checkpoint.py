@@ -36,6 +36,8 @@ from pyro_lvebm import (
 )
 from pyro_lvebm.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("brief_settling")
+
 OPTIMISERS: dict[str, Callable[[], PyroOptim]] = {
     "Adam": lambda: Adam({"lr": 0.02, "betas": (0.8, 0.95)}),
     "ClippedAdam": lambda: ClippedAdam({"lr": 0.02, "lrd": 0.9, "clip_norm": 5.0}),

@@ -193,7 +193,7 @@ class Narrower(nn.Module):
 KL_NARROWER = math.log(4.0) + 1.0 / 4.0 - 1.0
 
 
-def kls_from_base(conditional: bool, count: int = 12) -> list[float]:
+def kls_from_base(conditional: bool, count: int = 8) -> list[float]:
     """KL(p_θ ‖ base) of `Narrower`, as pools of their own see it."""
     x, context, found = normal((40, 1), 2), normal((40, 1), 1), []
     for seed in range(count):
@@ -211,7 +211,7 @@ def kls_from_base(conditional: bool, count: int = 12) -> list[float]:
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_kl_from_the_base_is_exact(conditional: bool) -> None:
-    """Twelve pools, Student's test; false alarm ALPHA for each."""
+    """Eight pools, Student's test; false alarm ALPHA for each."""
     assert mean_p_value(kls_from_base(conditional), KL_NARROWER) > ALPHA
 
 
@@ -302,7 +302,7 @@ def test_negatives_get_no_gradient(ebm: LVEBM) -> None:
 # --- in training ----------------------------------------------------------------------------
 
 
-def trained(penalties: list[Penalty], steps: int = 60, lr: float = 0.02) -> tuple[Saddle, Tensor]:
+def trained(penalties: list[Penalty], steps: int = 40, lr: float = 0.02) -> tuple[Saddle, Tensor]:
     pyro.clear_param_store()
     x = normal((60, 2), 8) ** 3
     energy = MLPEnergy(2, 1, hidden=(12,), fourier_features=0, seed=1)

@@ -286,8 +286,8 @@ def test_a_model_without_an_lvebm_is_particle_maximum_likelihood() -> None:
             z = pyro.sample("z", dist.Normal(m, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y[i])
 
-    saddle = Saddle(model, AutoParticles(model, 10), Adam({"lr": 0.2}), num_moves=5)
-    saddle.fit(y, num_steps=120, progress=False)
+    saddle = Saddle(model, AutoParticles(model, 10), Adam({"lr": 0.3}), num_moves=5)
+    saddle.fit(y, num_steps=80, progress=False)
     assert saddle.ebms == []
     # 2,000 particles of variance 1/2 leave 0.016 for each step, less over the last, small steps.
     assert pyro.param("m").item() == pytest.approx(y.mean().item(), abs=0.06)
@@ -428,10 +428,10 @@ def test_fit_leaves_pools_that_have_caught_up() -> None:
     ebm = quadratic_ebm()
     x = data_of(ebm, 40)
     saddle = saddle_for(ebm, lr=0.1)
-    saddle.fit(x, num_steps=30, progress=False)
+    saddle.fit(x, num_steps=12, progress=False)
     assert ebm.pool_is_fresh() and ebm.kl_of_update() == pytest.approx(0.0, abs=1e-9)
     settled = int(ebm.pool.refreshes)
-    assert settled > 30
+    assert settled > 12
     with ebm.frozen():
         saddle.fit(x, num_steps=1, progress=False)
     assert int(ebm.pool.refreshes) == settled  # θ was held, so the pool is where it was
@@ -708,16 +708,13 @@ GUIDES = {
 }
 
 
-# Every guide and every ELBO in each column; a step of `Saddle` is that of SVI for all pairs, above.
+# Every guide and every ELBO; a step of `Saddle` is that of SVI for all pairs, bit for bit, above.
 TRAINED = [
     ("AutoNormal", TraceGraph_ELBO, "Saddle"),
     ("AutoMultivariateNormal", TraceMeanField_ELBO, "Saddle"),
     ("AutoAmortisedNormal", Trace_ELBO, "Saddle"),
     ("AutoPerDatumMultivariateNormal", TraceMeanField_ELBO, "Saddle"),
-    ("AutoNormal", Trace_ELBO, "SVI"),
-    ("AutoMultivariateNormal", Trace_ELBO, "SVI"),
-    ("AutoAmortisedNormal", TraceMeanField_ELBO, "SVI"),
-    ("AutoPerDatumMultivariateNormal", TraceGraph_ELBO, "SVI"),
+    ("AutoPerDatumMultivariateNormal", Trace_ELBO, "SVI"),
 ]
 
 
@@ -774,6 +771,7 @@ def test_the_loss_of_the_exact_posterior_is_the_log_evidence() -> None:
     assert loss == pytest.approx(float(expected), rel=1e-9)
 
 
+@pytest.mark.usefixtures("brief_settling")
 def test_random_numbers_are_made_where_the_lvebm_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not where a loader left the data: no generator can be made on the device of these."""
     ebm = quadratic_ebm()

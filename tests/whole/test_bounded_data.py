@@ -40,7 +40,7 @@ from pyro_lvebm import (
 from pyro_lvebm.bases.supports import Support
 from pyro_lvebm.training.history import pool_statistics
 
-pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+pytestmark = pytest.mark.usefixtures("global_rng_untouched", "brief_brackets")
 
 BOUNDED = pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
 ELEMENTWISE = pytest.mark.parametrize("constraint", CONSTRAINTS[:3], ids=str)
@@ -336,7 +336,7 @@ Sampler = Callable[[Callable[[], None], LVEBM], dict[str, Tensor]]
 
 def run_nuts(model: Callable[[], None], ebm: LVEBM) -> dict[str, Tensor]:
     with global_seed(0), ebm.frozen():
-        mcmc = MCMC(NUTS(model), num_samples=60, warmup_steps=30, disable_progbar=True)
+        mcmc = MCMC(NUTS(model), num_samples=40, warmup_steps=25, disable_progbar=True)
         mcmc.run()
     return mcmc.get_samples()
 
@@ -344,8 +344,8 @@ def run_nuts(model: Callable[[], None], ebm: LVEBM) -> dict[str, Tensor]:
 def run_particles(model: Callable[[], None], ebm: LVEBM) -> dict[str, Tensor]:
     with ebm.frozen():
         saddle = Saddle(model, AutoParticles(model, 8), Adam({"lr": 1e-3}), seed=0)
-        saddle.fit(num_steps=30, progress=False)
-        kept = saddle.sample_posterior(num_samples=60, num_warmup=60, thinning=3)
+        saddle.fit(num_steps=10, progress=False)
+        kept = saddle.sample_posterior(num_samples=40, num_warmup=60, thinning=2)
     return {name: value.flatten(0, 1) for name, value in kept.items()}
 
 

@@ -153,7 +153,7 @@ def test_nuts_and_particles_agree_with_the_exact_law_of_a_missing_positive_entry
         return mean_p_value(torch.stack([white.mean(0), (white**2).mean(0)], -1), [0.0, 1.0])
 
     with global_seed(0), ebm.frozen():
-        mcmc = MCMC(NUTS(model), num_samples=50, warmup_steps=30, disable_progbar=True)
+        mcmc = MCMC(NUTS(model), num_samples=40, warmup_steps=25, disable_progbar=True)
         mcmc.run(x)
     nuts = mcmc.get_samples()["scene_missing"]
     with ebm.frozen():

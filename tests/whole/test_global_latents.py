@@ -114,10 +114,10 @@ def ready(num_particles: int) -> Saddle:
 
 
 def particle_weights(num_particles: int = 256) -> Tensor:
-    """Ten draws of each particle; particles are independent."""
+    """Six draws of each particle; particles are independent."""
     with factor_analysis().frozen():
         saddle = ready(num_particles)
-        return saddle.sample_posterior(*observations(), num_samples=10, num_warmup=80)["w"]
+        return saddle.sample_posterior(*observations(), num_samples=6, num_warmup=60)["w"]
 
 
 def test_weights_as_particles_follow_their_exact_posterior() -> None:
@@ -144,9 +144,9 @@ def test_the_check_fails_where_blocks_do_not_see_each_other_move(
 ) -> None:
     """With one move in turn, which leaves an energy of before in place wherever it is refused."""
     monkeypatch.setattr(chains, "_MOVES_IN_TURN", 1)
-    assert posterior_p_value(particle_weights(1024)) > ALPHA
+    assert posterior_p_value(particle_weights(768)) > ALPHA
     monkeypatch.setattr(chains._Walk, "look_again", lambda self: None)
-    assert posterior_p_value(particle_weights(1024)) < CERTAIN
+    assert posterior_p_value(particle_weights(768)) < CERTAIN
 
 
 # --- in a guide -------------------------------------------------------------------------------
@@ -167,7 +167,9 @@ def guide_weights(num_steps: int, lr: float, average_decay: float) -> tuple[Tens
         exposed = poutine.block(model, expose=["w"])
         guide.append(AutoMultivariateNormal(exposed, start, init_scale=0.05))
         with factor_analysis().frozen():
-            saddle = Saddle(model, guide, Adam({"lr": lr}), average_decay=average_decay)
+            saddle = Saddle(
+                model, guide, Adam({"lr": lr}), num_moves=4, average_decay=average_decay
+            )
             saddle.fit(x, y, num_steps=num_steps, progress=False)
     law = guide[1].get_posterior()
     return (law.mean - exact).detach() / exact_sd, law.variance.sqrt().detach() / exact_sd
@@ -246,18 +248,18 @@ def within_a_tenth(ratios: Tensor) -> bool:
 
 
 def test_on_all_data_particles_have_the_spread_of_the_posterior() -> None:
-    assert all(map(within_a_tenth, minibatch_ratios(200, 80)))
+    assert all(map(within_a_tenth, minibatch_ratios(200, 70)))
 
 
 def test_on_minibatches_they_have_it_at_any_time_and_wander_together() -> None:
     """All see the noise of one minibatch, so over time they cover more than the posterior."""
-    at_a_time, over_time = minibatch_ratios(50, 150)
+    at_a_time, over_time = minibatch_ratios(50, 110)
     assert within_a_tenth(at_a_time)
     assert (over_time > 1.1).any() and (over_time < 2.5).all()
 
 
 def test_the_check_fails_where_the_likelihood_is_not_scaled_up() -> None:
-    assert (minibatch_ratios(50, 80, 50 / 200)[0] > 1.5).all()
+    assert (minibatch_ratios(50, 60, 50 / 200)[0] > 1.5).all()
 
 
 # --- correlated weights -----------------------------------------------------------------------

@@ -37,7 +37,7 @@ from pyro_lvebm.latents.program import Program
 from pyro_lvebm.model import imputation
 from pyro_lvebm.sites.distributions import MissingSite
 
-pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+pytestmark = pytest.mark.usefixtures("global_rng_untouched", "brief_brackets")
 
 
 def at_exact_log_z(ebm: LVEBM) -> LogPartition:
@@ -251,8 +251,13 @@ def test_the_direct_energy_is_that_of_the_trace(monkeypatch: pytest.MonkeyPatch)
 # --- training -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_with_a_third_missing_reaches_the_observed_data_mle() -> None:
-    """Within 0.01 nats a row of maximum likelihood by expectation maximisation."""
+    """Within 0.01 nats a row of maximum likelihood by expectation maximisation.
+
+    Slow: fewer steps do not get there. That the density and the particles are those of observed
+    entries, of which this is the outcome, is tested exactly above.
+    """
     generator = torch.Generator().manual_seed(0)
     loading = torch.randn(2, 4, generator=generator)
     x = torch.randn(1500, 2, generator=generator) @ loading
@@ -261,7 +266,7 @@ def test_training_with_a_third_missing_reaches_the_observed_data_mle() -> None:
     best = observed_log_density(MultivariateNormal(mean, cov), x).mean()
     standard = [dist.Normal(torch.zeros(d), 1.0).to_event(1) for d in (4, 2)]
     energy = QuadraticEnergy(4, 2)
-    ebm = LVEBM(energy, *standard, pool=TemperedPool(4, 128, seed=0))
+    ebm = LVEBM(energy, *standard, pool=TemperedPool(4, 128, num_moves=3, seed=0))
 
     def loss() -> float:
         return float(best - observed_log_density(exact_joint(ebm), x).mean())
@@ -272,7 +277,7 @@ def test_training_with_a_third_missing_reaches_the_observed_data_mle() -> None:
 
     assert loss() > 0.1  # the start is not already there
     saddle = Saddle(model, AutoParticles(model, 4), Adam({"lr": 2e-2}), seed=0)
-    saddle.fit(x, num_steps=200, progress=False)
+    saddle.fit(x, num_steps=150, progress=False)
     assert loss() < 0.01
     filled = torch.where(x.isnan(), x.nanmean(0), x).double()
     wrong = MultivariateNormal(filled.mean(0), torch.cov(filled.T, correction=0))

@@ -73,11 +73,11 @@ def theta_variance(
 
 
 def draws_of_theta(optim: str) -> tuple[Tensor, Tensor]:
-    """θ − mean(y) of every copy after 60 steps, and the particles' mean."""
+    """θ − mean(y) of every copy after 40 steps, and the particles' mean."""
     y = toy_data()
     guide = AutoParticles(toy, PARTICLES)
     saddle = Saddle(toy, guide, OPTIMISERS[optim](), kernel=ULA(), num_moves=MOVES, seed=1)
-    for _ in range(60):  # θ forgets its start by a factor of 0.8 a step at least
+    for _ in range(40):  # θ forgets its start by a factor of 0.8 a step at least
         saddle.step(y)
     assert float(guide.step_size("z")) == pytest.approx(STEP_SIZE)
     return pyro.param("theta").detach() - y.mean(0), guide.particles("z")
@@ -181,7 +181,7 @@ def fitted_thetas(kernel: Any) -> Tensor:
     x, y = breast_cancer()
     guide = AutoParticles(logistic, 4)
     saddle = Saddle(logistic, guide, SGD({"lr": 0.2}), kernel=kernel, num_moves=6, seed=2)
-    saddle.fit(x, y, num_steps=150, progress=False)
+    saddle.fit(x, y, num_steps=110, progress=False)
     return pyro.param("theta").detach().flatten()
 
 

@@ -39,6 +39,8 @@ from pyro_lvebm import (
     lvebm,
 )
 
+pytestmark = pytest.mark.usefixtures("brief_settling")
+
 
 def adam() -> ClippedAdam:
     return ClippedAdam({"lr": 1e-2})
