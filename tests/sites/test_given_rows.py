@@ -210,7 +210,7 @@ def linear_gaussian_loss(*, half: bool = False) -> float:
     x = x + 0.5 * torch.randn(600, 4, generator=generator)
     standard = [dist.Normal(torch.zeros(d), 1.0).to_event(1) for d in (4, 2)]
     energy = QuadraticEnergy(4, 2)
-    ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, num_moves=4, seed=0))
+    ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, seed=0))
     covariance = torch.cov(x.T, correction=0)
     mle = dist.MultivariateNormal(x.mean(0), covariance).log_prob(x).mean()
     assert mle - energy.log_evidence(x).mean() > 0.1  # the start is not already there
@@ -254,8 +254,8 @@ def factor_loss(*, ignore_ids: bool = False) -> float:
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     best = log_likelihood((values[-1] - 0.25).sqrt() * vectors[:, -1])
     guide = AutoParticles(model)
-    saddle = Saddle(model, guide, ClippedAdam({"lr": 0.04}), num_moves=2)
-    saddle.fit(num_steps=150, batches=loader(x, 60), progress=False)
+    saddle = Saddle(model, guide, ClippedAdam({"lr": 0.03}), num_moves=2)
+    saddle.fit(num_steps=200, batches=loader(x, 60), progress=False)
     return best - log_likelihood(pyro.param("w").detach())
 
 

@@ -167,9 +167,7 @@ def guide_weights(num_steps: int, lr: float, average_decay: float) -> tuple[Tens
         exposed = poutine.block(model, expose=["w"])
         guide.append(AutoMultivariateNormal(exposed, start, init_scale=0.05))
         with factor_analysis().frozen():
-            saddle = Saddle(
-                model, guide, Adam({"lr": lr}), num_moves=4, average_decay=average_decay
-            )
+            saddle = Saddle(model, guide, Adam({"lr": lr}), average_decay=average_decay)
             saddle.fit(x, y, num_steps=num_steps, progress=False)
     law = guide[1].get_posterior()
     return (law.mean - exact).detach() / exact_sd, law.variance.sqrt().detach() / exact_sd
