@@ -47,7 +47,7 @@ test-all: ## Run all tests and doctests, the slow ones too.
 test test-all: setup
 	@$(BIN)/python -W ignore -c 'import arviz'
 	TIMEFORMAT='CPU seconds: %U user + %S system'; export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE; \
-	time $(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_SELECT) \
+	time $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --doctest-modules $(PYTEST_SELECT) \
 		$(PYTEST_ARGS) pyro_lvebm tests
 
 setup-arviz1: $(ARVIZ1_STAMP) ## Create .venv-arviz1 with ArviZ 1 on ARVIZ1_PYTHON, 3.12 or newer.
@@ -90,7 +90,7 @@ bench: setup ## Print speed ratios; QUICK=1 for a short run.
 	$(BIN)/python -m benchmarks.speed $(if $(filter-out 0,$(QUICK)),--quick)
 
 # One process for each core, with one thread each.
-bench-training: setup ## Train on every data set of the suite, beside peers; QUICK=1 for minutes.
+bench-training: setup ## Train on every data set of the suite, beside peers; QUICK=1 for a minute or two.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training $(if $(filter-out 0,$(QUICK)),--quick)
 
 bench-calibration: setup ## Check the stated errors of log Z and log C(x); QUICK=1 for a minute.

@@ -155,13 +155,12 @@ def fit(run: Run, num_steps: int) -> Result:
         z = (share - data) / (data * (1.0 - data) / len(x)).sqrt()
         shares.append(float(z.abs().max()))
     loss = wanted - (log_c(ebm, test) - log_z)
-    components = getattr(ebm.base_x, "num_components", 1)
     return Result(
         float(np.max(errors)),
         float(np.max(shares)),
         float(loss.mean()),
         float(loss.std()) / math.sqrt(len(loss)),
-        components,
+        ebm.base_x.num_components,
         time.perf_counter() - start,
     )
 

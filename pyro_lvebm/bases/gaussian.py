@@ -215,6 +215,11 @@ class GaussianBase(nn.Module):
         return cls(loc.to(x.dtype), scale.to(x.dtype), support)
 
     @property
+    def num_components(self) -> int:
+        """Number of Gaussians."""
+        return 1
+
+    @property
     def law(self) -> Base:
         """The law of w."""
         return STANDARD_NORMAL

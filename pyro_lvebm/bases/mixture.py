@@ -106,7 +106,7 @@ class MixtureBase(GaussianBase):
 
     @property
     def num_components(self) -> int:
-        """K."""
+        """K, with the broad component of a fit."""
         return len(self.log_weights)
 
     @property

@@ -220,6 +220,7 @@ def _summary(
         "data": {name: list(shape) for name, shape in rows.items()},
         "steps": result.saddle.step_count,
         "settings": asdict(settings),
+        "base": {"components": result.saddle.ebms[0].base_x.num_components},
         "held_out_log_evidence": {
             "lower": float(evidence.lower.double().mean()),
             "estimate": evidence.mean,

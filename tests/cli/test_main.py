@@ -163,6 +163,7 @@ def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
     assert set(summary) == {
         "data",
         "settings",
+        "base",
         "held_out_log_evidence",
         "log_partition",
         "elbo_table",
@@ -173,6 +174,7 @@ def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
         "versions",
     }
     assert summary["steps"] == 30
+    assert summary["base"]["components"] >= 1
     assert summary["data"] == {"train": [160, 2], "held_out": [40, 2]}
     assert summary["seed"] == 3
     chosen = {"z_dim": 1, "num_steps": 30, "guide_steps": 10, "seed": 3}

@@ -131,6 +131,12 @@ def test_whitening_and_back_is_the_identity(name: str, batch: tuple[int, ...]) -
 
 
 @every
+def test_a_base_says_how_many_gaussians_it_has(name: str) -> None:
+    count = BASES[name](1).num_components
+    assert count == 1 if "mixture" not in name else count == 3
+
+
+@every
 def test_events_lie_on_the_support(name: str) -> None:
     base = BASES[name](1)
     x = points(base, (200,))
