@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from referee import assert_global_rng_untouched
+from torch import Tensor
 
 from pyro_lvebm import log_partition
+from pyro_lvebm.bases import mixture
 from pyro_lvebm.evidence import annealed
 from pyro_lvebm.latents import ChainSettings
 from pyro_lvebm.pools import base as pool_base
@@ -35,6 +37,23 @@ settings.load_profile("repository")
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def mixtures_are_fitted_once() -> Iterator[None]:
+    """The mixture of rows that `LVEBM.from_data` has met before is that of then."""
+    known: dict[tuple[Any, ...], Any] = {}
+    real = mixture.fit_mixture
+
+    def fit(w: Tensor, choice: tuple[int, float] | None = None) -> Any:
+        key = (tuple(w.shape), w.numpy().tobytes(), choice)
+        if key not in known:
+            known[key] = real(w, choice)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "fit_mixture", fit)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,8 @@ SMOKE = os.environ.get("PYRO_LVEBM_SMOKE") == "1"  # few steps: runs, but shows 
 def new_ebm(x, pool, z_dim=1, kl_penalty=None):
     pyro.clear_param_store()
     energy = MLPEnergy(x.shape[1], z_dim, hidden=(8,) if SMOKE else (64, 64), kl_penalty=kl_penalty)
-    return LVEBM.from_data(energy, x, z_dim=z_dim, pool=pool)
+    # From a mixture fitted to the data, the default, most of what follows does not go wrong.
+    return LVEBM.from_data(energy, x, z_dim=z_dim, base="gaussian", pool=pool)
 
 
 def plain_model(ebm):
