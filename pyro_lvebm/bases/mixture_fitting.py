@@ -55,6 +55,9 @@ def fit_mixture(w: Tensor, choice: tuple[int, float] | None = None) -> Component
         w: Rows (N, d), float64, with mean near 0 and variance near 1.
         choice: Number of components and added variance; by `choose_size` if None.
 
+    Raises:
+        ValueError: If the fit breaks down.
+
     Source:
         McLachlan and Peel (2000), Finite mixture models, chapter 6; Hesterberg (1995), Weighted
         average importance sampling and defensive mixture distributions.
@@ -65,7 +68,11 @@ def fit_mixture(w: Tensor, choice: tuple[int, float] | None = None) -> Component
         one = torch.zeros(1).to(w)
         return Components(one, torch.zeros_like(w[:1]), torch.eye(w.shape[1])[None].to(w))
     found = _fit(rows, size, added, _STARTS)
-    assert found is not None
+    if found is None:
+        raise ValueError(
+            f"the fit of a mixture of {size} Gaussians to all rows broke down, though it did not "
+            'on parts of them; give base="gaussian"'
+        )
     trils = torch.from_numpy(np.linalg.cholesky(found.covariances_)).to(w)
     log_weights = torch.from_numpy(found.weights_).to(w).log() + math.log1p(-DEFENSIVE_WEIGHT)
     broad = torch.tensor([math.log(DEFENSIVE_WEIGHT)]).to(w)
@@ -145,6 +152,8 @@ def choose_size(w: Tensor) -> tuple[int, float]:
                 if worse == 2:
                     break
     choice = max(scores, key=lambda key: float(scores[key].mean()))
+    if not np.isfinite(scores[choice]).all():
+        return 1, 0.0
     gain = scores[choice] - one
     better = gain.mean() > 2.0 * gain.std(ddof=1) / math.sqrt(len(gain))
     return choice if better else (1, 0.0)

@@ -24,6 +24,9 @@ from pyro_lvebm.validation import check_at_least, check_data
 
 _EMPTY = torch.Size()
 
+_MAX_MIXTURE_DIM = 128
+"""Entries of x up to which "auto" looks for a mixture; beyond, fitting one takes minutes."""
+
 
 class LVEBM(Density):
     """A latent-variable energy-based model, one normalised density over pairs (x, z).
@@ -123,7 +126,8 @@ class LVEBM(Density):
             context: Contexts (N, *context_shape) of a conditional LVEBM, floating point. An
                 `MLPEnergy` standardises its contexts by their means and standard deviations.
             base: "mixture" or "gaussian"; "auto" is a mixture if cross-validation finds more than
-                one component, and the energy is not one whose closed forms need a Gaussian.
+                one component, x has at most 128 entries, and the energy is not one whose closed
+                forms need a Gaussian.
             pool: The pool of negatives; `TemperedPool()` if None, or `ContextPool()`.
 
         Raises:
@@ -147,7 +151,8 @@ class LVEBM(Density):
         base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
         if base not in ("auto", "gaussian", "mixture"):
             raise ValueError(f'base must be "auto", "gaussian" or "mixture"; got {base!r}')
-        if base == "mixture" or (base == "auto" and not isinstance(energy, QuadraticEnergy)):
+        wanted = base_x.dim <= _MAX_MIXTURE_DIM and not isinstance(energy, QuadraticEnergy)
+        if base == "mixture" or (base == "auto" and wanted):
             mixture = MixtureBase.fit(x, gaussian=base_x)
             base_x = mixture if base == "mixture" or mixture.num_components > 1 else base_x
         energy.to(device=x.device, dtype=x.dtype)

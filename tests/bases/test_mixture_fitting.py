@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from referee import ALPHA, CERTAIN, grid_cdf, ks_p_value, normal, seeded
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from pyro_lvebm.bases import GaussianBase, MixtureBase
@@ -130,3 +132,26 @@ def test_missing_entries_are_drawn_given_the_others() -> None:
     """Against quadrature. False alarms: 1e-3. With other weights of the components it fails."""
     assert conditional_p_value(torch.tensor([0.8, 0.2]).double()) > ALPHA
     assert conditional_p_value(torch.tensor([0.5, 0.5]).double()) < CERTAIN
+
+
+def test_sizes_that_cannot_be_fitted_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few rows for a component each, or a fit that breaks down."""
+    assert choose_size(normal((13, 1), 17))[0] == 1
+    w = whitened(two_modes(300, 1, 18))
+    assert choose_size(w)[0] > 1
+    real = GaussianMixture.fit
+
+    def fit(self: GaussianMixture, rows: Any) -> GaussianMixture:
+        if self.n_components > 1:
+            raise ValueError("a component collapsed")
+        return real(self, rows)
+
+    monkeypatch.setattr(GaussianMixture, "fit", fit)
+    assert choose_size(w)[0] == 1
+    with pytest.raises(ValueError, match="a mixture of 2 Gaussians to all rows broke down"):
+        fit_mixture(w, (2, 0.0))
+
+
+def test_of_many_rows_some_choose_the_size() -> None:
+    size, _ = choose_size(whitened(two_modes(2500, 1, 19)))
+    assert 1 < size < 5

@@ -59,11 +59,12 @@ def test_exact_values_are_those_of_a_closed_form() -> None:
     torch.testing.assert_close(log_c(ebm, x).float(), expected, atol=1e-4, rtol=0)
 
 
-GOOD = Result(0.05, 2.0, 0.01, 0.002, 3, 10.0)
+GOOD = Result(0.05, 2.0, 0.01, 0.002, True, 0.1, 3, 10.0)
 
 
 @pytest.mark.parametrize(
-    "change", [{"log_z_error": 0.11}, {"share_z": 3.1}, {"loss": 0.03}, {"loss": math.nan}]
+    "change",
+    [{"log_z_error": 0.11}, {"share_z": 3.1}, {"loss": 0.03}, {"loss": math.nan}, {"held": False}],
 )
 def test_a_run_fails_where_a_goal_is_missed(change: dict[str, float]) -> None:
     assert not GOOD.failed and replace(GOOD, **change).failed

@@ -305,7 +305,7 @@ def rare_rows(count: int, seed: int) -> Tensor:
     return torch.where(rare[:, None], 0.3 * x + torch.tensor([7.0, 6.0]), x)
 
 
-def test_from_data_takes_what_cross_validation_finds() -> None:
+def test_from_data_takes_what_cross_validation_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     def base(x: Tensor, energy: nn.Module, **options: Any) -> GaussianBase:
         return LVEBM.from_data(energy, x, z_dim=1, **options).base_x
 
@@ -317,6 +317,8 @@ def test_from_data_takes_what_cross_validation_finds() -> None:
     assert isinstance(one, MixtureBase) and one.num_components == 1
     torch.testing.assert_close(one.log_prob(plain), GaussianBase.fit(plain).log_prob(plain))
     assert type(base(x, QuadraticEnergy(2, 1))) is GaussianBase
+    monkeypatch.setattr("pyro_lvebm.model.lvebm._MAX_MIXTURE_DIM", 1)
+    assert type(base(x, MLPEnergy(2, 1))) is GaussianBase
 
 
 def test_bases_that_do_not_fit_are_refused() -> None:
