@@ -106,7 +106,7 @@ class OurLangevin:
     def __call__(self) -> None:
         """Take one step."""
         self.state, _ = self.kernel.step(
-            self.f, self.state, STEP_SIZE, base_precision=0.0, generator=self.generator
+            self.f, self.state, STEP_SIZE, base=None, generator=self.generator
         )
 
 

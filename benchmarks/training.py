@@ -290,7 +290,7 @@ def quadrature(ebm: LVEBM, half_width: float = 5.5, points: int = 101) -> float:
     sums = []
     for first in axis:
         u = torch.cat([first.expand(len(plane), 1), plane], 1)
-        sums.append(torch.logsumexp((-ebm.residual(u) - 0.5 * (u * u).sum(-1)).double(), 0))
+        sums.append(torch.logsumexp((-ebm.residual(u) - ebm.base.energy(u)).double(), 0))
     cell = ebm.dim * math.log(2 * half_width / (points - 1))
     total = float(torch.logsumexp(torch.stack(sums), 0))
     return total + cell - 0.5 * ebm.dim * math.log(2 * math.pi)
