@@ -21,7 +21,7 @@ class TrainingWarning(UserWarning):
 def warn_of_training(text: str) -> None:
     """Warn that numbers are not to be trusted, at the line outside this package that led here."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals["__name__"].startswith("pyro_lvebm"):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("pyro_lvebm"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, TrainingWarning, stacklevel=level)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from referee import normal
 
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import TrainingWarning, check_data, warn_of_training
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -102,3 +102,9 @@ def test_missing_entries_are_nan_where_they_are_welcome() -> None:
     x[2, 0] = math.inf
     with pytest.raises(ValueError, match="1 infinite entries of 12"):
         check_data(x, torch.Size((3,)), missing=True)
+
+
+def test_a_warning_finds_its_line_in_code_without_a_module() -> None:
+    """As in `exec` with names of one's own."""
+    with pytest.warns(TrainingWarning, match="not to be trusted"):
+        exec("warn('these are not to be trusted')", {"warn": warn_of_training})
