@@ -101,7 +101,7 @@ def log_partition_by_quadrature(ebm: LVEBM, half_width: float, points: int) -> f
     axis = torch.linspace(-half_width, half_width, points)
     grid = torch.cartesian_prod(*[axis] * ebm.dim)
     with torch.no_grad():
-        log_f = torch.cat([-ebm.residual(u) - 0.5 * (u**2).sum(-1) for u in grid.split(2**17)])
+        log_f = torch.cat([-ebm.residual(u) - ebm.base.energy(u) for u in grid.split(2**17)])
     cell = ebm.dim * math.log(2 * half_width / (points - 1))
     return float(torch.logsumexp(log_f.double(), 0)) + cell - 0.5 * ebm.dim * math.log(2 * math.pi)
 
