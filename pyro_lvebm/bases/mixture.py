@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.bases.mixture_fitting import fit_incomplete_mixture, fit_mixture
 from pyro_lvebm.bases.supports import Support
+from pyro_lvebm.validation import check_data
 
 
 class MixtureBase(GaussianBase):
@@ -59,7 +60,7 @@ class MixtureBase(GaussianBase):
             scale.reshape(shape) if gaussian.diagonal else scale,
             gaussian.support,
         )
-        k, d = len(log_weights), self.dim
+        k, d = log_weights.numel(), self.dim
         if log_weights.dim() != 1 or means.shape != (k, d) or trils.shape != (k, d, d):
             raise ValueError(
                 f"log_weights, means and trils have shapes {tuple(log_weights.shape)}, "
@@ -69,7 +70,7 @@ class MixtureBase(GaussianBase):
         parts = [part.detach().to(torch.float64) for part in (log_weights, means, trils)]
         if (
             not all(part.isfinite().all() for part in parts[1:])
-            or abs(parts[0].logsumexp(0)) > 1e-6
+            or not abs(parts[0].logsumexp(0)) <= 1e-6  # a NaN is not
         ):
             raise ValueError("means and scales must be finite, and weights add up to 1")
         parts[0] = torch.log_softmax(parts[0], 0)
@@ -95,8 +96,10 @@ class MixtureBase(GaussianBase):
             gaussian: The Gaussian whose coordinates it takes; by default `GaussianBase.fit`.
 
         Raises:
-            ValueError: As `GaussianBase.fit`.
+            ValueError: As `GaussianBase.fit`; if rows are infinite, not floating point or of another
+                shape than the Gaussian's; if the fit breaks down.
         """
+        check_data(x, None if gaussian is None else gaussian.event_shape, missing=True)
         base = GaussianBase.fit(x, support) if gaussian is None else gaussian
         wide = copy.deepcopy(base).to(torch.float64)
         y = wide.support.unconstrain(x.detach().to(torch.float64))

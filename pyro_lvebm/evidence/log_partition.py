@@ -53,6 +53,7 @@ class LogPartition(Bracket[float]):
     num_runs: int
     max_width: float  # the bracket that was asked for
     missed: float = 0.0  # by how much annealing from a Gaussian ends above the bracket otherwise
+    too_rough: bool = False  # whether that path could not be followed, and says nothing
 
     def times(self, count: int) -> LogPartition:
         """Return the bracket of log Z counted so often, for an LVEBM that stands at many sites."""
@@ -72,6 +73,8 @@ class LogPartition(Bracket[float]):
             f"forward and reverse agree within {self.upper - self.lower:.3f} nats; of a mode that "
             "neither the base nor the pool has visited they cannot know"
         )
+        if self.too_rough:
+            agreement += "; the path from a Gaussian was too rough to look for one"
         return self._failure or agreement
 
     @property
@@ -216,12 +219,13 @@ def log_partition(
         other, other_error = _from_gaussian(ebm, *settings, generator)
     ends = bracket(Runs(*(torch.cat(parts) for parts in zip(*runs, strict=True))))
     numbers = each_end(float, ends)
-    missed = max(0.0, other - other_error - numbers["upper"])
+    missed = 0.0 if other == -math.inf else max(0.0, other - other_error - numbers["upper"])
     if missed > 0.0:
         numbers["upper"] = other + other_error
     result = LogPartition(
         **numbers,
         missed=missed,
+        too_rough=math.isnan(other_error),
         ess=num_particles * float(ess(forward[:, 0])),
         num_temperatures=len(schedule.betas) - 1,
         num_runs=len(bar),
@@ -265,7 +269,7 @@ def _from_gaussian(
     """Return log mean Ẑ of runs from N(0, I) and its Monte Carlo error; −∞ if that is the base.
 
     The path ends at the same energy, f + U − ½ |u|² relative to N(0, I). Where it is too rough to
-    follow, it says nothing.
+    follow it is −∞, too, with the error NaN.
     """
     if ebm.base is STANDARD_NORMAL:
         return -math.inf, 0.0
@@ -286,7 +290,7 @@ def _from_gaussian(
             generator=generator,
         )
     except RoughEnergyError:
-        return -math.inf, 0.0
+        return -math.inf, math.nan
     start = STANDARD_NORMAL.draw((num_runs, 1, *size), like, generator)
     found = anneal(
         f, start, schedule, num_moves=num_moves, independence=True, generator=generator
@@ -363,6 +367,7 @@ def total(log_zs: list[LogPartition]) -> LogPartition:
         **sums | {"std_error": math.hypot(*(z.std_error for z in log_zs))},
         max_width=float(sum(z.max_width for z in log_zs)),
         missed=float(sum(z.missed for z in log_zs)),
+        too_rough=any(z.too_rough for z in log_zs),
         ess=min((z.ess for z in log_zs), default=math.inf),
         num_temperatures=max((z.num_temperatures for z in log_zs), default=0),
         num_runs=min((z.num_runs for z in log_zs), default=0),

@@ -624,6 +624,8 @@ def test_a_path_from_the_gaussian_that_is_too_rough_says_nothing(
     monkeypatch.setattr(MODULE, "pilot", pilot)
     found = beside_mixture([-1.0, 1.5])
     assert found.is_reliable and found.lower < Modes.log_z < found.upper
+    assert found.too_rough and "too rough to look for one" in found.verdict
+    assert total([found, found]).too_rough and not total([found, found]).missed
 
 
 def four_modes(weights: list[float], distance: float, scale: float, pool: Pool) -> LVEBM:

@@ -333,8 +333,16 @@ def test_bases_that_do_not_fit_are_refused() -> None:
     zero, one = torch.zeros(1, 2), torch.zeros(1)
     with pytest.raises(ValueError, match="have shapes"):
         MixtureBase(gaussian, one, torch.zeros(1, 3), tril)
-    with pytest.raises(ValueError, match="weights add up to 1"):
-        MixtureBase(gaussian, one - 0.1, zero, tril)
+    with pytest.raises(ValueError, match="have shapes"):
+        MixtureBase(gaussian, torch.tensor(0.0), zero, tril)
+    for weight in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="weights add up to 1"):
+            MixtureBase(gaussian, one + weight, zero, tril)
+    for rows in (torch.ones(50, 2, dtype=torch.long), torch.full((50, 2), math.inf)):
+        with pytest.raises(ValueError, match=r"floating|finite"):
+            MixtureBase.fit(rows)
+    with pytest.raises(ValueError, match="shape"):
+        MixtureBase.fit(torch.randn(50, 3, generator=seeded(1)), gaussian=gaussian)
     with pytest.raises(ValueError, match="lower triangular"):
         MixtureBase(gaussian, one, zero, -tril)
 
