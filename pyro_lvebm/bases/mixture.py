@@ -96,8 +96,8 @@ class MixtureBase(GaussianBase):
             gaussian: The Gaussian whose coordinates it takes; by default `GaussianBase.fit`.
 
         Raises:
-            ValueError: As `GaussianBase.fit`; if rows are infinite, not floating point or of another
-                shape than the Gaussian's; if the fit breaks down.
+            ValueError: As `GaussianBase.fit`; if rows are infinite, not floating point or of
+                another shape than the Gaussian's; if the fit breaks down.
         """
         check_data(x, None if gaussian is None else gaussian.event_shape, missing=True)
         base = GaussianBase.fit(x, support) if gaussian is None else gaussian
