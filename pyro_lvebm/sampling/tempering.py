@@ -87,8 +87,17 @@ def move_levels(
     Returns:
         The new state, and the acceptance probability (L − 1, n) of the levels above the base.
     """
+    fresh = base.draw(tuple(state.u[:1].shape), state.u, generator)
+    at_fresh = []
+
+    def of_proposals(v: Tensor) -> tuple[Tensor, Tensor]:
+        # One call for level 0 and all proposals: on small chains the calls are what takes time.
+        value, grad = f(torch.cat([fresh, v]))
+        at_fresh[:] = [value[:1], grad[:1]]
+        return value[1:], grad[1:]
+
     moved, accepted = kernel.step(
-        f,
+        of_proposals,
         LangevinState(*(part[1:] for part in state)),
         step_size,
         inverse_temperature=betas[1:, None],
@@ -96,8 +105,8 @@ def move_levels(
         scale=scale,
         generator=generator,
     )
-    fresh = init_state(f, base.draw(tuple(state.u[:1].shape), state.u, generator))
-    return LangevinState(*map(torch.cat, zip(fresh, moved, strict=True))), accepted
+    parts = zip((fresh, *at_fresh), moved, strict=True)
+    return LangevinState(*map(torch.cat, parts)), accepted
 
 
 def running_fisher(
