@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base
-from pyro_lvebm.sampling.langevin import MALA, LangevinState, ValueAndGrad, check_finite, init_state
+from pyro_lvebm.sampling.langevin import MALA, LangevinState, ValueAndGrad, check_finite
 
 SNAPSHOT_STRIDE = 2
 """Moves from one snapshot of the chains to the next."""
