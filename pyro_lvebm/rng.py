@@ -92,6 +92,9 @@ class Stream(IntEnum):
     # Added later.
     AVERAGED_POOL = auto()
     MIXTURE_BASE = auto()
+    # Probes of energies.
+    ENERGY_CHECK = auto()
+    RAYS = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,20 +27,63 @@ def warn_of_training(text: str) -> None:
     warnings.warn(text, TrainingWarning, stacklevel=level)
 
 
-def check_data(x: Tensor, event_shape: torch.Size | None = None, *, missing: bool = False) -> None:
-    """Raise a DataError unless x is a non-empty, finite, floating-point tensor of events.
+def as_like(name: str, value: Tensor | np.ndarray, like: Tensor) -> Tensor:
+    """Return a tensor that is ready to meet another: an array in its dtype, a tensor as it is.
 
     Args:
-        x: Data (*b, *event_shape).
-        event_shape: Expected trailing shape; None accepts any with at least one row axis.
-        missing: Whether entries may be NaN.
+        name: What the caller's argument is called.
+        value: Floating-point numbers. An array has no dtype of its own choosing, most often, and
+            takes that of `like`; a tensor has, and must agree.
+        like: What `value` will be computed with.
+
+    Raises:
+        DataError: If a tensor has another dtype, or it is neither tensor nor array.
     """
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        raise DataError(f"{name} must be a torch.Tensor or an array; got {type(value).__name__}")
+    if value.dtype != like.dtype:
+        raise DataError(
+            f"{name} is {value.dtype} where the LVEBM is {like.dtype}; convert {name} by "
+            f".to({like.dtype}), or the LVEBM by .to({value.dtype})"
+        )
+    return value
+
+
+def as_data(
+    x: Tensor | np.ndarray,
+    event_shape: torch.Size | None = None,
+    *,
+    like: Tensor | None = None,
+    missing: bool = False,
+) -> Tensor:
+    """Return x as a tensor, if it is a non-empty, finite, floating-point one of events.
+
+    Args:
+        x: Data (*b, *event_shape), a tensor or an array.
+        event_shape: Expected trailing shape; None accepts any with at least one row axis.
+        like: What x will be computed with; an array takes its dtype and device.
+        missing: Whether entries may be NaN.
+
+    Raises:
+        DataError: If it is not.
+    """
+    if isinstance(x, np.ndarray):
+        if not np.issubdtype(x.dtype, np.floating):
+            raise DataError(
+                f"x must be floating point; got an array of {x.dtype}. Dequantise counts and "
+                "integers first"
+            )
+        x = torch.as_tensor(x) if like is None else as_like("x", x, like)
     if not isinstance(x, Tensor):
-        raise DataError(f"x must be a torch.Tensor; got {type(x).__name__}")
+        raise DataError(f"x must be a torch.Tensor or an array; got {type(x).__name__}")
     if not x.is_floating_point():
         raise DataError(
             f"x must be floating point; got {x.dtype}. Dequantise counts and integers first"
         )
+    if like is not None:
+        x = as_like("x", x, like)
     if event_shape is not None:
         trailing = x.shape[max(0, x.dim() - len(event_shape)) :]
         if trailing != event_shape:
@@ -59,13 +103,17 @@ def check_data(x: Tensor, event_shape: torch.Size | None = None, *, missing: boo
             f"{x.numel()}; remove those rows, or set entries that are missing to NaN where NaN "
             "is welcome, as in lvebm(...), LVEBM.from_data and log_evidence"
         )
+    return x
 
 
-def check_rows(x: Tensor, event_shape: torch.Size, *, missing: bool = False) -> None:
-    """Raise a DataError unless x is data with exactly one row axis, (N, *event_shape)."""
-    check_data(x, event_shape, missing=missing)
+def as_rows(
+    x: Tensor | np.ndarray, event_shape: torch.Size, *, like: Tensor, missing: bool = False
+) -> Tensor:
+    """Return data with exactly one row axis, (N, *event_shape), as `as_data` does."""
+    x = as_data(x, event_shape, like=like, missing=missing)
     if x.dim() != 1 + len(event_shape):
         raise DataError(f"x has shape {tuple(x.shape)}; expected (N, *{tuple(event_shape)})")
+    return x
 
 
 def check_at_least(least: int, **values: int) -> None:

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from referee import normal
 
-from pyro_lvebm.validation import TrainingWarning, check_data, warn_of_training
+from pyro_lvebm.validation import TrainingWarning, as_data, warn_of_training
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -34,20 +33,22 @@ def test_proper_data_pass_unchanged(
 ) -> None:
     x = normal(shape, 0).to(dtype)
     copy = x.clone()
-    check_data(x, None if event_shape is None else torch.Size(event_shape))
+    as_data(x, None if event_shape is None else torch.Size(event_shape))
     assert torch.equal(x, copy)
 
 
-@pytest.mark.parametrize("x", [np.zeros((3, 2)), [[1.0, 2.0]], None, 3.0])
-def test_only_tensors_pass(x: object) -> None:
-    with pytest.raises(ValueError, match=rf"must be a torch\.Tensor; got {type(x).__name__}$"):
-        check_data(x)
+@pytest.mark.parametrize("x", [[[1.0, 2.0]], None, 3.0])
+def test_only_tensors_and_arrays_pass(x: object) -> None:
+    with pytest.raises(
+        ValueError, match=rf"must be a torch\.Tensor or an array; got {type(x).__name__}$"
+    ):
+        as_data(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool, torch.cfloat])
 def test_only_floating_point_passes(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=rf"floating point; got {dtype}\. Dequantise"):
-        check_data(torch.ones(3, 2, dtype=dtype))
+        as_data(torch.ones(3, 2, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +59,14 @@ def test_another_trailing_shape_is_named(
     shape: tuple[int, ...], event_shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="expected trailing shape") as caught:
-        check_data(torch.zeros(shape), torch.Size(event_shape))
+        as_data(torch.zeros(shape), torch.Size(event_shape))
     assert str(shape) in str(caught.value) and str(event_shape) in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
 def test_rows_are_needed_where_no_event_shape_is_known(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="one row an observation") as caught:
-        check_data(torch.zeros(shape))
+        as_data(torch.zeros(shape))
     assert str(shape) in str(caught.value)
 
 
@@ -76,7 +77,7 @@ def test_empty_data_are_refused(
     shape: tuple[int, ...], event_shape: tuple[int, ...] | None
 ) -> None:
     with pytest.raises(ValueError, match="x is empty") as caught:
-        check_data(torch.zeros(shape), None if event_shape is None else torch.Size(event_shape))
+        as_data(torch.zeros(shape), None if event_shape is None else torch.Size(event_shape))
     assert str(shape) in str(caught.value)
 
 
@@ -92,16 +93,16 @@ def test_each_entry_must_be_finite(
     x[list(places)] = value
     message = rf"{len(places)} NaN or infinite entries of 24.*entries that are missing to NaN"
     with pytest.raises(ValueError, match=message):
-        check_data(x.reshape(4, 2, 3), None if event_shape is None else torch.Size(event_shape))
+        as_data(x.reshape(4, 2, 3), None if event_shape is None else torch.Size(event_shape))
 
 
 def test_missing_entries_are_nan_where_they_are_welcome() -> None:
     x = torch.zeros(4, 3)
     x[1] = math.nan
-    check_data(x, torch.Size((3,)), missing=True)
+    as_data(x, torch.Size((3,)), missing=True)
     x[2, 0] = math.inf
     with pytest.raises(ValueError, match="1 infinite entries of 12"):
-        check_data(x, torch.Size((3,)), missing=True)
+        as_data(x, torch.Size((3,)), missing=True)
 
 
 def test_a_warning_finds_its_line_in_code_without_a_module() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.bases.mixture_fitting import fit_incomplete_mixture, fit_mixture
 from pyro_lvebm.bases.supports import Support
-from pyro_lvebm.validation import check_data
+from pyro_lvebm.validation import as_data
 
 
 class MixtureBase(GaussianBase):
@@ -99,7 +99,7 @@ class MixtureBase(GaussianBase):
             ValueError: As `GaussianBase.fit`; if rows are infinite, not floating point or of
                 another shape than the Gaussian's; if the fit breaks down.
         """
-        check_data(x, None if gaussian is None else gaussian.event_shape, missing=True)
+        x = as_data(x, None if gaussian is None else gaussian.event_shape, missing=True)
         base = GaussianBase.fit(x, support) if gaussian is None else gaussian
         wide = copy.deepcopy(base).to(torch.float64)
         y = wide.support.unconstrain(x.detach().to(torch.float64))

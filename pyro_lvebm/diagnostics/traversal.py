@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM, check_unconditional, given_z
 from pyro_lvebm.rng import Stream, generator_for, isolated_rng
 from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
-from pyro_lvebm.validation import check_at_least, check_rows
+from pyro_lvebm.validation import as_like, as_rows, check_at_least
 
 _NUM_PARTICLES = 256
 
@@ -33,7 +34,13 @@ class Traversal:
 
 
 def traverse(
-    ebm: LVEBM, x: Tensor, dim: int, values: Tensor, *, num_runs: int = 8, seed: int = 0
+    ebm: LVEBM,
+    x: Tensor | np.ndarray,
+    dim: int,
+    values: Tensor | np.ndarray,
+    *,
+    num_runs: int = 8,
+    seed: int = 0,
 ) -> Traversal:
     """Move one entry of z, with the others at the posterior mean of a datum, and show x given z.
 
@@ -73,7 +80,8 @@ def traverse(
         True
     """
     check_unconditional(ebm, "traverse")
-    check_rows(x, ebm.x_shape)
+    x = as_rows(x, ebm.x_shape, like=ebm.base_x.loc)
+    values = as_like("values", values, ebm.base_z.loc)
     k = ebm.base_z.dim
     if not 0 <= dim < k:
         raise ValueError(f"dim must be an entry of z, 0 … {k - 1}; got {dim}")

@@ -7,8 +7,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sampling import value_and_grad
 from pyro_lvebm.validation import check_at_least
 
@@ -95,7 +97,7 @@ def check_energy(
     base_z: GaussianBase,
     context_shape: torch.Size | None,
 ) -> None:
-    """Evaluate f at the means of the bases, and say what is wrong with the answer.
+    """Evaluate f at and near the means of the bases, and say what is wrong with the answers.
 
     Args:
         energy: The residual energy, called as f(x, z) or f(x, z, context).
@@ -104,22 +106,53 @@ def check_energy(
         context_shape: Shape of one context; None where there are none.
 
     Raises:
-        ValueError: If it cannot be called so, or returns the wrong shape or NaN.
+        ValueError: If it cannot be called so, or returns the wrong shape or NaN; if it is random,
+            or the energy of one row depends on the others in its batch.
     """
-    x = base_x.unwhiten(torch.stack([base_x.loc.new_zeros(base_x.dim)] * 2))
-    z = base_z.unwhiten(torch.stack([base_z.loc.new_zeros(base_z.dim)] * 2))
-    context = () if context_shape is None else (x.new_zeros(2, *context_shape),)
+    for name, part in energy.named_modules():
+        if isinstance(part, _BatchNorm) and part.training:
+            raise ValueError(
+                f"{type(part).__name__} '{name}' of the energy makes the energy of a row depend on "
+                f"the others in its batch, so that it is none of (x, z). {_COUPLED}"
+            )
+    rows = torch.tensor([0.0, -1.0, 0.5, 1.0])[:, None].to(base_x.loc)
+    x = base_x.unwhiten(rows * base_x.loc.new_ones(base_x.dim))
+    z = base_z.unwhiten(rows * base_z.loc.new_ones(base_z.dim))
+    context = () if context_shape is None else (x.new_zeros(4, *context_shape),)
     arguments = "energy(x, z, context)" if context else "energy(x, z)"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), isolated_rng(0, Stream.ENERGY_CHECK, device=x.device):
             value = energy(x, z, *context)
+            again = energy(x, z, *context)
+            alone = energy(x[:2], z[:2], *(c[:2] for c in context))
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if shape != (2,):
+    if shape != (len(rows),):
         raise ValueError(
             f"{arguments} must return one value for each pair: for x {tuple(x.shape)} and z "
-            f"{tuple(z.shape)} expected shape (2,); got {shape}"
+            f"{tuple(z.shape)} expected shape ({len(rows)},); got {shape}"
         )
-    if torch.isnan(value).any():
+    if torch.isnan(value[0]):
         raise ValueError(f"{arguments} is NaN at the mean of the bases")
+    if not _close(value, again):
+        raise ValueError(
+            f"{arguments} is random: two calls differ. Draw nothing in it; dropout needs .eval()"
+        )
+    if not _close(value[:2], alone):
+        raise ValueError(
+            f"{arguments} of a row depends on the others in its batch: on its first two rows alone "
+            f"it gives other values than on four. {_COUPLED}"
+        )
+
+
+_COUPLED = (
+    "Normalise within a row (LayerNorm), or call .eval() on the energy if its statistics are meant "
+    "to stay"
+)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether values agree up to rounding, which differs with the size of a batch."""
+    scale = float(a.abs().nan_to_num(posinf=0.0).max())
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale + 1e-6, equal_nan=True)

@@ -5,7 +5,12 @@ from pyro_lvebm.evidence.annealed import fit_gaussian, posterior_draws, relative
 from pyro_lvebm.evidence.contexts import ConditionalLogPartition, conditional_log_partition
 from pyro_lvebm.evidence.importance_weighted import ImportanceWeightedELBO
 from pyro_lvebm.evidence.log_evidence import LogEvidence, log_evidence
-from pyro_lvebm.evidence.log_partition import LogPartition, log_partition, total
+from pyro_lvebm.evidence.log_partition import (
+    LogPartition,
+    log_partition,
+    total,
+    warn_of_unreliable,
+)
 from pyro_lvebm.evidence.pointwise import marginal_likelihood
 from pyro_lvebm.evidence.programs import (
     Terms,
@@ -13,5 +18,4 @@ from pyro_lvebm.evidence.programs import (
     missed_log_z,
     model_log_evidence,
     row_log_z,
-    warn_of_unreliable,
 )

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_lvebm.evidence.bracket import Bracket, Runs, both_directions, bracket, each_end
 from pyro_lvebm.evidence.log_partition import LogPartition, check_range
-from pyro_lvebm.model import LVEBM, Density, check_contexts_finite, context_rows
+from pyro_lvebm.model import LVEBM, Density, as_context, context_rows
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import (
     MALA,
@@ -75,7 +76,7 @@ class ConditionalLogPartition(Bracket[Tensor]):
 
 def conditional_log_partition(
     ebm: LVEBM,
-    context: Tensor,
+    context: Tensor | np.ndarray,
     *,
     seed: int = 0,
     num_particles: int = 64,
@@ -126,7 +127,7 @@ def conditional_log_partition(
         True
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
-    check_contexts_finite(context, ebm.base_x.loc)
+    context = as_context(context, ebm.base_x.loc)
     if len(context_rows(context, ebm.context_shape)) != 1:
         raise ValueError(
             f"context has shape {tuple(context.shape)}; expected (N, *{ebm.context_shape}), with "

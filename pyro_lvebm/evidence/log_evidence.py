@@ -6,17 +6,30 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_lvebm.bases import Completion
 from pyro_lvebm.evidence.annealed import MAX_PARTICLES, anneal_latents
 from pyro_lvebm.evidence.contexts import ConditionalLogPartition, conditional_log_partition
-from pyro_lvebm.evidence.log_partition import LogPartition, check_range, log_partition
-from pyro_lvebm.model import LVEBM, Density, check_context, context_rows, given_observed, given_x
+from pyro_lvebm.evidence.log_partition import (
+    LogPartition,
+    check_range,
+    log_partition,
+    warn_of_unreliable,
+)
+from pyro_lvebm.model import (
+    LVEBM,
+    Density,
+    as_context_of_rows,
+    context_rows,
+    given_observed,
+    given_x,
+)
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import ValueAndGrad, log_mean_exp, log_mean_std_error
-from pyro_lvebm.validation import check_rows
+from pyro_lvebm.validation import as_rows
 
 
 @dataclass(frozen=True)
@@ -26,9 +39,12 @@ class LogEvidence:
     value: Tensor  # (N,), log C(x) − log Z with the estimate of log Z
     std_error: Tensor  # (N,), Monte Carlo error of log C and log Z together
     log_partition: LogPartition  # with contexts, of the mean of log Z(c_i) over the rows
-    log_z_margin: (
-        Tensor  # from the estimate of log Z to its upper end, a scalar, or (N,) of log Z(c_i)
-    )
+    log_z_margin: Tensor  # from the estimate of log Z to its upper end: (), or (N,) of log Z(c_i)
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether the log Z that it rests on is."""
+        return self.log_partition.is_reliable
 
     @property
     def lower(self) -> Tensor:
@@ -46,12 +62,16 @@ class LogEvidence:
         rows = float(self.value.double().std()) / math.sqrt(len(self.value))
         return math.hypot(rows, self.log_partition.std_error)
 
+    def __str__(self) -> str:
+        text = f"mean log p(x) = {self.mean:.4f} ± {self.mean_std_error:.4f} of {len(self.value)}"
+        return f"{text} rows, with {self.log_partition}"
+
 
 def log_evidence(
     ebm: LVEBM,
-    x: Tensor,
+    x: Tensor | np.ndarray,
     *,
-    context: Tensor | None = None,
+    context: Tensor | np.ndarray | None = None,
     seed: int = 0,
     num_particles: int = 32,
     num_runs: int = 8,
@@ -91,6 +111,9 @@ def log_evidence(
             missing, given where there are none or of another shape, or a number is out of range.
         RuntimeError: If the energy is too rough for the pilot run.
 
+    Warns:
+        TrainingWarning: If the log Z that it rests on is not reliable.
+
     Source:
         Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers; docs/maths.md.
 
@@ -104,11 +127,10 @@ def log_evidence(
         True
     """
     check_range(num_particles, num_runs, num_moves, relative_ess)
-    check_rows(x, ebm.x_shape, missing=True)
+    x = as_rows(x, ebm.x_shape, like=ebm.base_x.loc, missing=True)
     ebm.base_x.support.check(x)
+    context = None if context is None else as_context_of_rows(context, x)
     context_rows(context, ebm.context_shape)
-    if context is not None:
-        check_context(context, x)
     _check_log_z(log_z, context)
     if log_z is None:
         if context is None:
@@ -135,6 +157,7 @@ def log_evidence(
     value = torch.cat(values) - log_z.estimate
     error = torch.hypot(torch.cat(errors), torch.as_tensor(log_z.std_error).to(value))
     bracket = log_z if isinstance(log_z, LogPartition) else log_z.mean()
+    warn_of_unreliable([bracket])
     return LogEvidence(
         value, error, bracket, torch.as_tensor(log_z.upper - log_z.estimate).to(value)
     )

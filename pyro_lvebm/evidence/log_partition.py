@@ -19,7 +19,7 @@ from pyro_lvebm.evidence.bracket import (
     each_end,
     surprise,
 )
-from pyro_lvebm.model import LVEBM
+from pyro_lvebm.model import LVEBM, warn_of_falling
 from pyro_lvebm.pools import Pool
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sampling import (
@@ -39,6 +39,9 @@ from pyro_lvebm.validation import check_at_least, warn_of_training
 _REJUVENATION_MOVES = 20
 
 _REFRESHES_PER_RUN = 8
+
+_ROUNDING = 1e-3
+"""Nats by which directions may differ because energies are in single precision."""
 
 _MAX_ELEMENTS = 2**22
 """Numbers kept for all runs that are annealed side by side; bounds the memory."""
@@ -86,9 +89,9 @@ class LogPartition(Bracket[float]):
                 "gradients are wrong; train with base='gaussian', or a mixture of your own"
             )
         difference = self.reverse - self.forward
-        slack = surprise(self.num_runs) * self.std_error
+        slack = max(surprise(self.num_runs) * self.std_error, _ROUNDING)
         inside = self.lower - slack <= self.estimate <= self.upper + slack
-        if self.reverse_limit < self.lower or not inside:
+        if self.reverse_limit < self.lower - _ROUNDING or not inside:
             return (
                 f"forward and reverse differ by {difference:.2f} nats: the pool misses a mode "
                 "that annealing from the base finds, so its draws and its gradients are wrong; "
@@ -186,6 +189,7 @@ def log_partition(
     for name, value in (("target_se", target_se), ("max_width", max_width)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive; got {value}")
+    warn_of_falling(ebm)
     like = ebm.base_x.loc
     generator = generator_for(seed, Stream.LOG_PARTITION, device=like.device)
     pool = ebm.pool.copy_for(derive_seed(seed, Stream.LOG_PARTITION_POOL, ebm.pool.seed))
@@ -372,3 +376,10 @@ def total(log_zs: list[LogPartition]) -> LogPartition:
         num_temperatures=max((z.num_temperatures for z in log_zs), default=0),
         num_runs=min((z.num_runs for z in log_zs), default=0),
     )
+
+
+def warn_of_unreliable(log_zs: list[LogPartition]) -> None:
+    """Warn of each log Z that cannot be relied on: in a sum, others may hide its width."""
+    for number, log_z in enumerate(log_zs):
+        if not log_z.is_reliable:
+            warn_of_training(f"log Z of LVEBM {number} is not reliable: {log_z.verdict}")

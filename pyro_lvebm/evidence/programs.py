@@ -21,14 +21,19 @@ from pyro_lvebm.evidence.annealed import (
 from pyro_lvebm.evidence.bracket import surprise
 from pyro_lvebm.evidence.contexts import conditional_log_partition
 from pyro_lvebm.evidence.log_evidence import LogEvidence
-from pyro_lvebm.evidence.log_partition import LogPartition, log_partition, total
+from pyro_lvebm.evidence.log_partition import (
+    LogPartition,
+    log_partition,
+    total,
+    warn_of_unreliable,
+)
 from pyro_lvebm.guides import AutoParticles, find_particles
 from pyro_lvebm.latents import LatentBlock, Program, Sweep
 from pyro_lvebm.model import LVEBM, expand_context
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sampling import log_mean_exp, log_mean_std_error
 from pyro_lvebm.sites import Model, ObservedSite, num_sites, sample_nodes, site_of
-from pyro_lvebm.validation import check_at_least, warn_of_training
+from pyro_lvebm.validation import check_at_least
 
 
 class Terms(NamedTuple):
@@ -265,10 +270,3 @@ def _from_particles(
     return Terms.of_runs(
         sweep.over_data(estimate, Stream.EVIDENCE_FROM_PARTICLES, particles, guide)
     )
-
-
-def warn_of_unreliable(log_zs: list[LogPartition]) -> None:
-    """Warn of each log Z that cannot be relied on: in a sum, others may hide its width."""
-    for number, log_z in enumerate(log_zs):
-        if not log_z.is_reliable:
-            warn_of_training(f"log Z of LVEBM {number} is not reliable: {log_z.verdict}")

@@ -3,8 +3,8 @@
 
 from pyro_lvebm.model.conditionals import draw_conditional, given_observed, given_x, given_z
 from pyro_lvebm.model.contexts import (
-    check_context,
-    check_contexts_finite,
+    as_context,
+    as_context_of_rows,
     check_unconditional,
     context_rows,
     expand_context,
@@ -12,3 +12,4 @@ from pyro_lvebm.model.contexts import (
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.lvebm import LVEBM, JointEnergy
 from pyro_lvebm.model.posterior import Shape, as_problems, expand_events
+from pyro_lvebm.model.rays import warn_of_falling

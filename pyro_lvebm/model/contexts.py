@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_lvebm.validation import as_like
 
 
 def check_unconditional(ebm: object, what: str) -> None:
@@ -76,33 +79,32 @@ def context_rows(context: Tensor | None, context_shape: torch.Size | None) -> to
     return context.shape[:num_rows]
 
 
-def check_context(context: Tensor, x: Tensor) -> torch.Size:
-    """Return the shape of one context of rows x (N, *x_shape).
+def as_context_of_rows(context: Tensor | np.ndarray, x: Tensor) -> Tensor:
+    """Return contexts of rows x (N, *x_shape) as a tensor (N, *shape of one).
 
     Raises:
         ValueError: If contexts are not finite, not floating point, or not one for each row.
     """
-    check_contexts_finite(context, x)
+    context = as_context(context, x)
     if context.dim() < 2 or len(context) != len(x):
         raise ValueError(
             f"context has shape {tuple(context.shape)}; expected ({len(x)}, *context_shape), one "
             "row for each row of x"
         )
-    return context.shape[1:]
+    return context
 
 
-def check_contexts_finite(context: Tensor, like: Tensor) -> None:
-    """Raise a ValueError unless contexts are a finite tensor of the same dtype as another."""
+def as_context(context: Tensor | np.ndarray, like: Tensor) -> Tensor:
+    """Return contexts as a tensor; refuse any that are not finite or of another dtype."""
+    if isinstance(context, np.ndarray) and np.issubdtype(context.dtype, np.floating):
+        context = as_like("context", context, like)
     if not isinstance(context, Tensor) or not context.is_floating_point():
-        what = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        what = getattr(context, "dtype", type(context).__name__)
         raise ValueError(
             f"context must be a floating-point tensor; got {what}. Encode classes one-hot, as by "
             "torch.nn.functional.one_hot(labels).float()"
         )
-    if context.dtype != like.dtype:
-        raise ValueError(
-            f"context has dtype {context.dtype} where x and the LVEBM have {like.dtype}; convert "
-            f"it by context.to({like.dtype})"
-        )
+    context = as_like("context", context, like)
     if not bool(context.isfinite().all()):
         raise ValueError("context has NaN or infinite entries; contexts cannot be missing")
+    return context

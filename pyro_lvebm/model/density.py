@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase, JointBase, MixtureBase
 from pyro_lvebm.energies import WhitenedEnergy, check_energy
-from pyro_lvebm.model.contexts import check_contexts_finite, context_rows, expand_context
+from pyro_lvebm.model.contexts import as_context, context_rows, expand_context
 from pyro_lvebm.sampling import STANDARD_NORMAL, Base, value_and_grad
+from pyro_lvebm.validation import as_like
 
 
 class Density(nn.Module):
@@ -122,10 +123,11 @@ class Density(nn.Module):
         """
         if context is not None and self.context is not None:
             raise ValueError("this density is at contexts already, and takes no others")
+        if context is not None and self.context_shape is not None:
+            context = as_context(context, self.base_x.loc)
         context_rows(context, self.context_shape)
         if context is None:
             return self
-        check_contexts_finite(context, self.base_x.loc)
         density = Density.__new__(Density)
         nn.Module.__init__(density)
         density._compose(self.f, self.base_x, self.base_z, self.context_shape, context)
@@ -138,7 +140,8 @@ class Density(nn.Module):
         return expand_context(context, self.context_shape, batch)
 
     def energy(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the total energy E_θ (*b,), in nats, for x (*b, *x_shape) and z (*b, *z_shape)."""
+        """Return the total energy E_θ (*b,), in nats; arguments as in `residual_of`."""
+        x, z = (as_like(n, v, self.base_x.loc) for n, v in (("x", x), ("z", z)))
         f = self.residual_of(x, z, context)
         energy: Tensor = f - self.base_x.log_prob(x) - self.base_z.log_prob(z)
         return energy
@@ -152,8 +155,10 @@ class Density(nn.Module):
             context: Contexts whose shape expands to (*b, *context_shape), if there are any.
 
         Raises:
-            ValueError: If there is a context and should be none, or the other way round.
+            ValueError: If there is a context and should be none, or the other way round; if
+                x or z has another dtype than the bases.
         """
+        x, z = (as_like(n, v, self.base_x.loc) for n, v in (("x", x), ("z", z)))
         batch = x.shape[: x.dim() - len(self.x_shape)]
         result: Tensor = self.f(x, z, *self._contexts(context, batch))
         return result

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_lvebm.bases import Completion, observed_entries
 from pyro_lvebm.model.conditionals import given_observed
-from pyro_lvebm.model.contexts import check_context, context_rows
+from pyro_lvebm.model.contexts import as_context_of_rows, context_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
-from pyro_lvebm.validation import check_at_least, check_rows
+from pyro_lvebm.validation import as_rows, check_at_least
 
 _NUM_PARTICLES = 256
 
@@ -22,21 +23,20 @@ _MAX_PROBLEMS = 256
 
 def impute(
     density: Density,
-    x: Tensor,
+    x: Tensor | np.ndarray,
     observed: Tensor | None,
-    context: Tensor | None,
+    context: Tensor | np.ndarray | None,
     *,
     num_samples: int,
     seed: int,
 ) -> Tensor:
     """Draw the missing entries of x; `LVEBM.impute` says how."""
-    check_rows(x, density.x_shape, missing=True)
+    x = as_rows(x, density.x_shape, like=density.base_x.loc, missing=True)
     check_at_least(1, num_samples=num_samples)
     observed = observed_entries(x, observed, density.x_shape)
     density.base_x.support.check(x, observed)
+    context = None if context is None else as_context_of_rows(context, x)
     context_rows(context, density.context_shape)
-    if context is not None:
-        check_context(context, x)
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):
         raise ValueError("nothing is missing: every entry of x is observed")

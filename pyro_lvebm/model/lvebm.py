@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -14,13 +15,14 @@ from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase, MixtureBase, PairSupport, Support
 from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
-from pyro_lvebm.model.contexts import check_context, check_contexts_finite
+from pyro_lvebm.model.contexts import as_context, as_context_of_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.imputation import impute
 from pyro_lvebm.model.posterior import Posterior, Shape
+from pyro_lvebm.model.rays import warn_of_falling
 from pyro_lvebm.pools import ContextPool, Pool, TemperedPool
 from pyro_lvebm.rng import Stream, derive_seed
-from pyro_lvebm.validation import check_at_least, check_data
+from pyro_lvebm.validation import as_data, check_at_least
 
 _EMPTY = torch.Size()
 
@@ -87,6 +89,7 @@ class LVEBM(Density):
         pool.check_free(context_shape)  # before the energy is bound to the bases
         super().__init__(energy, base_x, base_z, context_shape=context_shape)
         self._take(pool)
+        warn_of_falling(self)
 
     def _take(self, pool: Pool) -> None:
         like = self.base_x.loc
@@ -98,11 +101,11 @@ class LVEBM(Density):
     def from_data(
         cls,
         energy: nn.Module,
-        x: Tensor,
+        x: Tensor | np.ndarray,
         *,
         z_dim: int,
         support: Constraint | None = None,
-        context: Tensor | None = None,
+        context: Tensor | np.ndarray | None = None,
         base: Literal["auto", "gaussian", "mixture"] = "auto",
         pool: Pool | None = None,
     ) -> LVEBM:
@@ -116,8 +119,8 @@ class LVEBM(Density):
 
         Args:
             energy: The residual energy f.
-            x: Data (N, *x_shape), floating point, more rows than dimensions; NaN where an entry
-                is missing.
+            x: Data (N, *x_shape), a floating-point tensor or array, more rows than dimensions; NaN
+                where an entry is missing. The LVEBM takes their dtype.
             z_dim: Number of latent dimensions.
             support: Where x lies, one of `torch.distributions.constraints`, such as
                 `constraints.positive`, of single entries or of the trailing axes of a row; the
@@ -146,7 +149,7 @@ class LVEBM(Density):
             True
         """
         check_at_least(1, z_dim=z_dim)
-        check_data(x, missing=True)
+        x = as_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
         base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
         if base not in ("auto", "gaussian", "mixture"):
@@ -158,7 +161,8 @@ class LVEBM(Density):
         energy.to(device=x.device, dtype=x.dtype)
         shape = None
         if context is not None:
-            shape = check_context(context, x)
+            context = as_context_of_rows(context, x)
+            shape = context.shape[1:]
             if isinstance(energy, MLPEnergy):
                 energy.check_standardise(context)
         ebm = cls(energy, base_x, base_z, pool, context_shape=shape)
@@ -167,7 +171,7 @@ class LVEBM(Density):
             energy.standardise(context)
         return ebm
 
-    def at(self, context: Tensor) -> LVEBM:
+    def at(self, context: Tensor | np.ndarray) -> LVEBM:
         """Return the LVEBM p_θ(x, z | c) of one context, with the same θ and a pool of its own.
 
         The pool has followed the present θ. θ and bases are shared: `.to(dtype)` changes both.
@@ -189,7 +193,7 @@ class LVEBM(Density):
         """
         if self.context_shape is None:
             raise ValueError("this LVEBM has no contexts; at(context) is for conditional LVEBMs")
-        check_contexts_finite(context, self.base_x.loc)
+        context = as_context(context, self.base_x.loc)
         if context.shape != self.context_shape:
             raise ValueError(
                 f"at() takes one context of shape {tuple(self.context_shape)}; got "
@@ -288,20 +292,23 @@ class LVEBM(Density):
         """Return the distribution over (x, z), flattened and concatenated, with log_prob −E."""
         return JointEnergy(self)
 
-    def posterior(self, x: Tensor, context: Tensor | None = None) -> Posterior:
+    def posterior(
+        self, x: Tensor | np.ndarray, context: Tensor | np.ndarray | None = None
+    ) -> Posterior:
         """Return the distribution p_θ(z | x) for x (*b, *x_shape), sampled by annealed Langevin.
 
         With contexts (*b, *context_shape) it is p_θ(z | x, c).
         """
-        check_data(x, self.x_shape)
+        x = as_data(x, self.x_shape, like=self.base_x.loc)
         self.base_x.support.check(x)
+        context = None if context is None else as_context(context, self.base_x.loc)
         return Posterior(self, x, context)
 
     def impute(
         self,
-        x: Tensor,
+        x: Tensor | np.ndarray,
         observed: Tensor | None = None,
-        context: Tensor | None = None,
+        context: Tensor | np.ndarray | None = None,
         *,
         num_samples: int = 1,
         seed: int = 0,

@@ -88,7 +88,7 @@ def move_levels(
         The new state, and the acceptance probability (L − 1, n) of the levels above the base.
     """
     fresh = base.draw(tuple(state.u[:1].shape), state.u, generator)
-    at_fresh = []
+    at_fresh: list[Tensor] = []
 
     def of_proposals(v: Tensor) -> tuple[Tensor, Tensor]:
         # One call for level 0 and all proposals: on small chains the calls are what takes time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.do_messenger import DoMessenger
@@ -13,18 +14,18 @@ from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from torch import Tensor, nn
 
 from pyro_lvebm.bases import Completion, observed_entries
-from pyro_lvebm.model import LVEBM, check_contexts_finite, context_rows
+from pyro_lvebm.model import LVEBM, as_context, context_rows
 from pyro_lvebm.sites.distributions import LatentSite, MissingSite, ObservedSite, Pairing
-from pyro_lvebm.validation import DataError, check_data
+from pyro_lvebm.validation import DataError, as_data
 
 
 def lvebm(
     name: str,
     ebm: LVEBM,
-    obs: Tensor | None = None,
+    obs: Tensor | np.ndarray | None = None,
     *,
     observed: Tensor | None = None,
-    context: Tensor | None = None,
+    context: Tensor | np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Open the sites of an LVEBM: `{name}_z`, latent, and `{name}`, observed where `obs` is given.
 
@@ -88,11 +89,11 @@ def lvebm(
         raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
     completion = None
     if context is not None:
-        check_contexts_finite(context, ebm.base_x.loc)
+        context = as_context(context, ebm.base_x.loc)
         _check_no_gradient(name, context)
     _check_plates(name, "context", context_rows(context, ebm.context_shape))
     if obs is not None:
-        check_data(obs, ebm.x_shape, missing=True)
+        obs = as_data(obs, ebm.x_shape, like=ebm.base_x.loc, missing=True)
         _check_plates(name, "obs", obs.shape[: obs.dim() - len(ebm.x_shape)])
         _check_do(name)
         if observed is not None or ebm.expects_missing or obs.isnan().any():

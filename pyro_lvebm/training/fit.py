@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.training.averaging import ParameterAverage
 from pyro_lvebm.training.step import pool_snapshot
-from pyro_lvebm.validation import check_at_least
+from pyro_lvebm.validation import DataError, check_at_least
 
 
 @dataclass
@@ -68,6 +70,8 @@ def check_fit(
             "held_out must be a tuple of arguments of the model, as in held_out=(x,); got "
             f"{type(held_out).__name__}"
         )
+    for part in held_out or ():
+        _check_rows_seen(part)
     if min_kl is not None and not min_kl >= 0:
         raise ValueError(f"min_kl must not be negative; got {min_kl}")
     if batches is not None and args:
@@ -126,3 +130,16 @@ def half_cosine(progress: float) -> float:
         [1.0, 0.51, 0.02]
     """
     return 0.51 + 0.49 * math.cos(math.pi * progress)
+
+
+def _check_rows_seen(part: Any) -> None:
+    """Refuse held-out rows without one observed entry: log p of nothing is 0, and would count."""
+    part = torch.as_tensor(part) if isinstance(part, np.ndarray) else part
+    if not isinstance(part, Tensor) or not part.is_floating_point() or not part.dim():
+        return
+    empty = torch.nonzero(part.isnan().flatten(1).all(1) if part.dim() > 1 else part.isnan())
+    if len(empty):
+        raise DataError(
+            f"held_out has {len(empty)} rows without an observed entry, the first being row "
+            f"{int(empty[0])}; leave them out"
+        )

@@ -28,7 +28,7 @@ from pyro_lvebm.latents import (
     draw_posterior,
     move_minibatch,
 )
-from pyro_lvebm.model import LVEBM
+from pyro_lvebm.model import LVEBM, warn_of_falling
 from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
 from pyro_lvebm.sampling import MALA, Kernel, RoughEnergyError
 from pyro_lvebm.sites import GivenRows, Node, SamePlates, at_minibatch, frozen
@@ -257,6 +257,8 @@ class Saddle(SVI):
             raise
         self._end_at_averages(best)
         _settle_at_averages(self.ebms, LOG_Z_ERROR)
+        for ebm in self.ebms:
+            warn_of_falling(ebm)
         self.recorder.look(self.step_count)
         return losses
 

@@ -29,10 +29,12 @@ class Radial(nn.Module):
 
 
 def user_ebm(energy: nn.Module, dtype: torch.dtype = torch.float64) -> LVEBM:
-    """x (1, 2) about 5 with standard deviation 2, z (1,) standard."""
+    """x (1, 2) about 5 with standard deviation 2, z (1,) standard; what warns when built may."""
     base_x = dist.Normal(torch.full((1, 2), 5.0, dtype=dtype), 2.0).to_event(2)
     base_z = dist.Normal(torch.zeros(1, dtype=dtype), 1.0).to_event(1)
-    return LVEBM(energy, base_x, base_z, TemperedPool(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingWarning)
+        return LVEBM(energy, base_x, base_z, TemperedPool(2, 4))
 
 
 def quietly(ebm: LVEBM, **options: Any) -> Dissipativity:

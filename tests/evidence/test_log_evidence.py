@@ -39,6 +39,7 @@ from pyro_lvebm.model.conditionals import given_x
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.sampling import annealing
 from pyro_lvebm.sampling.langevin import ValueAndGrad
+from pyro_lvebm.validation import TrainingWarning
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -215,6 +216,19 @@ def test_lower_uses_the_upper_end_of_log_z_and_errors_add_up(ebm: LVEBM, x: Tens
     torch.testing.assert_close(rough.lower, sharp.value - 0.7)
     torch.testing.assert_close(rough.std_error, torch.hypot(sharp.std_error, torch.tensor(0.2)))
     assert rough.log_partition is log_z
+
+
+def test_a_log_z_that_is_not_reliable_is_heard(ebm: LVEBM, x: Tensor) -> None:
+    good = bracket(1.0, 0.02, 0.9, 1.1)
+    bad = replace(good, upper=1.3, max_width=0.3)
+    assert good.is_reliable and not bad.is_reliable
+    found = log_evidence(ebm, x[:2], log_z=good, num_particles=2, num_runs=2)
+    assert found.is_reliable and "NOT RELIABLE" not in str(found)
+    with pytest.warns(TrainingWarning, match="log Z of LVEBM 0 is not reliable: forward and rev"):
+        found = log_evidence(ebm, x[:2], log_z=bad, num_particles=2, num_runs=2)
+    assert not found.is_reliable
+    assert str(found).startswith(f"mean log p(x) = {found.mean:.4f} ± ")
+    assert "of 2 rows, with log Z = 1.0000" in str(found) and "NOT RELIABLE" in str(found)
 
 
 # --- neural energies and other shapes -------------------------------------------------------

@@ -522,6 +522,15 @@ def test_a_bad_bracket_says_what_is_wrong(change: dict, message: str) -> None:
     assert f"]; NOT RELIABLE: {result.verdict}" in str(result)
 
 
+def test_rounding_is_no_missed_mode() -> None:
+    """Of energies in single precision, whose runs agree to more digits than these have."""
+    close = replace(GOOD, std_error=1e-7, lower=1.0, upper=1.0 + 1e-6, forward=1.0, reverse=1.0)
+    assert replace(close, reverse_limit=1.0 - 1e-6).is_reliable
+    assert replace(close, estimate=1.0 - 1e-5).is_reliable
+    assert not replace(close, reverse=0.99, reverse_limit=0.99).is_reliable
+    assert not replace(close, estimate=0.99).is_reliable
+
+
 # --- several modes --------------------------------------------------------------------------
 
 

@@ -153,8 +153,8 @@ def test_at_a_context_is_an_ordinary_lvebm_with_the_same_parameters() -> None:
         (lambda e, x, c: conditional_log_partition(e.at(c[0]), c), "has no contexts"),
         (lambda e, x, c: e.pool.refresh(e), "no contexts yet"),
         (lambda e, x, c: e.posterior(x, c[:7]), r"\(7,\) do not expand to \(40,\)"),
-        (lambda e, x, c: e.at(c[0].float()), r"convert it by context.to\(torch.float64\)"),
-        (lambda e, x, c: lvebm("s", e, obs=x, context=c.float()), "context has dtype"),
+        (lambda e, x, c: e.at(c[0].float()), r"convert context by \.to\(torch.float64\)"),
+        (lambda e, x, c: lvebm("s", e, obs=x, context=c.float()), "context is torch.float32 where"),
         (lambda e, x, c: LVEBM(e.f, e.base_x, e.base_z, context_shape=()), "one axis at least"),
         (lambda e, x, c: LVEBM(Shift(), e.base_z, e.base_z), "cannot be called as energy"),
         (

@@ -41,7 +41,7 @@ def test_a_density_without_contexts_is_its_own() -> None:
     [
         (None, "this LVEBM is conditional"),
         (torch.zeros(5, 7).double(), "expected trailing shape"),
-        (torch.zeros(5, 2), "has dtype"),
+        (torch.zeros(5, 2), "context is torch.float32 where the LVEBM is torch.float64"),
         (torch.zeros(5, 2, dtype=torch.long), "must be a floating-point tensor"),
         (torch.full((5, 2), torch.nan).double(), "NaN or infinite"),
     ],

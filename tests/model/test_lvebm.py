@@ -515,13 +515,15 @@ STANDARD = dist.Normal(torch.zeros(3), 1.0).to_event(1)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (lambda x: x[..., :1], r"expected shape \(2,\); got \(2, 1\)"),
-        (lambda x: x.sum(), r"expected shape \(2,\); got \(\)"),
-        (lambda x: x, r"for x \(2, 3\) and z \(2, 3\).*got \(2, 3\)"),
+        (lambda x: x[..., :1], r"expected shape \(4,\); got \(4, 1\)"),
+        (lambda x: x.sum(), r"expected shape \(4,\); got \(\)"),
+        (lambda x: x, r"for x \(4, 3\) and z \(4, 3\).*got \(4, 3\)"),
         (lambda x: 1.0, "got float"),
         (lambda x: None, "got NoneType"),
         (lambda x: x.sum(-1) * math.nan, "NaN at the mean of the bases"),
-        (lambda x: torch.stack([x[0, 0], x[0, 0] * math.nan]), "NaN"),
+        (lambda x: x.sum(-1) - x.sum(), "depends on the others in its batch"),
+        (lambda x: x.sum(-1).roll(1), "depends on the others in its batch"),
+        (lambda x: x.sum(-1) + torch.rand(len(x)), "is random: two calls differ"),
     ],
 )
 def test_energies_that_do_not_fit_are_refused(
@@ -531,6 +533,38 @@ def test_energies_that_do_not_fit_are_refused(
         LVEBM(Returns(value), STANDARD, STANDARD)
     with pytest.raises(ValueError, match=message):
         LVEBM.from_data(Returns(value), normal((9, 3), 0).float(), z_dim=3)
+
+
+class Coupled(nn.Module):
+    """A network that normalises over the batch; its output starts at zero, and hides it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 1))
+        for part in self.net[3].parameters():
+            nn.init.zeros_(part)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.net(torch.cat([x, z], -1)).squeeze(-1)
+
+
+def test_batch_normalisation_is_refused_unless_it_is_at_rest() -> None:
+    base_z, energy = dist.Normal(torch.zeros(1), 1.0).to_event(1), Coupled()
+    mean = energy.net[1].running_mean.clone()
+    with pytest.raises(ValueError, match=r"BatchNorm1d 'net\.1' of the energy"):
+        LVEBM(energy, STANDARD, base_z)
+    assert torch.equal(energy.net[1].running_mean, mean)
+    assert LVEBM(energy.eval(), STANDARD, base_z).dim == 4
+
+
+def test_dropout_is_refused_unless_it_is_at_rest() -> None:
+    base_z = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    energy = Coupled()
+    energy.net[1] = nn.Dropout()
+    nn.init.ones_(energy.net[3].weight)
+    with pytest.raises(ValueError, match="is random: two calls differ"):
+        LVEBM(energy, STANDARD, base_z)
+    assert LVEBM(energy.eval(), STANDARD, base_z).dim == 4
 
 
 def test_an_energy_must_be_a_module() -> None:
@@ -585,7 +619,7 @@ X = normal((9, 3), 0)
         (X[:1], 2, "needs more than 3 rows; got 1"),
         (X * torch.tensor([1.0, 0.0, 1.0]), 2, r"columns \[1\] of x are constant"),
         (X[:, [0, 1, 1]], 2, "singular"),
-        (X.numpy(), 2, r"must be a torch\.Tensor; got ndarray"),
+        (X.tolist(), 2, r"must be a torch\.Tensor or an array; got list"),
     ],
 )
 def test_bad_data_are_refused(x: object, z_dim: int, message: str) -> None:

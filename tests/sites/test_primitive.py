@@ -474,7 +474,7 @@ def test_two_models_with_the_same_site_can_take_turns() -> None:
         (lambda x: torch.full_like(x, math.inf), "24 infinite entries of 24"),
         (lambda x: -x.abs() / 0.0, "infinite entries"),
         (lambda x: x[:0], r"empty: shape \(0, 3\)"),
-        (lambda x: x.tolist(), r"must be a torch\.Tensor; got list"),
+        (lambda x: x.tolist(), r"must be a torch\.Tensor or an array; got list"),
     ],
 )
 def test_bad_observations_are_refused_and_nothing_changes(

@@ -1165,3 +1165,15 @@ def test_a_lengthened_update_reaches_min_kl() -> None:
     history = saddle.history
     longer = history[(history["lengthening"] > 1.0) & (history["lengthening"] < 8.0)]
     assert len(longer) and longer["kl"].to_numpy() == pytest.approx(2.5e-5, rel=0.1)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_held_out_rows_of_nothing_are_refused(as_array: bool) -> None:
+    """A row of NaN has log p = 0 whatever θ is; rows with one entry observed are welcome."""
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm), data_of(ebm, 12)
+    rows = x[:4].clone()
+    rows[2] = torch.nan
+    with pytest.raises(ValueError, match="1 rows without an observed entry, the first being row 2"):
+        saddle.fit(x, num_steps=1, held_out=(rows.numpy() if as_array else rows,), progress=False)
+    assert saddle.step_count == 0
