@@ -123,11 +123,11 @@ def test_mean_is_within_three_standard_errors(ebm: LVEBM, x: Tensor) -> None:
     assert (np.abs(np.array(differences) - 0.15) > 3.0 * error).sum() >= 3
 
 
-@pytest.mark.usefixtures("brief_brackets")
+@pytest.mark.usefixtures("coarse_brackets")
 def test_default_settings(ebm: LVEBM, x: Tensor) -> None:
     """The door without settings, over 25 rows, whose error is mostly that of log Z.
 
-    The bracket of log Z is brief here; its own settings have a test of their own.
+    The bracket of log Z is coarse here; its own settings have a test of their own.
     """
     result = log_evidence(ebm, x[:25])
     assert isinstance(result, LogEvidence) and result.log_partition.num_temperatures > 2
