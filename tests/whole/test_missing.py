@@ -212,7 +212,7 @@ def test_particles_of_missing_entries_follow_their_exact_conditional(
     model = plate_model(ebm, 50)
     with ebm.frozen():
         saddle = Saddle(model, AutoParticles(model, 8), Adam({"lr": 1e-3}), seed=0)
-        saddle.fit(x, num_steps=150, progress=False)
+        saddle.fit(x, num_steps=45, progress=False)
         draws = saddle.sample_posterior(x, num_samples=1, num_warmup=100)
     entries, z = draws["scene_missing"][:, 0], draws["scene_z"][:, 0]
     white = []
