@@ -129,7 +129,7 @@ def convergence_rate(
         >>> x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
         >>> ebm = LVEBM.from_data(energy, x, z_dim=1)
         >>> energy.set_precision(torch.eye(2), torch.tensor([2.0, 0.0]))  # λ = 1
-        >>> result = convergence_rate(ebm, estimator="gaussian", num_chains=200)
+        >>> result = convergence_rate(ebm, estimator="gaussian", num_chains=64, num_times=6)
         >>> abs(result.rate - 2.0) < 4.0 * result.std_error
         True
     """

@@ -119,9 +119,10 @@ def log_evidence(
 
     Example:
         >>> import torch
-        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, log_evidence
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool, log_evidence
         >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
-        >>> ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1)
+        >>> pool = TemperedPool(3, 32)
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1, pool=pool)
         >>> evidence = log_evidence(ebm, x[:5], seed=0)  # f = 0, so log p = log base_x
         >>> torch.allclose(evidence.value, ebm.base_x.log_prob(x[:5]))
         True

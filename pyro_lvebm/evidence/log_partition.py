@@ -181,7 +181,7 @@ def log_partition(
         >>> energy = QuadraticEnergy(2, 1)
         >>> ebm = LVEBM.from_data(energy, x, z_dim=1)
         >>> energy.set_precision(torch.diag(torch.tensor([2.0, 1.0, 0.5])))
-        >>> log_z = log_partition(ebm, seed=0)
+        >>> log_z = log_partition(ebm, seed=0, num_particles=256, num_refreshes=10)
         >>> log_z.lower < energy.log_partition().item() < log_z.upper
         True
     """

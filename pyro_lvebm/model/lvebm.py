@@ -187,7 +187,8 @@ class LVEBM(Density):
             >>> from pyro_lvebm import LVEBM, MLPEnergy, log_partition
             >>> draw = torch.Generator().manual_seed(0)
             >>> c, x = (torch.randn(100, 2, generator=draw) for _ in range(2))
-            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1, context_dim=2), x, z_dim=1, context=c)
+            >>> energy = MLPEnergy(2, 1, context_dim=2)
+            >>> ebm = LVEBM.from_data(energy, x, z_dim=1, context=c, base="gaussian")
             >>> log_partition(ebm.at(c[0]), num_runs=2, num_refreshes=2).estimate  # f is zero yet
             0.0
         """

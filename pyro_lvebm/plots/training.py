@@ -195,7 +195,8 @@ def plot_log_partition(
         >>> import pandas as pd, torch
         >>> from pyro_lvebm import LVEBM, QuadraticEnergy, log_partition, plot_log_partition
         >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-        >>> log_z = log_partition(LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1)
+        >>> log_z = log_partition(ebm, num_runs=2, num_refreshes=2)
         >>> history = pd.DataFrame({"log_partition": [0.1, 0.0]}, index=[1, 2])
         >>> plot_log_partition(history, log_z).get_xlabel()
         'step'

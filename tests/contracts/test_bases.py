@@ -120,7 +120,7 @@ def log_law(base: GaussianBase, w: Tensor) -> Tensor:
 
 
 @every
-@pytest.mark.parametrize("batch", [(), (7,), (2, 1, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 1, 3)])
 def test_whitening_and_back_is_the_identity(name: str, batch: tuple[int, ...]) -> None:
     base = BASES[name](1)
     w = normal((*batch, base.dim), 2)
@@ -225,7 +225,7 @@ def test_the_generator_fixes_draws(name: str) -> None:
 
 
 @every
-@pytest.mark.parametrize("batch", [(), (5,), (2, 1, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 1, 3)])
 def test_the_base_energy_has_its_gradient(name: str, batch: tuple[int, ...]) -> None:
     base = BASES[name](1)
     w = (2.0 * normal((*batch, base.dim), 6)).requires_grad_(True)

@@ -128,7 +128,7 @@ ROUGH = value_and_grad(rough)
 
 
 @every
-@pytest.mark.parametrize("shape", [(7, 3), (3, 5, 3), (2, 3, 4, 3)])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 4, 3)])
 @BOTH_DTYPES
 def test_a_step_is_pure_and_evaluates_once(
     name: str, shape: tuple[int, ...], dtype: torch.dtype

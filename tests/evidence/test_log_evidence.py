@@ -124,8 +124,12 @@ def test_mean_is_within_three_standard_errors(ebm: LVEBM, x: Tensor) -> None:
     assert (np.abs(np.array(differences) - 0.15) > 3.0 * error).sum() >= 3
 
 
+@pytest.mark.usefixtures("coarse_brackets")
 def test_default_settings(ebm: LVEBM, x: Tensor) -> None:
-    """The door without settings, over 25 rows, whose error is mostly that of log Z."""
+    """The door without settings, over 25 rows, whose error is mostly that of log Z.
+
+    The bracket of log Z is coarse here; its own settings have a test of their own.
+    """
     result = log_evidence(ebm, x[:25])
     assert isinstance(result, LogEvidence) and result.log_partition.num_temperatures > 2
     assert result.log_partition == log_partition(ebm, seed=0)
@@ -278,7 +282,9 @@ def test_event_shapes_of_any_rank() -> None:
 
 def test_an_untrained_energy_gives_the_base_exactly() -> None:
     x = normal((40, 3), 0, torch.float32)
-    ebm = LVEBM.from_data(MLPEnergy(3, 2, hidden=(8,)), x, z_dim=2, pool=TemperedPool(2, 8))
+    ebm = LVEBM.from_data(
+        MLPEnergy(3, 2, hidden=(8,)), x, z_dim=2, base="gaussian", pool=TemperedPool(2, 8)
+    )
     result = log_evidence(ebm, x[:7], num_particles=2, num_runs=2, num_moves=1, log_z=known(0.0))
     base = GaussianBase.fit(x).distribution()
     torch.testing.assert_close(result.value, base.log_prob(x[:7]), rtol=1e-4, atol=1e-4)

@@ -52,7 +52,7 @@ def test_a_model_without_an_lvebm(sd: float) -> None:
 
 def test_particles_are_a_better_start_for_sharp_posteriors() -> None:
     """From particles the values are right, false alarm ALPHA, and their errors are smaller."""
-    sd, y = 0.05, torch.randn(60, generator=torch.Generator().manual_seed(0))
+    sd, y = 0.05, torch.randn(30, generator=torch.Generator().manual_seed(0))
     model = partial(two_latents, sd)
     guide = AutoParticles(model, 2)
     initialise(guide, y)

@@ -267,7 +267,7 @@ def test_each_datum_has_particles_of_its_own_posterior() -> None:
     y = y[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
     model = partial(gamma_model, size=8)
     saddle = Saddle(model, AutoParticles(model, 2), ClippedAdam({"lr": 0.01}), num_moves=10)
-    for _ in range(90):
+    for _ in range(50):
         saddle.step(y)
     z = saddle.particles.particles("z")
     assert ((z > 3.3) == (y == 6.0)).all()

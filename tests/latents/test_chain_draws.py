@@ -298,7 +298,7 @@ def shifted(ebm: Any) -> Callable[..., None]:
     return model
 
 
-def turns_p_value(num_warmup: int = 80) -> float:
+def turns_p_value(num_warmup: int = 50) -> float:
     """p-value that μ and the z of one of 2 data have their joint posterior, in 300 chains.
 
     μ has the precision I / 2.25 + 2 S_xx⁻¹ of its prior and of the marginals of x; given μ, z is

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 def network_ebm() -> LVEBM:
     energy = MLPEnergy(3, 2, hidden=(8, 8), seed=1).double()
     torch.nn.init.normal_(energy.out.weight, generator=seeded(2))
-    return LVEBM.from_data(energy, normal((40, 3), 1), z_dim=2, pool=tiny_pool())
+    return LVEBM.from_data(energy, normal((40, 3), 1), z_dim=2, base="gaussian", pool=tiny_pool())
 
 
 EBMS = {"quadratic": quadratic_ebm, "network": network_ebm, "bent": lambda: bent_ebm(True)}

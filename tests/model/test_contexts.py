@@ -70,9 +70,9 @@ def shift_ebm() -> LVEBM:
 
 def quadrature(ebm: LVEBM, c: Tensor) -> Tensor:
     """log Z(c) (n,) of scalars x and z."""
-    axis = torch.linspace(-7, 7, 71, dtype=torch.float64)
+    axis = torch.linspace(-7, 7, 41, dtype=torch.float64)
     u = torch.cartesian_prod(axis, axis)
-    cell = 2 * math.log(0.2) - math.log(2 * math.pi)
+    cell = 2 * math.log(0.35) - math.log(2 * math.pi)
     with torch.no_grad():
         log_p = -ebm.residual(u[:, None].expand(-1, len(c), -1), c)
         log_p = log_p - 0.5 * u.square().sum(-1)[:, None]
@@ -91,7 +91,7 @@ def test_the_two_ways_to_evaluate_agree_and_broadcast() -> None:
         energy = energy.double()
         nn.init.normal_(energy.out.weight, generator=seeded(3))
         x, c = normal((30, x_dim), 1), 3.0 + 2.0 * normal((30, 2), 2)
-        ebm = LVEBM.from_data(energy, x, z_dim=2, context=c)
+        ebm = LVEBM.from_data(energy, x, z_dim=2, context=c, base="gaussian")
         u = normal((4, 30, x_dim + 2), 4)
         value, grad = ebm.residual_and_grad(u, c)
         wanted = u.clone().requires_grad_(True)
@@ -237,9 +237,9 @@ def gradient_p_value(num_pools: int) -> float:
     errors = []
     for seed in range(num_pools):
         ebm, _, c = linear_ebm(7, ContextPool(4, 24, num_moves=2, seed=seed))
-        rows = torch.randint(40, (36, 16), generator=seeded(seed))
+        rows = torch.randint(40, (28, 16), generator=seeded(seed))
         total, exact = 0.0, 0.0
-        for step in range(36):
+        for step in range(28):
             ebm.pool.refresh(ebm, c[rows[step]])
             if step < 12:
                 continue
@@ -334,7 +334,7 @@ def test_the_rows_of_a_minibatch_are_taken_equally_often() -> None:
         assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == expected
 
 
-@pytest.mark.parametrize(("num_contexts", "num_moves"), [(8, 8), (9, 2), (24, 1), (50, 8)])
+@pytest.mark.parametrize(("num_contexts", "num_moves"), [(8, 8), (9, 4), (24, 2), (50, 8)])
 def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
     """On average one in eight is, and never more than its share and one."""
     ebm, _, c = linear_ebm(0, ContextPool(3, num_contexts, num_moves=num_moves))
@@ -374,16 +374,16 @@ def test_brackets_hold_log_z_of_every_context() -> None:
     c = c[:16]
     exact = ebm.f.log_partition(c).detach()
     z, wrong = [], torch.zeros(2)
-    for seed in range(8):
+    for seed in range(4):
         found = conditional_log_partition(ebm, c, seed=seed)
         wrong += torch.stack([(found.lower > exact).sum(), (found.upper < exact).sum()])
         mean = found.mean()
         assert mean.lower < exact.mean() < mean.upper and mean.is_reliable
         assert mean.upper - mean.lower < float((found.upper - found.lower).mean())
         z.append((float(found.estimate.mean()) - float(exact.mean())) / mean.std_error)
-    # Each end is wrong in 1 % of rows: 128 rows, 99.9 % quantile of a binomial is 6.
-    assert wrong.max() <= 6
-    assert abs(float(np.mean(z))) < 3.3 / math.sqrt(8)
+    # Each end is wrong in 1 % of rows: 64 rows, 99.9 % quantile of a binomial is 4.
+    assert wrong.max() <= 4
+    assert abs(float(np.mean(z))) < 3.3 / math.sqrt(4)
 
 
 def test_brackets_of_a_rough_energy_hold_quadrature() -> None:
@@ -408,15 +408,16 @@ def test_errors_of_repeated_contexts_do_not_average_out() -> None:
 def test_log_evidence_is_that_of_the_conditional() -> None:
     ebm, x, c = linear_ebm()
     exact = ebm.f.log_evidence(x, c).detach()
-    found = log_evidence(ebm, x, context=c, seed=1)
+    log_z = conditional_log_partition(ebm, c, seed=1)
+    found = log_evidence(ebm, x, context=c, seed=1, log_z=log_z)
     z = ((found.value - exact) / found.std_error).numpy()
     assert np.abs(z).max() < stats.t(7).ppf(1 - ALPHA / 2 / len(z))
     assert abs(found.mean - float(exact.mean())) < 0.02
-    other = log_evidence(ebm, x, context=c.flip(0), seed=1)
-    assert abs(other.mean - float(exact.mean())) > 0.1
+    other = log_evidence(ebm, x[:10], context=c.flip(0)[:10], seed=1)
+    assert abs(other.mean - float(exact[:10].mean())) > 0.1
     rows = x.clone()
     rows[::3, 0] = torch.nan  # then the marginal of the entries that are seen
-    marginal = log_evidence(ebm, rows, context=c, seed=1)
+    marginal = log_evidence(ebm, rows, context=c, seed=1, log_z=log_z)
     mean = -ebm.f.linear_at(c) @ torch.linalg.inv(ebm.f.precision)
     tril = ebm.base_x.scale
     covariance = torch.linalg.inv(ebm.f.precision)[:X_DIM, :X_DIM]
@@ -441,14 +442,14 @@ def test_rows_in_chunks_keep_their_contexts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lower_ends_of_rows_are_below_the_truth() -> None:
-    """Each end is wrong in 1 % of rows: of 120 rows, the 99.9 % quantile of a binomial is 6."""
+    """Each end is wrong in 1 % of rows: of 60 rows, the 99.9 % quantile of a binomial is 4."""
     ebm, x, c = linear_ebm(3)
     x, c = x[:20], c[:20]
     with torch.no_grad():
         ebm.f.by_context.mul_(2.0)
     exact = ebm.f.log_evidence(x, c).detach()
-    low = [log_evidence(ebm, x, context=c, seed=seed).lower for seed in range(6)]
-    assert sum(int((lower > exact + 1e-6).sum()) for lower in low) <= 6
+    low = [log_evidence(ebm, x, context=c, seed=seed).lower for seed in range(3)]
+    assert sum(int((lower > exact + 1e-6).sum()) for lower in low) <= 4
 
 
 def test_brackets_of_other_contexts_are_refused() -> None:
@@ -616,7 +617,7 @@ def test_an_energy_in_use_keeps_its_contexts() -> None:
     draw = seeded(1)
     c, x = torch.randn(30, 2, generator=draw), torch.randn(30, 2, generator=draw)
     energy = MLPEnergy(2, 1, (8,), context_dim=2)
-    LVEBM.from_data(energy, x, z_dim=1, context=c, pool=tiny_pool())
+    LVEBM.from_data(energy, x, z_dim=1, context=c, base="gaussian", pool=tiny_pool())
     before = snapshot(energy)
     with pytest.raises(ValueError, match="already belongs to an LVEBM"):
         LVEBM.from_data(energy, x, z_dim=1, context=c + 10.0, pool=tiny_pool())
@@ -668,7 +669,9 @@ def test_training_fits_a_conditional_density() -> None:
     c = torch.randn(200, 1, generator=draw)
     x = c + 0.5 * torch.randn(200, 1, generator=draw)
     energy = MLPEnergy(1, 1, (8,), context_dim=1)
-    ebm = LVEBM.from_data(energy, x, z_dim=1, context=c, pool=ContextPool(3, 128, num_moves=1))
+    ebm = LVEBM.from_data(
+        energy, x, z_dim=1, context=c, base="gaussian", pool=ContextPool(3, 128, num_moves=1)
+    )
     model = model_of(ebm)
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 2e-2}), seed=0, num_moves=1)
     saddle.fit(x, c, num_steps=100, progress=False)
@@ -692,7 +695,7 @@ def test_training_fits_a_conditional_density() -> None:
     assert worth > 0.5
     assert gain(c) > 0.7 * worth
     assert gain(c.flip(0)) < 0.0  # contexts of other rows
-    x, c = x[:30], c[:30]
+    x, c = x[:16], c[:16]
     expected = float(ebm.base_x.log_prob(x).mean()) + gain(c)
     by_ebm = log_evidence(ebm, x, context=c, seed=3)
     assert by_ebm.mean == pytest.approx(expected, abs=0.05)

@@ -123,22 +123,23 @@ def moment_p_value(result: Annealed) -> float:
 
 
 SCHEDULES = pytest.mark.parametrize("make", [fixed_schedule, scaled_schedule])
-SETTINGS = pytest.mark.parametrize(
-    ("resample", "num_moves", "count", "dtype"),
+
+
+@pytest.mark.parametrize(
+    ("resample", "num_moves", "count", "dtype", "independence", "make"),
     [
-        (True, 2, 6, torch.float64),
-        (True, 1, 3, torch.float32),
-        (False, 2, 6, torch.float64),
-        (False, 1, 10, torch.float32),
+        (True, 2, 6, torch.float64, False, fixed_schedule),
+        (True, 2, 6, torch.float64, True, scaled_schedule),
+        (True, 1, 3, torch.float32, False, scaled_schedule),
+        (True, 1, 3, torch.float32, True, fixed_schedule),
+        (False, 2, 6, torch.float64, False, scaled_schedule),
+        (False, 2, 6, torch.float64, True, fixed_schedule),
+        (False, 1, 10, torch.float32, False, fixed_schedule),
+        (False, 1, 10, torch.float32, True, scaled_schedule),
     ],
 )
-
-
-@SCHEDULES
-@SETTINGS
-@pytest.mark.parametrize("independence", [False, True])
 def test_estimate_is_unbiased_and_draws_follow_the_target(
-    independence: bool, resample: bool, num_moves: int, count: int, dtype: torch.dtype, make
+    resample: bool, num_moves: int, count: int, dtype: torch.dtype, independence: bool, make
 ) -> None:
     """SMC and AIS: mean of Ĉ / C, and of Ĉ φ / C, over 1,200 runs. False alarms: 2e-3 a case."""
     schedule = make(count, dtype)

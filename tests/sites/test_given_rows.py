@@ -199,8 +199,8 @@ def test_the_check_of_particles_fails_where_ids_are_ignored() -> None:
 # --- training -------------------------------------------------------------------------------
 
 
-def linear_gaussian_loss(*, half: bool = False) -> float:
-    """Nats per datum below the exact MLE after a fit on minibatches, or on those of half the rows.
+def test_training_from_a_loader_reaches_the_exact_mle() -> None:
+    """Within 0.003 nats per datum; the exact MLE of half of the rows is not.
 
     The energy can leave z aside, so that this needs no right rows; `factor_loss` does.
     """
@@ -211,25 +211,21 @@ def linear_gaussian_loss(*, half: bool = False) -> float:
     standard = [dist.Normal(torch.zeros(d), 1.0).to_event(1) for d in (4, 2)]
     energy = QuadraticEnergy(4, 2)
     ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, seed=0))
-    covariance = torch.cov(x.T, correction=0)
-    mle = dist.MultivariateNormal(x.mean(0), covariance).log_prob(x).mean()
+
+    def fitted_to(rows: Tensor) -> Tensor:
+        law = dist.MultivariateNormal(rows.mean(0), torch.cov(rows.T, correction=0))
+        return law.log_prob(x).mean()
+
+    mle = fitted_to(x)
     assert mle - energy.log_evidence(x).mean() > 0.1  # the start is not already there
+    assert mle - fitted_to(x[:300]) > 0.003
     model = loader_model(ebm, 600)
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 2e-2}), num_moves=1)
-    batches = loader(x[:300] if half else x, 256)
-    saddle.fit(num_steps=120, batches=batches, progress=False)
-    return float(mle - energy.log_evidence(x).mean().detach())
+    saddle.fit(num_steps=100, batches=loader(x, 256), progress=False)
+    assert mle - energy.log_evidence(x).mean().detach() < 0.003
 
 
-def test_training_from_a_loader_reaches_the_exact_mle() -> None:
-    assert linear_gaussian_loss() < 0.003
-
-
-def test_the_check_of_the_mle_fails_on_half_of_the_rows() -> None:
-    assert linear_gaussian_loss(half=True) > 0.003
-
-
-def factor_loss(*, ignore_ids: bool = False) -> float:
+def factor_loss(num_steps: int, *, ignore_ids: bool = False) -> float:
     """Nats per datum below the MLE of factor analysis with known noise, in closed form.
 
     Source: Tipping and Bishop (1999), Probabilistic principal component analysis, equation 7.
@@ -255,16 +251,17 @@ def factor_loss(*, ignore_ids: bool = False) -> float:
     best = log_likelihood((values[-1] - 0.25).sqrt() * vectors[:, -1])
     guide = AutoParticles(model)
     saddle = Saddle(model, guide, ClippedAdam({"lr": 0.03}), num_moves=2)
-    saddle.fit(num_steps=200, batches=loader(x, 60), progress=False)
+    saddle.fit(num_steps=num_steps, batches=loader(x, 60), progress=False)
     return best - log_likelihood(pyro.param("w").detach())
 
 
 def test_a_factor_model_reaches_its_mle() -> None:
-    assert factor_loss() < 2e-3
+    assert factor_loss(200) < 2e-3
 
 
 def test_the_check_of_the_factor_model_fails_where_ids_are_ignored() -> None:
-    assert factor_loss(ignore_ids=True) > 0.5
+    """After half of the steps, which take it to 0.1 nats or less with the right rows."""
+    assert factor_loss(100, ignore_ids=True) > 0.5
 
 
 def test_fit_takes_batches_in_turn_and_ends_at_the_averages() -> None:
@@ -373,14 +370,14 @@ WRONG_ROWS = {
 
 @pytest.mark.usefixtures("global_rng_untouched")
 @pytest.mark.parametrize("case", WRONG_ROWS)
-@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "trained"),
     [
-        AutoParticles,
-        AutoPerDatumMultivariateNormal,
-        AutoAmortisedNormal,
-        lambda model: AutoNormal(model, create_plates=plates_of(20)),
+        (AutoParticles, True),
+        (AutoParticles, False),
+        (AutoPerDatumMultivariateNormal, True),
+        (AutoAmortisedNormal, True),
+        (lambda model: AutoNormal(model, create_plates=plates_of(20)), False),
     ],
 )
 def test_wrong_rows_are_refused_and_nothing_changes(make: Any, trained: bool, case: str) -> None:
@@ -563,7 +560,8 @@ def test_estimates_on_all_data_are_those_without_rows() -> None:
 @pytest.mark.usefixtures("brief_settling", "brief_brackets")
 def test_estimates_on_some_rows_are_about_these() -> None:
     """Draws start at the particles of the rows, in their order, and fill no others."""
-    ebm = warm(make_quadratic(pool=tiny_pool()))
+    # With tiny_pool() log Z online may be off by more than annealing allows, which warns.
+    ebm = warm(make_quadratic(pool=TemperedPool(4, 128, num_moves=4)), 20)
     x, ids = draw_x(ebm, 12, 1), torch.tensor([7, 2, 9])
     model = loader_model(ebm, 12)
     saddle = Saddle(model, AutoParticles(model, 3), still())

@@ -238,8 +238,9 @@ def test_particles_and_loss_share_a_minibatch_that_only_the_model_opens() -> Non
 
 
 @pytest.mark.parametrize("kernel", [MALA(), MALA(0.8), ULA(), ULA(0.9)])
-@pytest.mark.parametrize("pool", [lambda: tiny_pool(), lambda: PersistentPool(64, num_moves=2)])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    ("pool", "count"), [(lambda: tiny_pool(), 4), (lambda: PersistentPool(64, num_moves=2), 1)]
+)
 def test_every_kernel_pool_and_number_of_particles_runs(
     kernel: MALA | ULA, pool: Callable[[], TemperedPool | PersistentPool], count: int
 ) -> None:
@@ -679,7 +680,7 @@ def health(ebm: LVEBM) -> tuple[float, float]:
 
 
 def train(
-    make_guide: Callable[..., Any], loss: ELBO, kind: str, size: int | None, steps: int = 80
+    make_guide: Callable[..., Any], loss: ELBO, kind: str, size: int | None, steps: int = 60
 ) -> LVEBM:
     pyro.set_rng_seed(0)
     ebm = moons_ebm()
@@ -713,7 +714,6 @@ TRAINED = [
     ("AutoNormal", TraceGraph_ELBO, "Saddle"),
     ("AutoMultivariateNormal", TraceMeanField_ELBO, "Saddle"),
     ("AutoAmortisedNormal", Trace_ELBO, "Saddle"),
-    ("AutoPerDatumMultivariateNormal", TraceMeanField_ELBO, "Saddle"),
     ("AutoPerDatumMultivariateNormal", Trace_ELBO, "SVI"),
 ]
 
@@ -729,16 +729,15 @@ def test_any_elbo_with_any_guide_trains_the_energy(
 
 
 @pytest.mark.filterwarnings("ignore::pyro_lvebm.validation.TrainingWarning")  # rightly raised
-@pytest.mark.parametrize("kind", ["SVI", "Saddle"])
 def test_without_the_gradient_of_log_z_the_energy_collapses(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same check fails by far: log p(x) falls below the base, or θ becomes NaN."""
     log_norm = LVEBM.log_norm
     monkeypatch.setattr(LVEBM, "log_norm", lambda self, context=None: log_norm(self).detach())
     make_guide, size = GUIDES["AutoAmortisedNormal"]
     try:
-        _, gain = health(train(make_guide, Trace_ELBO(), kind, size))
+        _, gain = health(train(make_guide, Trace_ELBO(), "SVI", size))
     except ValueError as failure:
         assert "nan" in str(failure).lower()
     else:

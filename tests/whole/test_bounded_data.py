@@ -373,12 +373,9 @@ def test_the_exact_posterior_of_an_unobserved_x(sampler: Sampler) -> None:
     assert posterior_of_x_p_value(sampler) > ALPHA
 
 
-@pytest.mark.parametrize("sampler", [run_nuts, run_particles])
-def test_that_check_fails_without_the_jacobian(
-    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_that_check_fails_without_the_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
     without_jacobian(monkeypatch)
-    assert posterior_of_x_p_value(sampler) < CERTAIN
+    assert posterior_of_x_p_value(run_particles) < CERTAIN
 
 
 # --- refusals -------------------------------------------------------------------------------
@@ -470,7 +467,7 @@ def test_training_on_positive_data_finds_their_density() -> None:
     """Gamma(½): twice as near as its log-normal, and normalised in data coordinates."""
     gamma = torch.distributions.Gamma(torch.tensor(0.5), torch.tensor(1.0))
     x, new = torch.as_tensor(
-        stats.gamma(0.5).rvs((2, 2000, 1), random_state=0), dtype=torch.float32
+        stats.gamma(0.5).rvs((2, 1000, 1), random_state=0), dtype=torch.float32
     ).clamp(min=1e-12)
     energy = MLPEnergy(1, 1, hidden=(32,), fourier_features=0)
     pool = TemperedPool(4, 128, num_moves=4)
@@ -480,9 +477,9 @@ def test_training_on_positive_data_finds_their_density() -> None:
     exact = gamma.log_prob(new[:, 0])
     gap = float((exact - ebm.base_x.log_prob(new)).mean())
     assert gap > 0.1
-    model = plate_model(ebm, 512)
+    model = plate_model(ebm, 256)
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 1e-2}), seed=0)
-    saddle.fit(x, num_steps=150, progress=False)
+    saddle.fit(x, num_steps=120, progress=False)
     log_z = log_partition(ebm, num_particles=512, num_runs=4, num_refreshes=10)
     evidence = log_evidence(ebm, new, num_runs=2, num_particles=16, log_z=log_z)
     loss = exact - evidence.value
@@ -522,7 +519,9 @@ def test_copies_are_the_same_model(constraint: Constraint) -> None:
 def test_bounds_follow_the_module() -> None:
     bounds = constraints.interval(torch.tensor([0.0, -1.0]).double(), torch.tensor([1, 3]))
     x = Support(bounds, torch.Size([2])).constrain(normal((50, 2), 1)).float()
-    ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1, support=bounds, pool=tiny_pool())
+    ebm = LVEBM.from_data(
+        MLPEnergy(2, 1), x, z_dim=1, base="gaussian", support=bounds, pool=tiny_pool()
+    )
     u = normal((4, 3), 2)
     assert ebm.unwhiten(u.float())[0].dtype == torch.float32
     single = ebm.base_x.log_prob(x)
@@ -538,7 +537,9 @@ def test_a_checkpoint_of_another_support_is_refused(tmp_path: Path) -> None:
 
     def parts(support: Constraint | None) -> tuple[Any, AutoParticles, Adam]:
         pyro.clear_param_store()
-        ebm = LVEBM.from_data(MLPEnergy(2, 1), x, z_dim=1, support=support, pool=tiny_pool())
+        ebm = LVEBM.from_data(
+            MLPEnergy(2, 1), x, z_dim=1, base="gaussian", support=support, pool=tiny_pool()
+        )
         model = plate_model(ebm)
         return model, AutoParticles(model, 2), Adam({"lr": 1e-3})
 

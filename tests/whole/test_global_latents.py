@@ -152,7 +152,9 @@ def test_the_check_fails_where_blocks_do_not_see_each_other_move(
 # --- in a guide -------------------------------------------------------------------------------
 
 
-def guide_weights(num_steps: int, lr: float, average_decay: float) -> tuple[Tensor, Tensor]:
+def guide_weights(
+    num_steps: int, lr: float, average_decay: float, num_moves: int = 8
+) -> tuple[Tensor, Tensor]:
     """Errors of the means of a Gaussian guide of w beside particles of z, and its sd, in exact sd.
 
     Its means start a fifth away from the exact ones, which is four standard deviations or more.
@@ -167,13 +169,11 @@ def guide_weights(num_steps: int, lr: float, average_decay: float) -> tuple[Tens
         exposed = poutine.block(model, expose=["w"])
         guide.append(AutoMultivariateNormal(exposed, start, init_scale=0.05))
         with factor_analysis().frozen():
-            saddle = Saddle(model, guide, Adam({"lr": lr}), average_decay=average_decay)
+            optim = Adam({"lr": lr})
+            saddle = Saddle(model, guide, optim, average_decay=average_decay, num_moves=num_moves)
             saddle.fit(x, y, num_steps=num_steps, progress=False)
     law = guide[1].get_posterior()
     return (law.mean - exact).detach() / exact_sd, law.variance.sqrt().detach() / exact_sd
-
-
-SHORT = {"num_steps": 150, "lr": 0.03, "average_decay": 0.97}
 
 
 def test_weights_in_a_guide_beside_particles_are_near_their_exact_posterior() -> None:
@@ -182,7 +182,7 @@ def test_weights_in_a_guide_beside_particles_are_near_their_exact_posterior() ->
     Other seeds end within 0.1 standard deviations, at 0.80 to 0.97 times the exact sd: gradient
     noise of so few steps makes a guide narrow.
     """
-    error, ratio = guide_weights(**SHORT)
+    error, ratio = guide_weights(150, lr=0.03, average_decay=0.97)
     assert (error.abs() < 0.25).all()
     assert ((ratio > 0.7) & (ratio < 1.1)).all()
 
@@ -201,9 +201,13 @@ def test_weights_in_a_guide_beside_particles_follow_their_exact_posterior() -> N
 def test_with_other_draws_in_the_loss_than_in_the_moves_it_is_too_narrow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Then z does not answer to w, as in a mean-field guide of both: half as wide."""
+    """Then z does not answer to w, as in a mean-field guide of both: half as wide.
+
+    With four moves in 150 steps the other guide ends at 0.75 times the exact sd, or more.
+    """
     monkeypatch.setattr(Saddle, "_guide_noise", lambda saddle, device: nullcontext())
-    assert (guide_weights(**SHORT)[1] < 0.6).all()
+    _, ratio = guide_weights(100, lr=0.04, average_decay=0.95, num_moves=4)
+    assert (ratio < 0.6).all()
 
 
 # --- on minibatches ---------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def minibatch_ratios(
 ) -> tuple[Tensor, Tensor]:
     """Spread of 256 particles at a time, and over time too, over the exact standard deviations.
 
-    A plain linear regression with 200 rows, after 40 steps of eight moves each. On three other
+    A plain linear regression with 200 rows, after 20 steps of eight moves each. On three other
     seeds ratios at a time are 0.95 to 1.04; they have a standard error of 0.02 at most.
     """
     pyro.clear_param_store()
@@ -235,7 +239,7 @@ def minibatch_ratios(
         found = []
         for step in range(num_steps):
             saddle.step(x, y)
-            if step >= 40 and step % 10 == 0:
+            if step >= 20 and step % 10 == 0:
                 found.append(saddle.particles.particles("w").clone())
     w = torch.stack(found)
     return w.var(1).mean(0).sqrt() / exact, w.flatten(0, 1).std(0) / exact
@@ -246,18 +250,18 @@ def within_a_tenth(ratios: Tensor) -> bool:
 
 
 def test_on_all_data_particles_have_the_spread_of_the_posterior() -> None:
-    assert all(map(within_a_tenth, minibatch_ratios(200, 70)))
+    assert all(map(within_a_tenth, minibatch_ratios(200, 50)))
 
 
 def test_on_minibatches_they_have_it_at_any_time_and_wander_together() -> None:
     """All see the noise of one minibatch, so over time they cover more than the posterior."""
-    at_a_time, over_time = minibatch_ratios(50, 110)
+    at_a_time, over_time = minibatch_ratios(50, 90)
     assert within_a_tenth(at_a_time)
     assert (over_time > 1.1).any() and (over_time < 2.5).all()
 
 
 def test_the_check_fails_where_the_likelihood_is_not_scaled_up() -> None:
-    assert (minibatch_ratios(50, 60, 50 / 200)[0] > 1.5).all()
+    assert (minibatch_ratios(50, 40, 50 / 200)[0] > 1.5).all()
 
 
 # --- correlated weights -----------------------------------------------------------------------

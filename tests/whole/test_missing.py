@@ -189,6 +189,7 @@ def test_evidence_of_observed_entries_is_exact() -> None:
 def test_the_table_has_the_evidence_of_observed_entries() -> None:
     """Within four standard errors, and closer than that of filled rows."""
     ebm = warm(quadratic_ebm())
+    ebm.mark_pool(fresh=False)  # log Z online of so small a pool is not what is asked here
     x = with_holes(draws_of_x(ebm, 60, 1))
     table = compare_elbo(plate_model(ebm, 20), {"prior": PriorProposal()}, x, num_samples=32)
     upper = table.log_partitions[0].upper - float(ebm.f.log_partition().detach())
@@ -212,7 +213,7 @@ def test_particles_of_missing_entries_follow_their_exact_conditional(
     model = plate_model(ebm, 50)
     with ebm.frozen():
         saddle = Saddle(model, AutoParticles(model, 8), Adam({"lr": 1e-3}), seed=0)
-        saddle.fit(x, num_steps=150, progress=False)
+        saddle.fit(x, num_steps=45, progress=False)
         draws = saddle.sample_posterior(x, num_samples=1, num_warmup=100)
     entries, z = draws["scene_missing"][:, 0], draws["scene_z"][:, 0]
     white = []

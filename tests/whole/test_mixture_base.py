@@ -76,16 +76,16 @@ def mixture_ebm(pool: Any = None, **options: Any) -> LVEBM:
 
 def quadrature(ebm: LVEBM, x: Tensor, context: Tensor | None = None) -> Tensor:
     """log ∫ exp(−E(x, z)) dz (*b,)."""
-    z = torch.linspace(-9.0, 9.0, 61)
+    z = torch.linspace(-9.0, 9.0, 31)
     wide = x[..., None, :].expand(*x.shape[:-1], len(z), 2)
     c = None if context is None else context.expand(*wide.shape[:-1], 1)
     with torch.no_grad():
         energy = ebm.energy(wide, z[:, None].expand(*wide.shape[:-1], 1), c).double()
-    return torch.logsumexp(-energy, -1) + math.log(18.0 / 60)
+    return torch.logsumexp(-energy, -1) + math.log(18.0 / 30)
 
 
-def exact_log_z(ebm: LVEBM, context: Tensor | None = None) -> float:
-    points, cell = plane_grid(9.0, 121)
+def exact_log_z(ebm: LVEBM, context: Tensor | None = None, half_width: float = 9.0) -> float:
+    points, cell = plane_grid(half_width, 81)
     values = [quadrature(ebm, part.float(), context) for part in points.split(20000)]
     return float(torch.logsumexp(torch.cat(values), 0) + math.log(cell))
 
@@ -115,27 +115,29 @@ def test_log_z_online_is_that_of_quadrature(pool: TemperedPool) -> None:
 
 
 def test_brackets_hold_the_exact_value() -> None:
-    ebm = warm(mixture_ebm(TemperedPool(4, 200, seed=1)))
+    ebm = warm(mixture_ebm(TemperedPool(4, 200, seed=1)), 15)
     found = log_partition(ebm, num_particles=200, num_runs=6, num_refreshes=10)
     assert found.is_reliable and found.lower < exact_log_z(ebm) < found.upper
 
 
-def share_p_value(pool: Any, wrong: float = 1.0) -> float:
-    """Normal test of the share of draws beyond x_0 + x_1 = 1, against quadrature."""
-    ebm = warm(mixture_ebm(pool), 15)
+def test_draws_of_the_pool_have_the_shares_of_the_modes() -> None:
+    """Normal test of the share of draws beyond x_0 + x_1 = 1, against quadrature.
+
+    False alarms: 1e-3. A share that is 1.5 times as large fails.
+    """
+    ebm = warm(mixture_ebm(TemperedPool(3, 1500, num_moves=4, seed=3)), 15)
     points, _ = plane_grid(9.0, 121)
     log_c = torch.cat([quadrature(ebm, part.float()) for part in points.split(20000)])
-    share = float(torch.softmax(log_c, 0)[points.sum(1) > 1.0].sum()) * wrong
+    exact = float(torch.softmax(log_c, 0)[points.sum(1) > 1.0].sum())
     u = ebm.pool.draw(ebm, 1200, generator=seeded(0))
     beyond = (ebm.unwhiten(u)[0].sum(1) > 1.0).double().mean()
-    z = abs(float(beyond) - share) / math.sqrt(share * (1.0 - share) / len(u))
-    return math.erfc(z / math.sqrt(2.0))
 
+    def p_value(share: float) -> float:
+        z = abs(float(beyond) - share) / math.sqrt(share * (1.0 - share) / len(u))
+        return math.erfc(z / math.sqrt(2.0))
 
-def test_draws_of_the_pool_have_the_shares_of_the_modes() -> None:
-    """False alarms: 1e-3. A share that is 1.5 times as large fails."""
-    assert share_p_value(TemperedPool(3, 1500, num_moves=4, seed=3)) > ALPHA
-    assert share_p_value(TemperedPool(3, 1500, num_moves=4, seed=3), 1.5) < CERTAIN
+    assert p_value(exact) > ALPHA
+    assert p_value(1.5 * exact) < CERTAIN
 
 
 def kept_p_value(pool: Any) -> float:
@@ -184,24 +186,29 @@ def test_log_z_of_contexts_is_that_of_quadrature() -> None:
 # --- conditionals ---------------------------------------------------------------------------
 
 
-def impute_p_value(seen: float) -> float:
-    """Kolmogorov's test of imputed x_0 given x_1 = 0.9, against quadrature at x_1 = `seen`."""
+def test_imputed_entries_have_both_modes() -> None:
+    """Kolmogorov's test of imputed x_0 given x_1 = 0.9, against quadrature.
+
+    False alarms: 1e-3. Those given another entry fail.
+    """
     ebm = mixture_ebm()
     row = torch.tensor([[torch.nan, 0.9]])
     draws = ebm.impute(row, num_samples=400)[:, 0, 0]
     grid = torch.linspace(-8.0, 9.0, 3401)
-    at = torch.stack([grid, torch.full_like(grid, seen)], -1)
-    return ks_p_value(draws, line_cdf(quadrature(ebm, at), grid))
+
+    def p_value(seen: float) -> float:
+        at = torch.stack([grid, torch.full_like(grid, seen)], -1)
+        return ks_p_value(draws, line_cdf(quadrature(ebm, at), grid))
+
+    assert p_value(0.9) > ALPHA
+    assert p_value(-0.6) < CERTAIN
 
 
-def test_imputed_entries_have_both_modes() -> None:
-    """False alarms: 1e-3. Those given another entry fail."""
-    assert impute_p_value(0.9) > ALPHA
-    assert impute_p_value(-0.6) < CERTAIN
+def test_draws_of_x_given_z_have_both_modes() -> None:
+    """Kolmogorov's test of x_0 given z = 2, drawn by the site, against quadrature.
 
-
-def x_given_z_p_value(at: float) -> float:
-    """Kolmogorov's test of x_0 given z = 2, drawn by the site, against quadrature at z = `at`."""
+    False alarms: 1e-3. Those given another z fail.
+    """
     ebm = mixture_ebm()
 
     def model() -> Tensor:
@@ -213,17 +220,16 @@ def x_given_z_p_value(at: float) -> float:
     with ebm.frozen(), global_seed(5):
         x = held().detach()
     points, _ = plane_grid(9.0, 401)
-    with torch.no_grad():
-        energy = ebm.energy(points.float(), torch.full((len(points), 1), at))
-    density = torch.logsumexp(-energy.double().reshape(401, 401), 1)
     axis = torch.linspace(-9.0, 9.0, 401)
-    return ks_p_value(x[:, 0], line_cdf(density, axis))
 
+    def p_value(at: float) -> float:
+        with torch.no_grad():
+            energy = ebm.energy(points.float(), torch.full((len(points), 1), at))
+        density = torch.logsumexp(-energy.double().reshape(401, 401), 1)
+        return ks_p_value(x[:, 0], line_cdf(density, axis))
 
-def test_draws_of_x_given_z_have_both_modes() -> None:
-    """False alarms: 1e-3. Those given another z fail."""
-    assert x_given_z_p_value(2.0) > ALPHA
-    assert x_given_z_p_value(-2.0) < CERTAIN
+    assert p_value(2.0) > ALPHA
+    assert p_value(-2.0) < CERTAIN
 
 
 # --- evidence, and missing entries in the model ---------------------------------------------
@@ -348,9 +354,9 @@ def test_bases_that_do_not_fit_are_refused() -> None:
 
 
 def trained(
-    x: Tensor, base: str, seed: int = 0, pool: Any = None, num_steps: int = 120
-) -> tuple[LVEBM, Saddle, float]:
-    """A small network after quick steps, and its exact log Z."""
+    x: Tensor, base: str, seed: int = 0, pool: Any = None, num_steps: int = 80
+) -> tuple[LVEBM, Saddle]:
+    """A small network after quick steps."""
     pyro.clear_param_store()
     pool = TemperedPool(4, 96, num_moves=4, seed=seed) if pool is None else pool
     energy = MLPEnergy(2, 1, hidden=(32, 32), seed=seed)
@@ -364,26 +370,32 @@ def trained(
     for _ in range(num_steps):
         saddle.step(x)
     ebm.follow()
-    points, cell = plane_grid(12.0, 121)
-    log_c = torch.cat([quadrature(ebm, part.float()) for part in points.split(20000)])
-    return ebm, saddle, float(torch.logsumexp(log_c, 0)) + math.log(cell)
+    return ebm, saddle
+
+
+def worst_error(x: Tensor, base: str) -> float:
+    """Largest distance of log Z online from quadrature, after 60, 80 and 100 steps."""
+    ebm, saddle = trained(x, base, num_steps=40)
+    errors = []
+    for _ in range(3):
+        for _ in range(20):
+            saddle.step(x)
+        errors.append(abs(float(ebm.log_partition) - exact_log_z(ebm, half_width=12.0)))
+    return max(errors)
 
 
 def test_a_rare_mode_does_not_break_training() -> None:
-    """log Z online stays within 0.1 of quadrature. From a Gaussian base it does not.
+    """log Z online stays within 0.05 of quadrature. From a Gaussian base it wanders.
 
     `make bench-modes` fits many seeds, shares and distances.
     """
     x = rare_rows(1500, 5)
-    ebm, _, exact = trained(x, "auto")
-    assert isinstance(ebm.base_x, MixtureBase)
-    assert abs(float(ebm.log_partition) - exact) < 0.1
-    ebm, _, exact = trained(x, "gaussian")
-    assert abs(float(ebm.log_partition) - exact) > 0.3
+    assert worst_error(x, "auto") < 0.05
+    assert worst_error(x, "gaussian") > 0.3
 
 
 def test_persistent_chains_start_in_every_mode() -> None:
-    ebm, *_ = trained(rare_rows(1500, 5), "auto", pool=PersistentPool(400, num_moves=2))
+    ebm, _ = trained(rare_rows(1500, 5), "auto", pool=PersistentPool(400, num_moves=2))
     far = (ebm.unwhiten(ebm.pool.negatives()[0])[0].sum(1) > 7.0).double().mean()
     assert 0.01 < far < 0.15
 
@@ -405,11 +417,11 @@ def test_training_with_missing_entries_on_positive_data() -> None:
 
 def test_checkpoints_hold_the_mixture(tmp_path: Path) -> None:
     x, file = rare_rows(600, 1), tmp_path / "fit.safetensors"
-    ebm, saddle, _ = trained(x, "auto", pool=tiny_pool(), num_steps=3)
+    ebm, saddle = trained(x, "auto", pool=tiny_pool(), num_steps=3)
     saddle.save(file)
 
     def load_into(rows: Tensor, base: str) -> LVEBM:
-        other, fresh, _ = trained(rows, base, seed=1, pool=tiny_pool(), num_steps=1)
+        other, fresh = trained(rows, base, seed=1, pool=tiny_pool(), num_steps=1)
         Saddle.load(file, fresh.model, fresh.guide, ClippedAdam({"lr": 5e-3}), rows)
         return other
 

@@ -87,7 +87,9 @@ def test_lifted_parameters_are_refused_and_replayed_ones_are_not() -> None:
 
 def test_a_random_weight_inside_the_energy_is_refused() -> None:
     x = normal((30, 3), 0, torch.float32)
-    ebm = LVEBM.from_data(MLPEnergy(3, 2, hidden=(4,)), x, z_dim=2, pool=tiny_pool())
+    ebm = LVEBM.from_data(
+        MLPEnergy(3, 2, hidden=(4,)), x, z_dim=2, base="gaussian", pool=tiny_pool()
+    )
     pyro.nn.module.to_pyro_module_(ebm.f)
     plate_model(ebm)(x)
     ebm.f.out.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))

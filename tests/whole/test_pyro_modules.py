@@ -342,7 +342,9 @@ def test_validation_changes_nothing(validation: bool) -> None:
 def test_a_compiled_energy_is_the_same_energy() -> None:
     """`torch.compile` renames parameters; the energy is compiled after the LVEBM is built."""
     x = normal((30, 3), 0, torch.float32)
-    ebm = LVEBM.from_data(MLPEnergy(3, 2, hidden=(4,)), x, z_dim=2, pool=tiny_pool())
+    ebm = LVEBM.from_data(
+        MLPEnergy(3, 2, hidden=(4,)), x, z_dim=2, base="gaussian", pool=tiny_pool()
+    )
     nn.init.ones_(ebm.f.out.weight)
     z = torch.ones(30, 2)
     expected = ebm.f(x, z)

@@ -80,7 +80,7 @@ def test_linear_gaussian_reaches_the_exact_mle(seed: int) -> None:
     mle = dist.MultivariateNormal(x.mean(0), covariance).log_prob(x).mean()
     assert mle - energy.log_evidence(x).mean() > 0.1  # the start is not already there
 
-    saddle = train(ebm, x, num_steps=180, lr=2e-2, num_particles=4, seed=seed)
+    saddle = train(ebm, x, num_steps=120, lr=3e-2, num_particles=4, seed=seed)
     assert mle - energy.log_evidence(x).mean() < 0.005
 
     posterior = energy.posterior(x)
@@ -128,7 +128,7 @@ def test_a_network_learns_two_modes() -> None:
 
     gaussian = loss(ebm.base_x.log_prob(grid))
     assert gaussian == pytest.approx(0.31, abs=0.02)
-    train(ebm, x, num_steps=150, lr=1e-2, num_particles=1, seed=0)
+    train(ebm, x, num_steps=110, lr=1e-2, num_particles=1, seed=0)
     exact = log_partition_by_quadrature(ebm, 6.0, 121)
     found = quadrature_log_c(ebm, grid, 6.0, 121) - exact
     assert float(found.exp().sum() * cell) == pytest.approx(1.0, abs=1e-3)
