@@ -277,5 +277,10 @@ def _standardise(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
             f"{len(constant)} of {train.shape[1]} columns of train are constant, the first at "
             f"index {constant[0]}; a density needs variation. Remove them"
         )
+    # By powers of two, so that no square leaves the range of floating point numbers.
+    train, test = train.astype(np.float64), test.astype(np.float64)
+    _, power = np.frexp(np.abs(train).max(0))
+    train, test = np.ldexp(train, -power), np.ldexp(test, -power)
     mean, scale = train.mean(0), train.std(0)
-    return (train - mean) / scale, (test - mean) / scale, float(np.log(scale).sum())
+    log_scale = float((np.log(scale) + math.log(2.0) * power).sum())
+    return (train - mean) / scale, (test - mean) / scale, log_scale

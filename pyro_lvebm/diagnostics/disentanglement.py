@@ -152,6 +152,11 @@ def _table(role: str, values: Any, stem: str) -> tuple[np.ndarray, list[str]]:
     constant = np.flatnonzero(np.ptp(table, axis=0) == 0.0).tolist()
     if constant:
         raise ValueError(f"columns {constant} of {role} are constant; remove them")
+    # The forests have absolute thresholds, and squares of tiny or huge numbers are 0 or infinite.
+    _, power = np.frexp(np.abs(table).max(0))
+    table = np.ldexp(table, -power)
+    table = table - table.mean(0)
+    table /= table.std(0)
     return table, names or [f"{stem}[{i}]" for i in range(table.shape[1])]
 
 
