@@ -69,4 +69,5 @@ def invert_tril(tril: Tensor) -> Tensor:
 def unit_rows(tril: Tensor) -> Tensor:
     """Return lower-triangular L (d, d) with rows scaled to length 1, whatever their units."""
     rows = tril / power_of_two(tril.abs().amax(1))[:, None]
-    return rows / rows.norm(dim=1, keepdim=True)
+    result: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return result
