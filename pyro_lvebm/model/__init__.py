@@ -12,3 +12,4 @@ from pyro_lvebm.model.contexts import (
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.lvebm import LVEBM, JointEnergy
 from pyro_lvebm.model.posterior import Shape, as_problems, expand_events
+from pyro_lvebm.model.saving import Description, read_lvebm
