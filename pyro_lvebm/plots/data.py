@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 
 from pyro_lvebm.plots.canvas import axes_or_new, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) -> Axes:
@@ -25,6 +26,8 @@ def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) ->
     Returns:
         The axes.
     """
+    from matplotlib import colormaps
+
     n, height, width = images.shape
     num_rows = -(-n // num_columns)
     canvas = np.full((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1), np.nan)

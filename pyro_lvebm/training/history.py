@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.validation import warn_of_training
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WINDOW = 50
 """Steps over which numbers are averaged before they are called a symptom."""
@@ -70,6 +73,8 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, indexed by step."""
+        import pandas as pd
+
         frame = pd.DataFrame(self.rows, columns=None if self.rows else ["step"])
         return frame.astype({"step": int}).set_index("step")
 
@@ -108,6 +113,8 @@ def symptoms(rows: list[dict[str, float]], num_chains: dict[str, int]) -> dict[s
     Returns:
         A sentence for each symptom, by its name; none if all is well.
     """
+    import pandas as pd
+
     mean = {str(name): float(value) for name, value in pd.DataFrame(rows).mean().items()}
     found = {}
     for suffix, n in num_chains.items():

@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
@@ -41,6 +40,9 @@ from pyro_lvebm.training.penalties import Penalty, add_penalties
 from pyro_lvebm.training.step import ascend, pool_snapshot, unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion
 from pyro_lvebm.validation import check_at_least
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOG_Z_ERROR = 0.01
 """Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
