@@ -164,9 +164,9 @@ def _described(
         kind = type(part)
         raise ValueError(
             f"the {role} is a {kind.__module__}.{kind.__qualname__}, whose code a model file "
-            f"cannot hold; it holds {', '.join(k.__name__ for k in known)}. Save the state of a fit "
-            "by Saddle.save, or of the LVEBM by torch.save(ebm.state_dict(), path), and build the "
-            "LVEBM in code before it is loaded"
+            f"cannot hold; it holds {', '.join(k.__name__ for k in known)}. Save the state of a "
+            "fit by Saddle.save, or of the LVEBM by torch.save(ebm.state_dict(), path), and build "
+            "the LVEBM in code before it is loaded"
         )
     return {"class": type(part).__name__, "settings": describe(part)}
 

@@ -42,26 +42,38 @@ def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) ->
     return axes
 
 
-def plot_pair(axes: Axes, data: np.ndarray, draws: np.ndarray, title: str) -> Axes:
-    """Scatter the first two columns of data and model draws, or histograms of a single column.
+def plot_pair(
+    axes: Axes,
+    data: np.ndarray,
+    draws: np.ndarray,
+    title: str,
+    *,
+    columns: tuple[int, int] = (0, 1),
+    names: Sequence[str] | None = None,
+) -> Axes:
+    """Scatter two columns of data and model draws, or histograms of a single column.
 
     Args:
         axes: Where to draw.
-        data: Observations (N, D).
+        data: Observations (N, D), NaN where missing.
         draws: Model draws (M, D).
         title: Title of the panel.
+        columns: Which two columns; of one column, or one given twice, histograms are drawn.
+        names: Names of the D columns; `x[…]` if None.
 
     Returns:
         The axes.
     """
-    if data.shape[1] == 1:
-        _histograms(axes, [data[:, 0], draws[:, 0]])
-        axes.set_xlabel("x[0]")
+    i, j = columns
+    names = [f"x[{k}]" for k in range(data.shape[1])] if names is None else names
+    if data.shape[1] == 1 or i == j:
+        _histograms(axes, [rows[~np.isnan(rows[:, i]), i] for rows in (data, draws)])
+        axes.set_xlabel(names[i])
     else:
         for rows, label in ((data, "data"), (draws, "model")):
-            axes.scatter(rows[:, 0], rows[:, 1], s=4, alpha=0.5, label=label)
-        axes.set_xlabel("x[0]")
-        axes.set_ylabel("x[1]")
+            axes.scatter(rows[:, i], rows[:, j], s=4, alpha=0.5, label=label)
+        axes.set_xlabel(names[i])
+        axes.set_ylabel(names[j])
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     return axes

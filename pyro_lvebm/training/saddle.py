@@ -14,7 +14,6 @@ import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import trange
 
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
 from pyro_lvebm.guides import find_particles
@@ -37,6 +36,7 @@ from pyro_lvebm.training.checkpoint import SETTINGS, Parts, read_checkpoint, wri
 from pyro_lvebm.training.fit import BestSoFar, Schedule, check_fit, endless, half_cosine
 from pyro_lvebm.training.history import History
 from pyro_lvebm.training.penalties import Penalty, add_penalties
+from pyro_lvebm.training.progress import step_bar
 from pyro_lvebm.training.step import ascend, pool_snapshot, unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion
 from pyro_lvebm.validation import check_at_least
@@ -236,7 +236,7 @@ class Saddle(SVI):
             start = {p: p.detach().clone() for p in self.parameters()} | self.average.copy()
             best = BestSoFar(value, start, pool_snapshot(self.ebms))
         try:
-            with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
+            with step_bar(num_steps, progress, description) as bar:
                 for t in bar:
                     factor = schedule(t / num_steps)
                     losses.append(self.scaled_step(factor, min_kl, next(stream), kwargs))
