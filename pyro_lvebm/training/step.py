@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.linalg import LinAlgError
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites import PositivePairs, all_nodes
+from pyro_lvebm.training.optimiser import checked_step, optimiser_unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion, bounded_step, restore
 from pyro_lvebm.validation import DataError
 
@@ -52,8 +54,9 @@ def ascend(
         step: Number of this step, for messages.
 
     Raises:
-        ValueError: If the loss, a gradient or the update is NaN or infinite; parameters are then
-            back at the last values with a finite loss.
+        ValueError: If the loss, a gradient, the update or what the optimiser remembers of it is
+            NaN or infinite; parameters are then back at the last values with a finite loss, and
+            the optimiser is as before the step.
     """
     pairs, capture = PositivePairs(), poutine.trace(param_only=True)
     try:
@@ -63,7 +66,9 @@ def ascend(
         params = _params_met(capture.trace)
         check_finite(loss, params, last_good, step)
         positive = pairs.mean_energies()
-        before, halvings, kl, longer = bounded_step(optim, params, ebms, region, step)
+        with optimiser_unchanged_on_error(optim, params):
+            update = partial(checked_step, optim, step=step)
+            before, halvings, kl, longer = bounded_step(update, params, ebms, region, step)
     finally:
         zero_grads(_params_met(capture.trace))
     return Ascent(loss, positive, before, halvings, kl, longer)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of a Pyro optimiser, refused and undone where it leaves state that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.optim import is_scheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+_RATES = {"lr", "eta"}
+
+
+def torch_optimiser(part: Any) -> Optimizer:
+    """Return the optimiser of torch behind one parameter, which a scheduler may hold."""
+    inner: Optimizer = part.optimizer if is_scheduler(part) else part
+    return inner
+
+
+@contextmanager
+def optimiser_unchanged_on_error(optim: PyroOptim, params: list[Tensor]) -> Iterator[None]:
+    """Put the optimiser's state of these parameters back after an error.
+
+    Moments, counts and settings, such as a learning rate that decays in every step, are then as
+    they were, and optimisers that the step has created are gone.
+    """
+    put_back = _snapshot(optim, params)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+def _snapshot(optim: PyroOptim, params: list[Tensor]) -> Callable[[], None]:
+    parts = getattr(optim, "optim_objs", {})  # of any function that updates parameters, none
+    waiting = dict(getattr(optim, "_state_waiting_to_be_consumed", {}))
+    old = []
+    for p in params:
+        if p in parts:
+            inner = torch_optimiser(parts[p])
+            groups = [
+                {key: _copied(value) for key, value in group.items() if key != "params"}
+                for group in inner.param_groups
+            ]
+            old.append((inner, {q: _copied(state) for q, state in inner.state.items()}, groups))
+    new = [p for p in params if p not in parts]
+
+    def put_back() -> None:
+        for inner, state, groups in old:
+            inner.state.clear()
+            inner.state.update(state)
+            for group, settings in zip(inner.param_groups, groups, strict=True):
+                group.update(settings)
+        for p in new:
+            if parts.pop(p, None) is not None:
+                optim.grad_clip.pop(p, None)
+                optim._state_waiting_to_be_consumed = waiting
+
+    return put_back
+
+
+def _copied(value: Any) -> Any:
+    """Copy nested optimiser state: optimisers write into its tensors and dictionaries."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_copied(part) for part in value])
+    return value
+
+
+def checked_step(optim: PyroOptim, params: list[Tensor], *, step: int) -> None:
+    """Let the optimiser change parameters, and refuse what is left of it if that is not finite.
+
+    A second moment that is infinite makes all later updates exactly 0; one that is NaN makes them
+    NaN. No later gradient mends either.
+
+    Args:
+        optim: The optimiser.
+        params: Parameters with their gradients, changed in place.
+        step: Number of this step, for messages.
+
+    Raises:
+        ValueError: If its learning rate, or its state of a parameter, is NaN or infinite.
+    """
+    optim(params)
+    parts = getattr(optim, "optim_objs", {})
+    for inner in [torch_optimiser(parts[p]) for p in params if p in parts]:
+        for group in inner.param_groups:
+            for name in _RATES & group.keys():
+                if not _is_finite(group[name]):
+                    raise ValueError(
+                        f"the learning rate is {float(group[name])} at step {step}; expected a "
+                        "finite number. The step was undone; look at the settings and the "
+                        "schedule of the optimiser"
+                    )
+        for state in inner.state.values():
+            for name, value in state.items():
+                if not _is_finite(value):
+                    raise ValueError(
+                        f"step {step} made the '{name}' of {type(inner).__name__} NaN or "
+                        "infinite, from which no later update recovers; it was undone, in the "
+                        "optimiser too. Gradients are too large: look at penalties and data, or "
+                        "bound gradients as ClippedAdam does. An optimiser that came with such "
+                        "state must be replaced by a new one"
+                    )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(_is_finite(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(part) for part in value)
+    return not isinstance(value, float) or math.isfinite(value)
