@@ -47,7 +47,9 @@ class History:
         for name, ebm in ebms.items():
             suffix = f"@{name}" if num_chains else ""
             num_chains[suffix] = len(ebm.pool.log_weights)
-            statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
+            # A loss that replays a graph meets no pairs.
+            mean = {"positive_energy": positive[name]} if name in positive else {}
+            statistics = mean | pool_statistics(ebm)
             row = row | {f"{key}{suffix}": value for key, value in statistics.items()}
         self.record(step, **row)
         self._num_chains = num_chains

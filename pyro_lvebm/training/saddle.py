@@ -38,7 +38,7 @@ from pyro_lvebm.training.checkpoint import SETTINGS, Parts, read_checkpoint, wri
 from pyro_lvebm.training.fit import BestSoFar, Schedule, check_fit, endless, half_cosine
 from pyro_lvebm.training.history import History
 from pyro_lvebm.training.penalties import Penalty, add_penalties
-from pyro_lvebm.training.step import ascend, pool_snapshot, unchanged_on_error
+from pyro_lvebm.training.step import ascend, check_not_replayed, pool_snapshot, unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion
 from pyro_lvebm.validation import check_at_least
 
@@ -133,6 +133,8 @@ class Saddle(SVI):
         self.halvings = 0
         self.acceptance: dict[str, float] = {}
         self._anatomy: Anatomy | None = None
+        # The same two in every step: a loss that is traced knows them by their identity.
+        self._guarded = GivenRows()(guide), GivenRows()(model)
         self.recorder = History()
         self.last_good: dict[Tensor, Tensor] = {}  # of the parameters, should the next step fail
 
@@ -517,6 +519,7 @@ class Saddle(SVI):
     ) -> float:
         """Take a `step` whose update is multiplied by a factor, and lengthened as in `fit`."""
         anatomy = self.prepare(args, kwargs)
+        check_not_replayed(self.elbo, self.ebms, self.particles is not None)
         device = self.device(args, kwargs)
         region = TrustRegion(self.max_kl, min_kl, factor)
         with (
@@ -578,7 +581,7 @@ class Saddle(SVI):
         self, choices: dict[str, Node], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> float:
         """Run model and guide on the chosen minibatch; leave gradients of loss and penalties."""
-        guide, model = GivenRows()(self.guide), GivenRows()(self.model)
+        guide, model = self._guarded
         if choices:
             guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
         with SamePlates(), self._guide_noise(self.device(args, kwargs)):

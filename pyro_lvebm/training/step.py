@@ -12,6 +12,13 @@ from typing import NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+)
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -22,6 +29,26 @@ from pyro_lvebm.sites import PositivePairs, all_nodes
 from pyro_lvebm.training.optimiser import checked_step, optimiser_unchanged_on_error
 from pyro_lvebm.training.trust_region import TrustRegion, bounded_step, restore
 from pyro_lvebm.validation import DataError
+
+_REPLAYED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+def check_not_replayed(loss: ELBO, ebms: list[LVEBM], with_particles: bool) -> None:
+    """Refuse a loss that replays its first run where particles or pools are to move.
+
+    Raises:
+        ValueError: If the loss is one of Pyro's that `torch.jit.trace` compiles, and the guide
+            holds particles or an energy can change.
+    """
+    if not isinstance(loss, _REPLAYED) or not (with_particles or any(e.is_trained for e in ebms)):
+        return
+    name = type(loss).__name__
+    what = "particles" if with_particles else "the pool of negatives, as θ can change,"
+    raise ValueError(
+        f"{name} replays a graph of its first run, in which {what} would never move. Use "
+        f"{name.removeprefix('Jit')}, which runs the model in every step; {name} is for guides "
+        "without particles at frozen θ, ebm.requires_grad_(False)"
+    )
 
 
 class Ascent(NamedTuple):
