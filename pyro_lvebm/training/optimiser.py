@@ -46,10 +46,10 @@ def _snapshot(optim: PyroOptim, params: list[Tensor]) -> Callable[[], None]:
         if p in parts:
             inner = torch_optimiser(parts[p])
             groups = [
-                {key: _copied(value) for key, value in group.items() if key != "params"}
+                {key: copied(value) for key, value in group.items() if key != "params"}
                 for group in inner.param_groups
             ]
-            old.append((inner, {q: _copied(state) for q, state in inner.state.items()}, groups))
+            old.append((inner, {q: copied(state) for q, state in inner.state.items()}, groups))
     new = [p for p in params if p not in parts]
 
     def put_back() -> None:
@@ -66,14 +66,14 @@ def _snapshot(optim: PyroOptim, params: list[Tensor]) -> Callable[[], None]:
     return put_back
 
 
-def _copied(value: Any) -> Any:
-    """Copy nested optimiser state: optimisers write into its tensors and dictionaries."""
+def copied(value: Any) -> Any:
+    """Return a copy of nested optimiser state: optimisers write into its tensors."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: copied(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([_copied(part) for part in value])
+        return type(value)([copied(part) for part in value])
     return value
 
 
@@ -93,25 +93,35 @@ def checked_step(optim: PyroOptim, params: list[Tensor], *, step: int) -> None:
     """
     optim(params)
     parts = getattr(optim, "optim_objs", {})
-    for inner in [torch_optimiser(parts[p]) for p in params if p in parts]:
-        for group in inner.param_groups:
-            for name in _RATES & group.keys():
-                if not _is_finite(group[name]):
-                    raise ValueError(
-                        f"the learning rate is {float(group[name])} at step {step}; expected a "
-                        "finite number. The step was undone; look at the settings and the "
-                        "schedule of the optimiser"
-                    )
-        for state in inner.state.values():
-            for name, value in state.items():
-                if not _is_finite(value):
-                    raise ValueError(
-                        f"step {step} made the '{name}' of {type(inner).__name__} NaN or "
-                        "infinite, from which no later update recovers; it was undone, in the "
-                        "optimiser too. Gradients are too large: look at penalties and data, or "
-                        "bound gradients as ClippedAdam does. An optimiser that came with such "
-                        "state must be replaced by a new one"
-                    )
+    for p in params:
+        if p in parts:
+            check_state(torch_optimiser(parts[p]), step)
+
+
+def check_state(inner: Optimizer, step: int) -> None:
+    """Refuse a learning rate or state that is not finite.
+
+    Raises:
+        ValueError: If one is NaN or infinite.
+    """
+    for group in inner.param_groups:
+        for name in _RATES & group.keys():
+            if not _is_finite(group[name]):
+                raise ValueError(
+                    f"the learning rate is {float(group[name])} at step {step}; expected a finite "
+                    "number. The step was undone; look at the settings and the schedule of the "
+                    "optimiser"
+                )
+    for state in inner.state.values():
+        for name, value in state.items():
+            if not _is_finite(value):
+                raise ValueError(
+                    f"step {step} made the '{name}' of {type(inner).__name__} NaN or infinite, "
+                    "from which no later update recovers; it was undone, in the optimiser too. "
+                    "Gradients are too large: look at penalties and data, or bound gradients as "
+                    "ClippedAdam does. An optimiser that came with such state must be replaced by "
+                    "a new one"
+                )
 
 
 def _is_finite(value: Any) -> bool:

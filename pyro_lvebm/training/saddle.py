@@ -31,11 +31,17 @@ from pyro_lvebm.latents import (
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
 from pyro_lvebm.sampling import MALA, Kernel, RoughEnergyError
-from pyro_lvebm.sites import GivenRows, Node, SamePlates, at_minibatch, frozen
+from pyro_lvebm.sites import GivenRows, Node, SamePlates, announce, at_minibatch, frozen
 from pyro_lvebm.training.anatomy import Anatomy, inspect
 from pyro_lvebm.training.averaging import ParameterAverage, assign
-from pyro_lvebm.training.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
+from pyro_lvebm.training.checkpoint import (
+    Parts,
+    read_checkpoint,
+    store_unchanged_on_error,
+    write_checkpoint,
+)
 from pyro_lvebm.training.fit import BestSoFar, Schedule, check_fit, endless, half_cosine
+from pyro_lvebm.training.header import SETTINGS
 from pyro_lvebm.training.history import History
 from pyro_lvebm.training.penalties import Penalty, add_penalties
 from pyro_lvebm.training.step import ascend, check_not_replayed, pool_snapshot, unchanged_on_error
@@ -447,8 +453,8 @@ class Saddle(SVI):
             A Saddle whose next step is the one that the saved Saddle would have taken.
 
         Raises:
-            ValueError: If the file is unreadable, or does not fit the model and guide; these are
-                then unchanged.
+            ValueError: If the file is unreadable or damaged, or does not fit the model, the guide
+                or the optimiser; these, and Pyro's parameter store, are then unchanged.
         """
         checkpoint = read_checkpoint(Path(path))
         settings = checkpoint.settings
@@ -461,7 +467,11 @@ class Saddle(SVI):
             penalties=penalties,
             **{name: settings[name] for name in SETTINGS if name != "step_count"},
         )
-        checkpoint.restore(saddle._parts(saddle._learn(args, kwargs)))
+        with store_unchanged_on_error():
+            anatomy = saddle._learn(args, kwargs)
+            for site, ebm in anatomy.ebms.items():
+                announce(f"{site}_lvebm", ebm.f)  # an optimiser may have settings by name
+            checkpoint.restore(saddle._parts(anatomy))
         saddle.step_count = settings["step_count"]
         return saddle
 

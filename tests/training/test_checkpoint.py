@@ -34,7 +34,7 @@ from pyro_lvebm import (
     TemperedPool,
     lvebm,
 )
-from pyro_lvebm.training import checkpoint
+from pyro_lvebm.training import checkpoint, header
 
 pytestmark = pytest.mark.usefixtures("brief_settling")
 
@@ -500,8 +500,8 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 WITHOUT_ROWS = {
-    "format": checkpoint.FORMAT,
-    "settings": dict.fromkeys(checkpoint.SETTINGS, 1),
+    "format": header.FORMAT,
+    "settings": dict.fromkeys(header.SETTINGS, 1),
     "pools": [],
     "optim": {"__items__": []},
     "average": 1,
@@ -516,8 +516,8 @@ WITHOUT_ROWS = {
         json.dumps(WITHOUT_ROWS),
         json.dumps({**WITHOUT_ROWS, "average": "many"}),
         json.dumps({k: v for k, v in WITHOUT_ROWS.items() if k != "average"}),
-        json.dumps({"format": checkpoint.FORMAT}),
-        json.dumps({"format": checkpoint.FORMAT, "settings": {}, "pools": [], "optim": {"a": 1}}),
+        json.dumps({"format": header.FORMAT}),
+        json.dumps({"format": header.FORMAT, "settings": {}, "pools": [], "optim": {"a": 1}}),
     ],
 )
 def test_headers_of_another_shape_are_refused(header: str, tmp_path: Path) -> None:

@@ -110,5 +110,5 @@ def test_particles_cannot_move_in_a_graph_that_is_replayed() -> None:
     ebm.requires_grad_(False)
     guide = AutoParticles(model, 1)
     saddle = Saddle(model, guide, Adam({"lr": 0.01}), jitted(JitTrace_ELBO))
-    with pytest.raises(ValueError, match="in which particles would never move. Use Trace_ELBO"):
+    with pytest.raises(ValueError, match="in which particles would never move"):
         saddle.step(x)
