@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import torch
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _get_state_dict, _load_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_lvebm.model import LVEBM
@@ -26,6 +24,7 @@ from pyro_lvebm.training.averaging import ParameterAverage
 from pyro_lvebm.training.header import FORMAT, columns_of, integer, member, pools_of, settings_of
 from pyro_lvebm.training.header import text as text_of
 from pyro_lvebm.training.history import History
+from pyro_lvebm.training.replacing import replacing
 from pyro_lvebm.training.saved_optimiser import check_saved_state, kind_of
 
 
@@ -50,6 +49,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
 
     Raises:
         ValueError: If the optimiser holds state that is neither a tensor nor JSON.
+        OSError: If the file cannot be written; the old one is then there still.
     """
     modules, loose_params, ebms, optim, average, history = parts
     tensors = _targets(modules, loose_params)
@@ -87,15 +87,9 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
         text = json.dumps({**header, "sha256": _digest(header, tensors)})
     except TypeError as error:
         raise ValueError(f"the optimiser holds state that JSON cannot store: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"saddle": text})
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    contents = save(tensors, metadata={"saddle": text})
+    with replacing(path) as file:
+        file.write(contents)
 
 
 @dataclass(frozen=True)

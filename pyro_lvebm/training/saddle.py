@@ -411,11 +411,14 @@ class Saddle(SVI):
         """Write θ, particles, pools, optimiser and step count to one file.
 
         Tensors are stored as safetensors, everything else as JSON in its header. The file appears
-        whole or not at all; one that exists is replaced.
+        whole or not at all; one that exists is replaced, and keeps its mode. A symbolic link
+        stays one.
 
         Raises:
             ValueError: If no step has been taken yet, or the optimiser holds state that is
                 neither tensor nor JSON.
+            OSError: If the file cannot be written, as on a full disk; the old one is then there
+                still.
         """
         if self._anatomy is None:
             raise ValueError("nothing to save: take a step first")
