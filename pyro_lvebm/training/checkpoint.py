@@ -21,10 +21,18 @@ from torch import Tensor, nn
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.training.averaging import ParameterAverage
+from pyro_lvebm.training.course import Course
 from pyro_lvebm.training.header import FORMAT, columns_of, integer, member, pools_of, settings_of
 from pyro_lvebm.training.header import text as text_of
 from pyro_lvebm.training.history import History
 from pyro_lvebm.training.replacing import replacing
+from pyro_lvebm.training.saved_course import (
+    PREFIX,
+    check_course,
+    course_from,
+    course_state,
+    targets_of,
+)
 from pyro_lvebm.training.saved_optimiser import check_saved_state, kind_of
 
 
@@ -37,6 +45,7 @@ class Parts(NamedTuple):
     optim: PyroOptim
     average: ParameterAverage
     history: History
+    course: Course | None
 
 
 def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None:
@@ -51,7 +60,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
         ValueError: If the optimiser holds state that is neither a tensor nor JSON.
         OSError: If the file cannot be written; the old one is then there still.
     """
-    modules, loose_params, ebms, optim, average, history = parts
+    modules, loose_params, ebms, optim, average, history, course = parts
     tensors = _targets(modules, loose_params)
     # Keyed by our own names: those of Pyro's store are lost when someone clears it.
     keys = {id(value): key for key, value in tensors.items()}
@@ -61,6 +70,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
         if id(param) in keys
     }
     columns, rows = history.state()
+    fit, best = (None, {}) if course is None else course_state(course, ebms, keys)
     header = {
         "format": FORMAT,
         "settings": settings,
@@ -77,9 +87,11 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
         "optimiser": kind_of(optim),
         "average": average.count,
         "history": columns,
+        "fit": fit,
     }
     kept = {p: value for p, value in average.values.items() if id(p) in keys}
     tensors |= {f"average/{keys[id(p)]}": value for p, value in kept.items()}
+    tensors |= best
     tensors["history"] = rows
     # safetensors refuses tensors that share memory, so every tensor is written as its own copy.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -102,17 +114,18 @@ class Checkpoint:
     optimiser: str  # class of torch's optimisers; empty where the file does not say
     average_count: int
     history_columns: list[str]
+    fit: dict[str, Any] | None
     tensors: dict[str, Tensor]
 
-    def restore(self, parts: Parts) -> None:
-        """Copy the saved state into the parts of a Saddle.
+    def restore(self, parts: Parts) -> Course | None:
+        """Copy the saved state into the parts of a Saddle; return the fit that it was in.
 
         Raises:
             ValueError: If names, shapes, types or bases differ, the optimiser is another, or a
                 tensor is not finite; nothing is changed then.
         """
         self._check(parts)
-        modules, loose_params, ebms, optim, average, history = parts
+        modules, loose_params, ebms, optim, average, history, _ = parts
         targets = _targets(modules, loose_params)
         with torch.no_grad():
             for key, target in targets.items():
@@ -134,6 +147,7 @@ class Checkpoint:
             for k, v in _named("average/", self.tensors).items()
         }
         history.load(self.history_columns, self.tensors["history"])
+        return course_from(self.fit, self.tensors, targets, ebms)
 
     def _check(self, parts: Parts) -> None:
         """Refuse parts that the saved state does not fit, before any of them is changed."""
@@ -160,11 +174,23 @@ class Checkpoint:
             if str(ebm.base_x.support) != pool["support"]
         ]
         if not problems:
-            problems = self._unusable(targets, parts.optim)
+            problems = self._of_fit(targets, parts.ebms) or self._unusable(targets, parts.optim)
         if problems:
             raise ValueError(
                 "the checkpoint does not fit this model and guide: " + "; ".join(sorted(problems))
             )
+
+    def _of_fit(self, targets: dict[str, Tensor], ebms: list[LVEBM]) -> list[str]:
+        """Say what is wrong with the fit that the file was written in."""
+        saved = {k: v for k, v in self.tensors.items() if k.startswith(PREFIX)}
+        wanted = targets_of(self.fit, targets, ebms, saved.keys())
+        found = [f"'{k}' is not in the file" for k in wanted.keys() - saved.keys()]
+        found += [f"'{k}' is only in the file" for k in saved.keys() - wanted.keys()]
+        for key in wanted.keys() & saved.keys():
+            found += _differences(key, wanted[key], saved[key])
+            if not _finite_where(saved[key], wanted[key]):
+                found.append(f"'{key}' is NaN or infinite in the file")
+        return found
 
     def _unusable(self, targets: dict[str, Tensor], optim: PyroOptim) -> list[str]:
         """Say what training could not go on from, where names and shapes are right."""
@@ -190,7 +216,7 @@ class Checkpoint:
         return bool(rest) and int(self.tensors.get(f"{pool}/pool.refreshes", 1)) == 0
 
 
-_BESIDE = ("optim/", "average/", "history")
+_BESIDE = ("optim/", "average/", "history", PREFIX)
 
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -268,6 +294,7 @@ def _contents(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         for name in (key, f"average/{key}"):
             if name in tensors and not _finite_where(tensors[name], torch.zeros(())):
                 raise ValueError(f"'{name}' is NaN or infinite")
+    fit = check_course(header.get("fit"))
     average = integer(member(header, "average"), "the count of the average", 0)
     optimiser = text_of(header.get("optimiser", ""), "the class of the optimiser")
     # Files from before they had one lack the digest.
@@ -275,7 +302,7 @@ def _contents(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         written = {key: value for key, value in header.items() if key != "sha256"}
         if _digest(written, tensors) != header["sha256"]:
             raise ValueError("it is damaged, its SHA-256 is another than when it was written")
-    return Checkpoint(settings, pools, optim, optimiser, average, columns, tensors)
+    return Checkpoint(settings, pools, optim, optimiser, average, columns, fit, tensors)
 
 
 @contextmanager

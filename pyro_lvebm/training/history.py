@@ -35,7 +35,7 @@ class History:
     def record_step(
         self, step: int, row: dict[str, float], positive: dict[str, float], ebms: dict[str, LVEBM]
     ) -> None:
-        """Record a training step, and warn where the last rows say that something is wrong.
+        """Record a training step.
 
         Args:
             step: Number of steps so far.
@@ -53,6 +53,9 @@ class History:
             row = row | {f"{key}{suffix}": value for key, value in statistics.items()}
         self.record(step, **row)
         self._num_chains = num_chains
+
+    def look_now_and_then(self, step: int) -> None:
+        """Warn where the last rows say that something is wrong, once in a window of steps."""
         if step % WINDOW == 0:
             self.look(step)
 
@@ -74,6 +77,10 @@ class History:
         """Return all rows, indexed by step."""
         frame = pd.DataFrame(self.rows, columns=None if self.rows else ["step"])
         return frame.astype({"step": int}).set_index("step")
+
+    def losses(self, since: int) -> list[float]:
+        """Return the losses of the steps after this one."""
+        return [row["loss"] for row in self.rows if row["step"] > since and "loss" in row]
 
     def state(self) -> tuple[list[str], Tensor]:
         """Return column names and values (rows, columns), for a file."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,22 +22,12 @@ def torch_optimiser(part: Any) -> Optimizer:
     return inner
 
 
-@contextmanager
-def optimiser_unchanged_on_error(optim: PyroOptim, params: list[Tensor]) -> Iterator[None]:
-    """Put the optimiser's state of these parameters back after an error.
+def optimiser_snapshot(optim: PyroOptim, params: list[Tensor]) -> Callable[[], None]:
+    """Return an action that puts the optimiser's state of these parameters back.
 
     Moments, counts and settings, such as a learning rate that decays in every step, are then as
-    they were, and optimisers that the step has created are gone.
+    they are now, and optimisers that a step has created are gone.
     """
-    put_back = _snapshot(optim, params)
-    try:
-        yield
-    except BaseException:
-        put_back()
-        raise
-
-
-def _snapshot(optim: PyroOptim, params: list[Tensor]) -> Callable[[], None]:
     parts = getattr(optim, "optim_objs", {})  # of any function that updates parameters, none
     waiting = dict(getattr(optim, "_state_waiting_to_be_consumed", {}))
     old = []

@@ -40,7 +40,8 @@ from pyro_lvebm.training.checkpoint import (
     store_unchanged_on_error,
     write_checkpoint,
 )
-from pyro_lvebm.training.fit import BestSoFar, Schedule, check_fit, endless, half_cosine
+from pyro_lvebm.training.course import BestSoFar, Course, course_of
+from pyro_lvebm.training.fit import Schedule, check_fit, endless, factor_of, half_cosine, noted
 from pyro_lvebm.training.header import SETTINGS
 from pyro_lvebm.training.history import History
 from pyro_lvebm.training.penalties import Penalty, add_penalties
@@ -143,6 +144,7 @@ class Saddle(SVI):
         self._guarded = GivenRows()(guide), GivenRows()(model)
         self.recorder = History()
         self.last_good: dict[Tensor, Tensor] = {}  # of the parameters, should the next step fail
+        self._course: Course | None = None  # of the last fit, if it can go on
 
     @property
     def ebms(self) -> list[LVEBM]:
@@ -189,6 +191,9 @@ class Saddle(SVI):
         held_out: tuple[Any, ...] | None = None,
         patience: int | None = None,
         evaluate_every: int = 100,
+        checkpoint: str | Path | None = None,
+        every: int = 100,
+        resume: bool = False,
         progress: bool = True,
         description: str = "Saddle",
         **kwargs: Any,
@@ -217,55 +222,122 @@ class Saddle(SVI):
                 those of the training data. A plate needs as many rows as it subsamples: use
                 `subsample_size=min(256, len(x))`.
             patience: Stop after this many evaluations without a better one. None takes all steps.
-                A loaded `Saddle` that fits on starts a new schedule, and its patience anew.
+                A loaded `Saddle` that fits on starts a new schedule, and its patience anew, unless
+                it resumes.
             evaluate_every: Steps from one evaluation to the next.
+            checkpoint: A file to `save` to every so many steps, at an interrupt from the keyboard,
+                and at the end, with how far the fit is. A process that is killed loses one
+                interval at most.
+            every: Steps from one such save to the next.
+            resume: Go on with the fit of the file that this `Saddle` was loaded from, to the same
+                `num_steps` and with the same other arguments: steps, averages and losses are to
+                the bit those of a fit that was never broken off, if `batches` are the same again (a
+                `DataLoader` that shuffles is not, unless its sampler has a seed). Where the fit
+                had ended nothing is done; a new `Saddle` starts at the beginning.
             progress: Show a progress bar with the loss, and with log Z and ESS of the pool.
             description: Name on the progress bar.
             kwargs: Keyword arguments of the model and the guide.
 
         Returns:
-            The loss of every step.
+            The loss of every step, also of those before it was broken off.
 
         Raises:
             ValueError: As in `step` and `log_evidence`; if a number is out of range, `patience`
                 is given without `held_out`, or `batches` beside other arguments; if `batches`
-                end early or are not tuples or lists of arguments.
+                end early or are not tuples or lists of arguments; if the schedule gives a factor
+                that is negative or not finite; if there is no fit to resume, or it had other
+                arguments.
+            OSError: If the checkpoint cannot be written.
+
+        Example:
+            >>> import pyro, torch
+            >>> from pathlib import Path
+            >>> from tempfile import mkdtemp
+            >>> from pyro.optim import Adam
+            >>> from pyro_lvebm import LVEBM, AutoParticles, QuadraticEnergy, Saddle, lvebm
+            >>> file = Path(mkdtemp()) / "run"
+            >>> def fit(x):
+            ...     pyro.clear_param_store()
+            ...     ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1)
+            ...     def model(x):
+            ...         with pyro.plate("data", len(x)):
+            ...             lvebm("scene", ebm, obs=x)
+            ...     parts = model, AutoParticles(model), Adam({"lr": 0.01})
+            ...     saddle = Saddle.load(file, *parts, x) if file.exists() else Saddle(*parts)
+            ...     settings = {"checkpoint": file, "every": 2, "resume": True, "progress": False}
+            ...     return saddle.fit(x, num_steps=3, **settings)
+            >>> x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+            >>> fit(x) == fit(x)  # the second one finds that all is done
+            True
         """
-        check_fit(args, num_steps, batches, min_kl, held_out, patience, evaluate_every)
+        check_fit(args, num_steps, batches, min_kl, held_out, patience, evaluate_every, every)
+        settings = {
+            "num_steps": num_steps,
+            "evaluate_every": evaluate_every,
+            "patience": patience,
+            "min_kl": min_kl,
+            "held_out": held_out is not None,
+        }
+        course = self._course = course_of(self._course, resume, self.step_count, settings)
+        losses = self.recorder.losses(since=course.start)
+        if course.ended is not None:
+            return losses
+        done = self.step_count - course.start
         stream = itertools.repeat(args) if batches is None else endless(batches)
         args = next(stream)
-        stream = itertools.chain([args], stream)
-        losses: list[float] = []
-        best: BestSoFar | None = None
-        if held_out is not None:
+        stream = itertools.islice(itertools.chain([args], stream), done, None)
+        if held_out is not None and course.best is None:
             value = self._evaluate(held_out, args, kwargs)
             start = {p: p.detach().clone() for p in self.parameters()} | self.average.copy()
-            best = BestSoFar(value, start, pool_snapshot(self.ebms))
+            pools = pool_snapshot(self.ebms)
+            course.best = BestSoFar(value, start, pools, evaluated=self.step_count)
+
+        def look() -> None:
+            if held_out is not None and course.best is not None and course.is_due(self.step_count):
+                value = self._evaluate(held_out, args, kwargs)
+                course.best.offer(value, self.average, self.ebms, self.step_count)
+
         try:
-            with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
+            look()  # the fit may have been broken off between a step and its evaluation
+            with trange(
+                done,
+                num_steps,
+                initial=done,
+                total=num_steps,
+                disable=not progress,
+                desc=description,
+                unit="step",
+            ) as bar:
                 for t in bar:
-                    factor = schedule(t / num_steps)
+                    if course.is_stuck():
+                        break
+                    factor = factor_of(schedule, t / num_steps)
                     losses.append(self.scaled_step(factor, min_kl, next(stream), kwargs))
                     if progress and t % 10 == 0:
                         bar.set_postfix(self._status(losses), refresh=False)
-                    if best is None or held_out is None:
-                        continue
-                    if (t + 1) % evaluate_every and t + 1 < num_steps:
-                        continue
-                    value = self._evaluate(held_out, args, kwargs)
-                    best.offer(value, self.average, self.ebms)
-                    if patience is not None and best.misses >= patience:
-                        break
+                    look()
+                    if checkpoint is not None and (t + 1) % every == 0 and t + 1 < num_steps:
+                        self.save(checkpoint)
+            if checkpoint is not None:
+                self.save(checkpoint)
         except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if interrupted and checkpoint is not None and self.step_count > course.start:
+                with noted(error):
+                    self.save(checkpoint)
             # Averages of a fit that diverged are worse than what the failed step went back to.
-            if losses and (best is not None or isinstance(error, KeyboardInterrupt)):
-                self._end_at_averages(best)
-                which = "their averages" if best is None else "the averages that were best"
+            if losses and (course.best is not None or interrupted):
+                self._end_at_averages(course.best)
+                self._course = None
+                which = "their averages" if course.best is None else "the averages that were best"
                 error.add_note(f"fit: after {len(losses)} steps, parameters now have {which}")
             raise
-        self._end_at_averages(best)
+        self._end_at_averages(course.best)
         _settle_at_averages(self.ebms, LOG_Z_ERROR)
+        course.best, course.ended = None, self.step_count
         self.recorder.look(self.step_count)
+        if checkpoint is not None:
+            self.save(checkpoint)
         return losses
 
     def _end_at_averages(self, best: BestSoFar | None) -> None:
@@ -474,7 +546,7 @@ class Saddle(SVI):
             anatomy = saddle._learn(args, kwargs)
             for site, ebm in anatomy.ebms.items():
                 announce(f"{site}_lvebm", ebm.f)  # an optimiser may have settings by name
-            checkpoint.restore(saddle._parts(anatomy))
+            saddle._course = checkpoint.restore(saddle._parts(anatomy))
         saddle.step_count = settings["step_count"]
         return saddle
 
@@ -486,6 +558,7 @@ class Saddle(SVI):
             self.optim,
             self.average,
             self.recorder,
+            self._course,
         )
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -546,16 +619,30 @@ class Saddle(SVI):
                 return self._loss_and_grads(choices, args, kwargs)
 
             ascent = ascend(
-                loss_and_grads, self.optim, self.ebms, region, self.last_good, self.step_count
+                loss_and_grads, self.optim, self.ebms, region, self.last_good, self.step_count, undo
             )
-        self.average.update(list(ascent.before))
-        self.last_good, self.halvings = ascent.before, ascent.halvings
-        self.step_count += 1
-        row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
-        row["lengthening"] = ascent.lengthening
-        row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
-        self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
+            undo.append(self._records_snapshot())
+            self.average.update(list(ascent.before))
+            self.last_good, self.halvings = ascent.before, ascent.halvings
+            self.step_count += 1
+            row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
+            row["lengthening"] = ascent.lengthening
+            row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
+            self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
+        self.recorder.look_now_and_then(self.step_count)
         return ascent.loss
+
+    def _records_snapshot(self) -> Callable[[], None]:
+        """Return an action that puts back what a step leaves beside parameters, should it break."""
+        average, count = self.average.values, self.average.count
+        last_good, step_count, num_rows = self.last_good, self.step_count, len(self.recorder.rows)
+
+        def put_back() -> None:
+            self.average.values, self.average.count = average, count
+            self.last_good, self.step_count = last_good, step_count
+            del self.recorder.rows[num_rows:]
+
+        return put_back
 
     def _positive_phase(
         self,

@@ -26,7 +26,7 @@ from torch.linalg import LinAlgError
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites import PositivePairs, all_nodes
-from pyro_lvebm.training.optimiser import checked_step, optimiser_unchanged_on_error
+from pyro_lvebm.training.optimiser import checked_step, optimiser_snapshot
 from pyro_lvebm.training.trust_region import TrustRegion, bounded_step, restore
 from pyro_lvebm.validation import DataError
 
@@ -69,6 +69,7 @@ def ascend(
     region: TrustRegion,
     last_good: dict[Tensor, Tensor],
     step: int,
+    undo: list[Callable[[], None]],
 ) -> Ascent:
     """Take one optimiser step on all parameters that a loss meets.
 
@@ -79,6 +80,7 @@ def ascend(
         region: How far the update may and should move the LVEBMs.
         last_good: For each parameter, the last value whose loss was finite.
         step: Number of this step, for messages.
+        undo: Takes actions that put parameters and optimiser back, should what follows fail.
 
     Raises:
         ValueError: If the loss, a gradient, the update or what the optimiser remembers of it is
@@ -93,9 +95,10 @@ def ascend(
         params = _params_met(capture.trace)
         check_finite(loss, params, last_good, step)
         positive = pairs.mean_energies()
-        with optimiser_unchanged_on_error(optim, params):
-            update = partial(checked_step, optim, step=step)
-            before, halvings, kl, longer = bounded_step(update, params, ebms, region, step)
+        undo.append(optimiser_snapshot(optim, params))
+        update = partial(checked_step, optim, step=step)
+        before, halvings, kl, longer = bounded_step(update, params, ebms, region, step)
+        undo.append(partial(restore, list(before.keys()), list(before.values())))
     finally:
         zero_grads(_params_met(capture.trace))
     return Ascent(loss, positive, before, halvings, kl, longer)

@@ -355,8 +355,22 @@ def survives(fresh: Fresh, path: Path, content: bytes, seed: int) -> bool:
     return True
 
 
+def write_in_a_fit(path: Path) -> None:
+    """A file of a fit that was interrupted, with what was best so far."""
+
+    def schedule(progress: float) -> float:
+        if progress > 0.5:
+            raise KeyboardInterrupt
+        return 1.0
+
+    saddle, _, _, x = make("ExponentialLR")
+    options: dict[str, Any] = {"held_out": (x[:4],), "patience": 3, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        saddle.fit(x, num_steps=3, schedule=schedule, checkpoint=path, **options)
+
+
 def survivors(tmp_path: Path, seeds: range) -> int:
-    write(tmp_path / "run", "ExponentialLR")
+    write_in_a_fit(tmp_path / "run")
     content = (tmp_path / "run").read_bytes()
     fresh, taken = Fresh("ExponentialLR"), 0
     for seed in seeds:
