@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _RATES = {"lr", "eta"}
+
+
+def check_needs_no_closure(optim: PyroOptim) -> None:
+    """Refuse an optimiser that evaluates the loss again in its step, as LBFGS does.
+
+    Raises:
+        ValueError: If the step of the optimiser cannot be called without a closure.
+    """
+    kind = getattr(optim, "pt_optim_constructor", None)
+    if not isinstance(kind, type) or not issubclass(kind, Optimizer):
+        return
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{kind.__name__} needs a closure, which evaluates the loss several times in one step. "
+            "Here each evaluation moves particles and pools, so two of them are not of one "
+            "function, and no line search can compare them. Use Adam or ClippedAdam"
+        )
 
 
 def torch_optimiser(part: Any) -> Optimizer:

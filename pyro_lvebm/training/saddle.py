@@ -32,7 +32,7 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
 from pyro_lvebm.sampling import MALA, Kernel, RoughEnergyError
 from pyro_lvebm.sites import GivenRows, Node, SamePlates, announce, at_minibatch, frozen
-from pyro_lvebm.training.anatomy import Anatomy, inspect
+from pyro_lvebm.training.anatomy import Anatomy, check_precision, inspect
 from pyro_lvebm.training.averaging import ParameterAverage, assign
 from pyro_lvebm.training.checkpoint import (
     Parts,
@@ -44,8 +44,15 @@ from pyro_lvebm.training.course import BestSoFar, Course, course_of
 from pyro_lvebm.training.fit import Schedule, check_fit, endless, factor_of, half_cosine, noted
 from pyro_lvebm.training.header import SETTINGS
 from pyro_lvebm.training.history import History
+from pyro_lvebm.training.optimiser import check_needs_no_closure
 from pyro_lvebm.training.penalties import Penalty, add_penalties
-from pyro_lvebm.training.step import ascend, check_not_replayed, pool_snapshot, unchanged_on_error
+from pyro_lvebm.training.step import (
+    ascend,
+    check_not_replayed,
+    pool_snapshot,
+    records_snapshot,
+    unchanged_on_error,
+)
 from pyro_lvebm.training.trust_region import TrustRegion
 from pyro_lvebm.validation import check_at_least
 
@@ -85,7 +92,8 @@ class Saddle(SVI):
         seed: Fixes every random number.
 
     Raises:
-        ValueError: If the guide holds more than one `AutoParticles`, or a number is out of range.
+        ValueError: If the guide holds more than one `AutoParticles`, a number is out of range, or
+            the optimiser needs a closure, as LBFGS does.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447;
@@ -125,6 +133,7 @@ class Saddle(SVI):
         check_at_least(1, num_moves=num_moves)
         if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl must be positive; got {max_kl}")
+        check_needs_no_closure(optim)
         self.particles = find_particles(guide)
         self._own_loss = loss is None
         if loss is None:
@@ -248,27 +257,6 @@ class Saddle(SVI):
                 that is negative or not finite; if there is no fit to resume, or it had other
                 arguments.
             OSError: If the checkpoint cannot be written.
-
-        Example:
-            >>> import pyro, torch
-            >>> from pathlib import Path
-            >>> from tempfile import mkdtemp
-            >>> from pyro.optim import Adam
-            >>> from pyro_lvebm import LVEBM, AutoParticles, QuadraticEnergy, Saddle, lvebm
-            >>> file = Path(mkdtemp()) / "run"
-            >>> def fit(x):
-            ...     pyro.clear_param_store()
-            ...     ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1)
-            ...     def model(x):
-            ...         with pyro.plate("data", len(x)):
-            ...             lvebm("scene", ebm, obs=x)
-            ...     parts = model, AutoParticles(model), Adam({"lr": 0.01})
-            ...     saddle = Saddle.load(file, *parts, x) if file.exists() else Saddle(*parts)
-            ...     settings = {"checkpoint": file, "every": 2, "resume": True, "progress": False}
-            ...     return saddle.fit(x, num_steps=3, **settings)
-            >>> x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
-            >>> fit(x) == fit(x)  # the second one finds that all is done
-            True
         """
         check_fit(args, num_steps, batches, min_kl, held_out, patience, evaluate_every, every)
         settings = {
@@ -589,7 +577,9 @@ class Saddle(SVI):
         """Learn the parts once, and leave the pools alone."""
         if self._anatomy is None:
             with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
-                self._anatomy = inspect(Program(self.model, args, kwargs), self.guide)
+                anatomy = inspect(Program(self.model, args, kwargs), self.guide)
+            check_precision(anatomy.ebms, anatomy.loose_params, self.guide)
+            self._anatomy = anatomy
             if self._own_loss:
                 # Spares Pyro a guess, which would run model and guide once more and log a message.
                 extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
@@ -621,7 +611,7 @@ class Saddle(SVI):
             ascent = ascend(
                 loss_and_grads, self.optim, self.ebms, region, self.last_good, self.step_count, undo
             )
-            undo.append(self._records_snapshot())
+            undo.append(records_snapshot(self))
             self.average.update(list(ascent.before))
             self.last_good, self.halvings = ascent.before, ascent.halvings
             self.step_count += 1
@@ -631,18 +621,6 @@ class Saddle(SVI):
             self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
         self.recorder.look_now_and_then(self.step_count)
         return ascent.loss
-
-    def _records_snapshot(self) -> Callable[[], None]:
-        """Return an action that puts back what a step leaves beside parameters, should it break."""
-        average, count = self.average.values, self.average.count
-        last_good, step_count, num_rows = self.last_good, self.step_count, len(self.recorder.rows)
-
-        def put_back() -> None:
-            self.average.values, self.average.count = average, count
-            self.last_good, self.step_count = last_good, step_count
-            del self.recorder.rows[num_rows:]
-
-        return put_back
 
     def _positive_phase(
         self,

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from pyro import poutine
@@ -26,6 +26,8 @@ from torch.linalg import LinAlgError
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites import PositivePairs, all_nodes
+from pyro_lvebm.training.averaging import ParameterAverage
+from pyro_lvebm.training.history import History
 from pyro_lvebm.training.optimiser import checked_step, optimiser_snapshot
 from pyro_lvebm.training.trust_region import TrustRegion, bounded_step, restore
 from pyro_lvebm.validation import DataError
@@ -161,6 +163,29 @@ def pool_snapshot(ebms: list[LVEBM]) -> Callable[[], None]:
     def put_back() -> None:
         for put_pool_back in snapshots:
             put_pool_back()
+
+    return put_back
+
+
+class Records(Protocol):
+    """What a `Saddle` keeps of its steps beside parameters, particles and pools."""
+
+    average: ParameterAverage
+    last_good: dict[Tensor, Tensor]
+    step_count: int
+    recorder: History
+
+
+def records_snapshot(saddle: Records) -> Callable[[], None]:
+    """Return an action that puts averages, counts and history back to where they are now."""
+    average, count = saddle.average.values, saddle.average.count
+    last_good, step_count = saddle.last_good, saddle.step_count
+    num_rows = len(saddle.recorder.rows)
+
+    def put_back() -> None:
+        saddle.average.values, saddle.average.count = average, count
+        saddle.last_good, saddle.step_count = last_good, step_count
+        del saddle.recorder.rows[num_rows:]
 
     return put_back
 

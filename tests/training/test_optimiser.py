@@ -20,9 +20,10 @@ from pyro.optim import (
     PyroOptim,
     RMSprop,
 )
+from small_models import data_of, plate_model, quadratic_ebm
 from torch import Tensor
 
-from pyro_lvebm import Saddle
+from pyro_lvebm import AutoParticles, Saddle
 from pyro_lvebm.training.optimiser import torch_optimiser
 
 HUGE = 1e25  # its square is beyond the largest number of single precision
@@ -127,3 +128,44 @@ def test_a_learning_rate_that_is_not_finite_is_named(rate: float) -> None:
         part.param_groups[0]["lr"] = 0.01
         assert part.state_dict()["state"][0]["step"] == 1.0
     assert math.isfinite(saddle.step())
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+@pytest.mark.parametrize("optim", [Adam, ClippedAdam])
+def test_a_first_step_at_a_rate_that_is_not_finite_changes_nothing(optim: Any, rate: float) -> None:
+    saddle = Saddle(slopes_model([1.0]), lambda: None, optim({"lr": rate}))
+    with pytest.raises(ValueError, match=rf"(?i)learning rate(:| is) {rate}"):
+        saddle.step()
+    assert pyro.param("a").tolist() == [1.0, 1.0] and not saddle.optim.optim_objs
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, NeedsClosure])
+def test_optimisers_that_need_a_closure_are_refused_at_the_door(kind: Any) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs a closure"):
+        Saddle(slopes_model([1.0]), lambda: None, PyroOptim(kind, {"lr": 0.1}))
+    scheduled = {"optimizer": kind, "optim_args": {"lr": 0.1}, "gamma": 0.9}
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs a closure"):
+        Saddle(slopes_model([1.0]), lambda: None, ExponentialLR(scheduled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_by_name(dtype: torch.dtype) -> None:
+    def model() -> None:
+        pyro.factor("on_a", -(pyro.param("a", torch.ones(2, dtype=dtype)) ** 2).sum())
+
+    saddle = Saddle(model, lambda: None, Adam({"lr": 0.01}))
+    with pytest.raises(ValueError, match=f"parameter 'a' has type {dtype}.*Train in float32"):
+        saddle.step()
+    assert pyro.param("a").tolist() == [1.0, 1.0]
+    ebm = quadratic_ebm()
+    x = data_of(ebm, 8).to(dtype)
+    ebm.to(dtype)
+    model_of_rows = plate_model(ebm)
+    saddle = Saddle(model_of_rows, AutoParticles(model_of_rows, 1), Adam({"lr": 0.01}))
+    with pytest.raises(ValueError, match=f"the energy of 'scene' has type {dtype}"):
+        saddle.step(x)
