@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 _PATIENCE = 5
 """Evaluations of the validation rows without a better one before a fit stops."""
 
+_EVERY = 50
+"""Steps from one checkpoint to the next."""
+
 PHASES = {
     "base": 2.0,
     "fit": 40.0,
@@ -77,6 +81,7 @@ def run_job(
     *,
     transforms: Sequence[Mapping[str, Any]] = (),
     digits: DigitsData | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> JobResult:
     """Fit an LVEBM, compare particles with guides at the same θ, evaluate, and write all of it.
@@ -92,13 +97,14 @@ def run_job(
         settings: What to fit.
         transforms: What was done to the data before, for the model file.
         digits: The data set, if the rows are its images; chooses the figure.
+        resume: Go on with the fit in `model.safetensors`, if there is one.
         progress: Say how far it is.
 
     Returns:
         The fitted Saddle, the ELBO table, the held-out evidence and the baselines.
 
     Raises:
-        ValueError: If the data or settings cannot be used.
+        ValueError: If the data or settings cannot be used, or are not those of the fit to resume.
     """
     train, test = data.train.values, data.held_out.values
     if len(test) < 2:
@@ -126,12 +132,26 @@ def run_job(
     pyro.clear_param_store()
     with said.phase("fit", bars=True):
         guide = AutoParticles(model, settings.num_particles)
-        saddle = Saddle(model, guide, Adam({"lr": settings.learning_rate}), seed=seed)
-        saddle.fit(x, num_steps=settings.num_steps, progress=progress, **stopping)
-    with out.writing("model.safetensors") as path:
-        saddle.save(path)
-    folder = out.folder("model")
-    ebm.save(folder, columns=names, transforms=transforms, overwrite=out.force)
+        optim = Adam({"lr": settings.learning_rate})
+        saved = out.file("model.safetensors", keep=resume)
+        if resume and saved.exists():
+            saddle = _loaded(saved, model, guide, optim, x, ebm)
+        else:
+            saddle = Saddle(model, guide, optim, seed=seed)
+        try:
+            saddle.fit(
+                x,
+                num_steps=settings.num_steps,
+                checkpoint=saved,
+                every=_EVERY,
+                resume=resume,
+                progress=progress,
+                **stopping,
+            )
+        finally:  # a fit that is interrupted leaves a model to use, too
+            if saddle.step_count:
+                folder = out.folder("model")
+                ebm.save(folder, columns=names, transforms=transforms, overwrite=True)
 
     summary = _head(data, saddle, settings, transforms)
     with said.phase("held-out evidence"):
@@ -178,6 +198,24 @@ def run_job(
             posterior.to_netcdf(str(path))
     _write_summary(out, summary, said)
     return JobResult(saddle, table, evidence, baselines, said.seconds, notes)
+
+
+def _loaded(
+    path: Path, model: Model, guide: AutoParticles, optim: Adam, x: Tensor, ebm: LVEBM
+) -> Saddle:
+    """Return the Saddle of a file, which must be of these data."""
+    before = [value.clone() for value in ebm.base_x.buffers()]
+    other = (
+        f"{path} is a fit of other data or settings, or of another split; --resume takes the same "
+        "command as before, and --force starts anew"
+    )
+    try:
+        saddle = Saddle.load(path, model, guide, optim, x)
+    except ValueError as error:
+        raise ValueError(f"{other} ({error})") from error
+    if not all(map(torch.equal, before, ebm.base_x.buffers())):
+        raise ValueError(other)
+    return saddle
 
 
 def choose_dtype(values: np.ndarray, names: Sequence[str]) -> tuple[torch.dtype, tuple[str, ...]]:

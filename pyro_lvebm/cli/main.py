@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,11 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 name, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)"
             )
+        command.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with the fit in the output folder, by the same command",
+        )
         _add_common(command)
     for name, what in (
         ("score", "log p(x) of the rows of a table under a saved model"),
@@ -190,17 +196,50 @@ def _separator(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input is reported on standard error with exit status 2."""
+    """Run a command and return its exit status.
+
+    Bad input is reported on standard error with 2. An interrupt from the keyboard ends with 130
+    and SIGTERM with 143, after what is fitted so far has been saved.
+    """
     args = build_parser().parse_args(argv)
     try:
-        if args.command in ("fit", "demo"):
-            print(_fit(args))
-        else:
-            _use(args)
+        with _terminable():
+            if args.command in ("fit", "demo"):
+                print(_fit(args))
+            else:
+                _use(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        saved = args.command in ("fit", "demo") and (args.out / "model.safetensors").exists()
+        how = f"the fit so far is in {args.out}/, and --resume goes on" if saved else "nothing kept"
+        print(f"interrupted: {how}", file=sys.stderr)
+        return 143 if isinstance(error, _Terminated) else 130
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a fit as an interrupt from the keyboard does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `_Terminated` at SIGTERM inside the block, where signals can be handled."""
+    import signal
+    import threading
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fit(args: argparse.Namespace) -> str:
@@ -222,13 +261,14 @@ def _fit(args: argparse.Namespace) -> str:
         table = _read(args)
         table, transforms = _prepared(table, args)
         data = split_table(table, args.held_out, args.validation, args.seed)
-    out = OutputFolder(args.out, list(OUTPUTS), force=args.force)
+    out = OutputFolder(args.out, list(OUTPUTS), force=args.force, resume=args.resume)
     result = run_job(
         data,
         out,
         settings,
         transforms=transforms,
         digits=digits,
+        resume=args.resume,
         progress=not args.quiet,
     )
     return _report(result, args.out)

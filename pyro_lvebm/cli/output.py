@@ -18,25 +18,40 @@ class OutputFolder:
         names: What will be written there.
         force: Whether results of another run are replaced. A link among them is replaced itself,
             and not what it points to.
+        resume: Whether these results are those of the run that goes on, and so replaced.
 
     Raises:
         ValueError: If the path is a file, or holds one of the names and `force` is not given.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], *, force: bool = False) -> None:
-        self.path, self.force = path, force
+    def __init__(
+        self, path: Path, names: Sequence[str], *, force: bool = False, resume: bool = False
+    ) -> None:
+        self.path = path
         if os.path.lexists(path) and not path.is_dir():
             raise ValueError(f"{path} is not a folder; give another --out")
         taken = [name for name in names if os.path.lexists(path / name)]
-        if taken and not force:
+        if taken and not (force or resume):
             raise ValueError(
-                f"{path} holds {', '.join(taken)} already; --force replaces them, or give another "
-                "--out"
+                f"{path} holds {', '.join(taken)} already; --resume goes on, --force replaces "
+                "them, or give another --out"
             )
 
     def make(self) -> None:
         """Make the folder, so that a fit does not end at a place that cannot be written to."""
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def file(self, name: str, *, keep: bool) -> Path:
+        """Return the path of a file that is written more than once, and is no link to elsewhere.
+
+        Args:
+            name: Its name.
+            keep: Whether what is there already stays.
+        """
+        found = self.path / name
+        if os.path.lexists(found) and (found.is_symlink() or not keep):
+            found.unlink()
+        return found
 
     def folder(self, name: str) -> Path:
         """Return a folder inside, which is no link to elsewhere.

@@ -21,6 +21,7 @@ from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.imputation import impute
 from pyro_lvebm.model.posterior import Posterior, Shape
 from pyro_lvebm.model.saving import read_lvebm, write_lvebm
+from pyro_lvebm.model.tracing import check_not_traced
 from pyro_lvebm.pools import ContextPool, Pool, TemperedPool
 from pyro_lvebm.rng import Stream, derive_seed
 from pyro_lvebm.validation import check_at_least, check_data
@@ -287,7 +288,12 @@ class LVEBM(Density):
         Args:
             context: Contexts (*b, *context_shape) of a minibatch, in a conditional LVEBM. What is
                 returned is then the mean of log Z(c) over contexts, the same for all data.
+
+        Raises:
+            ValueError: If θ can change and the caller is being traced or compiled.
         """
+        if self.is_trained:
+            check_not_traced()
         if not torch.is_grad_enabled() or not self.is_trained:
             return self.pool.log_partition
         self.follow(context)

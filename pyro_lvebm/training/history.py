@@ -38,7 +38,7 @@ class History:
     def record_step(
         self, step: int, row: dict[str, float], positive: dict[str, float], ebms: dict[str, LVEBM]
     ) -> None:
-        """Record a training step, and warn where the last rows say that something is wrong.
+        """Record a training step.
 
         Args:
             step: Number of steps so far.
@@ -50,10 +50,15 @@ class History:
         for name, ebm in ebms.items():
             suffix = f"@{name}" if num_chains else ""
             num_chains[suffix] = len(ebm.pool.log_weights)
-            statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
+            # A loss that replays a graph meets no pairs.
+            mean = {"positive_energy": positive[name]} if name in positive else {}
+            statistics = mean | pool_statistics(ebm)
             row = row | {f"{key}{suffix}": value for key, value in statistics.items()}
         self.record(step, **row)
         self._num_chains = num_chains
+
+    def look_now_and_then(self, step: int) -> None:
+        """Warn where the last rows say that something is wrong, once in a window of steps."""
         if step % WINDOW == 0:
             self.look(step)
 
@@ -77,6 +82,10 @@ class History:
 
         frame = pd.DataFrame(self.rows, columns=None if self.rows else ["step"])
         return frame.astype({"step": int}).set_index("step")
+
+    def losses(self, since: int) -> list[float]:
+        """Return the losses of the steps after this one."""
+        return [row["loss"] for row in self.rows if row["step"] > since and "loss" in row]
 
     def state(self) -> tuple[list[str], Tensor]:
         """Return column names and values (rows, columns), for a file."""

@@ -14,8 +14,8 @@ _EVERY = 5.0
 _LINE = "{desc}: {n_fmt}/{total_fmt} steps, {elapsed} so far, {remaining} left{postfix}\n"
 
 
-def step_bar(num_steps: int, progress: bool, description: str) -> Any:
-    """Return the steps 0, …, num_steps − 1 as a `tqdm` iterator, which says how far it is.
+def step_bar(num_steps: int, progress: bool, description: str, done: int = 0) -> Any:
+    """Return the steps done, …, num_steps − 1 as a `tqdm` iterator, which says how far it is.
 
     Where standard error is no terminal, as in the log of a batch job, it prints a line every few
     seconds, for a bar would fill the log.
@@ -23,4 +23,13 @@ def step_bar(num_steps: int, progress: bool, description: str) -> Any:
     options: dict[str, Any] = {}
     if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
         options = {"bar_format": _LINE, "mininterval": _EVERY, "maxinterval": 2.0 * _EVERY}
-    return trange(num_steps, disable=not progress, desc=description, unit="step", **options)
+    return trange(
+        done,
+        num_steps,
+        initial=done,
+        total=num_steps,
+        disable=not progress,
+        desc=description,
+        unit="step",
+        **options,
+    )

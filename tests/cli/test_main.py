@@ -6,7 +6,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -365,7 +367,10 @@ def test_the_same_command_gives_the_same_numbers(
     (tmp_path / "notes.txt").write_text("kept")
     short = ("--z-dim", "1", "--steps", "30", "--guide-steps", "10", "--seed", "3")
     refused = run("fit", data, *short, out=tmp_path)
-    assert refused.status == 2 and "holds summary.json already; --force" in refused.stderr
+    assert (
+        refused.status == 2
+        and "holds summary.json already; --resume goes on, --force" in refused.stderr
+    )
     (tmp_path / "rows.csv").symlink_to(tmp_path / "notes.txt")
     again = run("fit", data, *short, "--validation", "0", "--force", out=tmp_path)
     assert again.status == 0
@@ -424,6 +429,57 @@ def test_the_base_is_that_of_the_training_rows_alone(
     rows, _ = split(read_observations(data), 0.2, 3)
     train, _ = split(rows, 0.1, 3, Stream.VALIDATION_SPLIT)
     assert len(seen) == 1 and torch.equal(seen[0], torch.as_tensor(train, dtype=torch.float32))
+
+
+# --- interrupts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_a_fit_that_goes_on(
+    fitted: Run, data: Path, tmp_path: Path, quick: None, sent: int, status: int
+) -> None:
+    """To the bit as if it had never been broken off, and of use before."""
+    step, before = job.Saddle.scaled_step, signal.getsignal(signal.SIGTERM)
+
+    def stopped(self: Saddle, *args: Any) -> float:
+        if self.step_count == 12:
+            os.kill(os.getpid(), sent)
+        return step(self, *args)
+
+    short = ("--z-dim", "1", "--steps", "30", "--guide-steps", "10", "--seed", "3", "--quiet")
+    options = ("fit", data, *short, "--validation", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.Saddle, "scaled_step", stopped)
+        broken = run(*options, out=tmp_path)
+    assert broken.status == status and broken.stdout == ""
+    assert broken.stderr == f"interrupted: the fit so far is in {tmp_path}/, and --resume goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "model"}
+    drawn = run("sample", tmp_path, "--rows", "9", "--quiet", out=tmp_path / "draws.csv")
+    assert drawn.status == 0 and len(pd.read_csv(tmp_path / "draws.csv")) == 9
+    again = run(*options, out=tmp_path)
+    assert again.status == 2 and "--resume goes on" in again.stderr
+    other = run("fit", data, *short, "--validation", "0", "--seed", "4", "--resume", out=tmp_path)
+    assert other.status == 2 and "a fit of other data or settings" in other.stderr
+    if sent == signal.SIGTERM:
+        return
+    resumed = run(*options, "--resume", out=tmp_path)
+    assert resumed.status == 0 and resumed.stderr == ""
+    assert resumed.summary["steps"] == 30
+    for key in ("held_out_log_evidence", "log_partition", "baselines"):
+        assert resumed.summary[key] == fitted.summary[key]
+    pd.testing.assert_frame_equal(resumed.rows, fitted.rows, check_exact=True)
+
+
+def test_an_interrupt_before_the_fit_keeps_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.LVEBM, "from_data", stop)
+    broken = run("fit", data, "--quiet", out=tmp_path / "out")
+    assert broken.status == 130 and broken.stderr == "interrupted: nothing kept\n"
 
 
 # --- demo -----------------------------------------------------------------------------------
