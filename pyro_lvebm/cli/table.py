@@ -154,6 +154,8 @@ def _from_text(path: Path, frame: Frame) -> Table:
     text, encoding = _text(path, frame)
     sep = frame.sep
     assert sep is not None
+    if sep == " ":  # as many as there are
+        text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     lines = text.splitlines()
     first = _first_cells(path, text, sep)
     header = _is_header(first, frame) if frame.header is None else frame.header
@@ -468,6 +470,9 @@ def _hint(body: np.ndarray, sep: str, others: list[str], decimal: str) -> str:
             f"{_SEPARATORS[split].capitalize()} seem to separate columns: give --sep {split!r}"
             + (" --decimal ','" if also else "")
         )
+    spaced = (cell.split() for cell in sample)
+    if any(len(parts) > 1 and all(_is_number(p, decimal) for p in parts) for parts in spaced):
+        return "Spaces seem to separate columns: give --sep ' '"
     return "Commas seem to mark decimals: give --decimal ','" if comma else ""
 
 

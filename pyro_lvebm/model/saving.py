@@ -146,14 +146,10 @@ def write_lvebm(
 
 def _replace(path: Path, write: Callable[[str], Any]) -> None:
     """Write a file whole or not at all, in the place of a link rather than where it points."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = str(Path(folder) / path.name)
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _described(

@@ -353,6 +353,17 @@ def test_the_frame_can_be_told(tmp_path: Path) -> None:
         read_table(path, Frame(header=True, drop=("z",)))
     np.save(tmp_path / "x.npy", NOISE)
     assert read_table(tmp_path / "x.npy", Frame(drop=("2",))).names == ("x[0]",)
+    path.write_text("a b\n 1.5   2\n2.5 3\n")
+    with pytest.raises(ValueError, match="Spaces seem to separate columns: give --sep ' '"):
+        read_table(path)
+    assert read_table(path, Frame(sep=" ")).values.tolist() == [[1.5, 2.0], [2.5, 3.0]]
+    path.write_text("date,flag,a\n2020-01-01,True,1.5\n2020-01-02,False,2\n")
+    with pytest.raises(ValueError, match=r"\(date\) holds '2020-01-01'.*--index date"):
+        read_table(path)
+    with pytest.raises(ValueError, match=r"\(flag\) holds 'True'.*--drop flag"):
+        read_table(path, Frame(index="date"))
+    table = read_table(path, Frame(index="date", drop=("flag",)))
+    assert table.names == ("a",) and table.labels == ("2020-01-01", "2020-01-02")
     with pytest.raises(ValueError, match="must differ"):
         Frame(sep=",", decimal=",")
 
