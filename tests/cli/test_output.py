@@ -21,7 +21,7 @@ from pyro_lvebm.training.progress import step_bar
 def test_taken_names_are_refused_together(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("old")
     (tmp_path / "b").symlink_to(tmp_path / "nowhere")  # a broken link is there, too
-    with pytest.raises(ValueError, match=r"holds a\.csv, b already; --force replaces them"):
+    with pytest.raises(ValueError, match=r"holds a\.csv, b already; --resume goes on"):
         OutputFolder(tmp_path, ["a.csv", "b", "c"])
     OutputFolder(tmp_path, ["c"])
     with pytest.raises(ValueError, match="is not a folder"):
