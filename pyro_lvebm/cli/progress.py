@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
+_TOLD = 0.1
+"""Share of a job that must be done before its time tells of the rest."""
+
 
 class Progress:
     """Phases of a job, said on standard error as they begin and every few seconds.
@@ -64,7 +67,7 @@ class Progress:
         """Return the seconds that are still to come in a phase that has taken `spent`, or None."""
         over = sum(self.seconds.values())
         share = sum(self.shares[known] for known in self.seconds)
-        if not over or not share:
+        if not over or share < _TOLD * sum(self.shares.values()):
             return None
         names = list(self.shares)
         later = sum(self.shares[after] for after in names[names.index(name) + 1 :])

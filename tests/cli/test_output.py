@@ -70,6 +70,9 @@ def test_progress_says_phase_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -
         "[3/3] export, about 17 s left in all",
     ]
     assert progress.seconds == {"base": 20.0, "fit": 20.0, "export": 20.0}
+    progress = Progress({"base": 2.0, "fit": 60.0}, stream=stream)
+    progress.seconds = {"base": 10.0}
+    assert progress.left("fit", 1.0) is None  # too little is done to tell
     progress = Progress({"base": 10.0, "fit": 60.0}, stream=stream)
     progress.seconds = {"base": 10.0}
     assert progress.left("fit", 20.0) == 40.0 and progress.left("fit", 100.0) == 10.0
