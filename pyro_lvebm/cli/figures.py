@@ -199,7 +199,7 @@ def _draw_results(panels: Sequence[Axes], results: Results) -> None:
             values[k], position[place], xerr=2 * errors[k], fmt="o", capsize=3, color=color
         )
     labels = [names[k].replace(", ", ",\n").replace(" (not", "\n(not") for k in order]
-    comparison.set_yticks(position, labels, fontsize=8)
+    comparison.set_yticks(position, labels, fontsize=7)
     comparison.set_ylim(-0.6, len(names) - 0.4)
     comparison.locator_params(axis="x", nbins=5)
     comparison.set_xlabel("log p(x), nats per datum, ± 2 se")
