@@ -24,7 +24,7 @@ ARVIZ1_PIP := $(ARVIZ1_VENV)/bin/python -m pip --disable-pip-version-check
 ARVIZ1_TESTS = $(shell grep -rlE 'arviz|plot' tests --include='test_*.py') \
 	tests/whole/test_tutorials.py::test_tutorial_runs[posterior_analysis]
 
-.PHONY: help setup setup-arviz1 test test-all test-arviz1 coverage mutants demo lint docs clean
+.PHONY: help setup setup-arviz1 test test-all test-faults test-arviz1 coverage mutants demo lint docs clean
 .PHONY: bench bench-training bench-calibration bench-tightness bench-modes
 
 help: ## List the targets.
@@ -68,6 +68,11 @@ coverage: setup ## Run the tests with line and branch coverage.
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules $(PYTEST_SELECT) \
 		--cov=pyro_lvebm --cov-branch --cov-report=term $(PYTEST_ARGS) pyro_lvebm tests
+
+test-faults: setup ## Load 5,000 damaged checkpoints, and kill 20 fits.
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS) \
+		tests/training/test_checkpoint_faults.py tests/training/test_resume.py
 
 mutants: setup ## Check that the tests notice deliberate faults; ONLY=pattern for some.
 	@$(BIN)/python -W ignore -c 'import arviz'

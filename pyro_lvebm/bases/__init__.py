@@ -7,3 +7,4 @@ from pyro_lvebm.bases.joint import JointBase
 from pyro_lvebm.bases.mixture import MixtureBase
 from pyro_lvebm.bases.pairs import PairSupport
 from pyro_lvebm.bases.supports import Support
+from pyro_lvebm.bases.units import moments, unit_rows

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_lvebm.bases.fitting import condition
 from pyro_lvebm.bases.gaussian import GaussianBase
+from pyro_lvebm.bases.units import power_of_two
 
 
 def observed_entries(x: Tensor, observed: Tensor | None, x_shape: torch.Size) -> Tensor:
@@ -67,13 +68,17 @@ class Completion:
         filled = torch.where(observed, x, self.support.centre(x))
         flat = self.support.unconstrain(filled).reshape(*batch, -1)
         self.observed = observed.reshape(*batch, -1)
-        centred = torch.where(self.observed, flat - base.loc, 0.0).double()
-        shift, root = condition(torch.cholesky_inverse(base.tril.double()), centred, self.observed)
-        self.mean = base.loc + shift.to(x.dtype)
-        self.root = root.to(x.dtype)  # R
+        # In units of which the precision is about 1: it has their inverse squares.
+        tril = base.tril.double()
+        unit = power_of_two(tril.diagonal())
+        centred = torch.where(self.observed, flat - base.loc, 0.0).double() / unit
+        precision = torch.cholesky_inverse(tril / unit[:, None])
+        shift, root = condition(precision, centred, self.observed)
+        self.mean = base.loc + (shift * unit).to(x.dtype)
+        self.root = (root / unit[:, None]).to(x.dtype)  # R
         eye = torch.eye(self.dim).to(root).expand_as(root)
         inverse = torch.linalg.solve_triangular(root, eye, upper=False)
-        self.inverse_root = inverse.to(x.dtype)  # R⁻¹
+        self.inverse_root = (inverse * unit).to(x.dtype)  # R⁻¹
         centre = self.support.constrain(self.mean.reshape(x.shape))
         self.x = torch.where(observed, x, centre)
         self.y = torch.where(self.observed, flat, self.mean).reshape(x.shape)

@@ -15,6 +15,7 @@ from torch.distributions.transforms import ComposeTransform
 
 from pyro_lvebm.bases.fitting import cross_validated_shrinkage, fit_incomplete
 from pyro_lvebm.bases.supports import Support
+from pyro_lvebm.bases.units import invert_tril, moments, power_of_two
 from pyro_lvebm.sampling import STANDARD_NORMAL, Base
 
 
@@ -62,11 +63,17 @@ class GaussianBase(nn.Module):
         positive = flat if self.diagonal else flat.diagonal()
         if not (torch.isfinite(flat).all() and torch.isfinite(loc).all() and (positive > 0).all()):
             raise ValueError("loc and scale must be finite, and scales positive")
+        inverse = _invert(flat.detach(), self.diagonal)
+        if not torch.isfinite(inverse).all():
+            raise ValueError(
+                f"a scale of {float(positive.min()):.3g} has no inverse in {flat.dtype}; give x in "
+                "float64, or in a smaller unit"
+            )
         if not self.diagonal and not torch.equal(flat, flat.tril()):
             raise ValueError("a scale of shape (d, d) must be lower triangular: a Cholesky factor")
         self.register_buffer("loc", loc.detach().reshape(-1).clone())
         self.register_buffer("scale", flat.detach().clone())
-        self.register_buffer("inverse_scale", _invert(flat.detach(), self.diagonal))
+        self.register_buffer("inverse_scale", inverse)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianBase:
         super()._apply(fn, recurse)
@@ -113,7 +120,8 @@ class GaussianBase(nn.Module):
             if len(base.event_shape) != 1:
                 raise ValueError(f"{expected}; got event shape {tuple(base.event_shape)}")
             return cls(loc, core.scale_tril)
-        return cls(loc, base.stddev.expand(base.event_shape))
+        # The stddev of an Independent is the root of a square, which may be 0 or infinite.
+        return cls(loc, core.stddev.expand(base.event_shape))
 
     @classmethod
     def from_bounded(cls, base: object, role: str) -> GaussianBase:
@@ -149,7 +157,7 @@ class GaussianBase(nn.Module):
         y = gaussian.unwhiten(w)
         x = ComposeTransform(core.transforms)(y)
         fits = y.shape[1:] == support.unconstrained_shape
-        if not fits or not torch.allclose(support.constrain(y), x):
+        if not fits or not _agree(support.constrain(y), x):
             raise ValueError(
                 f"{role} has support {support}, but its transform is not the one that biject_to "
                 "gives for it, in which Pyro's algorithms move x. Use biject_to(support) (torch "
@@ -188,13 +196,14 @@ class GaussianBase(nn.Module):
                 f"a full-covariance base for {d} dimensions needs more than {d} rows; got {n}. "
                 "Give more rows, or a base with standard deviations only"
             )
-        loc = flat.nanmean(0)
-        std = (flat - loc).square().nanmean(0).sqrt()
-        constant = torch.nonzero(~(std > 1e-12 * (1.0 + loc.abs()))).flatten().tolist()
-        if constant:
+        loc, std, constant = moments(flat)
+        if constant.any():
             raise ValueError(
-                f"columns {constant} of {name} are constant or never seen; remove them"
+                f"columns {torch.nonzero(constant).flatten().tolist()} of {name} are constant but "
+                "for rounding, or never seen; remove them, or subtract what they have in common"
             )
+        unit = power_of_two(std)
+        flat, loc, std = flat / unit, loc / unit, std / unit
         complete = not flat.isnan().any()
         if complete:
             cov = (flat - loc).T @ (flat - loc) / n
@@ -210,9 +219,16 @@ class GaussianBase(nn.Module):
         if complete:
             a = cross_validated_shrinkage((flat - loc) / std)
             correlation = torch.lerp(correlation, torch.eye(d).to(correlation), a)
-        scale = std[:, None] * torch.linalg.cholesky(correlation)
-        loc = loc.reshape(support.unconstrained_shape)
-        return cls(loc.to(x.dtype), scale.to(x.dtype), support)
+        scale = (unit * std)[:, None] * torch.linalg.cholesky(correlation)
+        loc = (unit * loc).reshape(support.unconstrained_shape).to(x.dtype)
+        scale = scale.to(x.dtype)
+        lost = torch.nonzero(scale.diagonal() < torch.finfo(x.dtype).tiny).flatten().tolist()
+        if lost:
+            raise ValueError(
+                f"columns {lost} of {name} vary by less than {x.dtype} can hold; give x in "
+                "float64, or in a smaller unit"
+            )
+        return cls(loc, scale, support)
 
     @property
     def num_components(self) -> int:
@@ -292,7 +308,10 @@ class GaussianBase(nn.Module):
 def _invert(scale: Tensor, diagonal: bool) -> Tensor:
     if diagonal:
         return scale.reciprocal()
-    wide = scale.to(torch.float64)
-    identity = torch.eye(len(wide), dtype=torch.float64, device=wide.device)
-    inverse: Tensor = torch.linalg.solve_triangular(wide, identity, upper=False)
-    return inverse.to(scale.dtype)
+    return invert_tril(scale.to(torch.float64)).to(scale.dtype)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether rows (2, *event_shape) agree, in units of the larger of each entry."""
+    size = torch.maximum(a.abs(), b.abs()).amax(0)
+    return bool(((a - b).abs() <= 1e-5 * size).all())

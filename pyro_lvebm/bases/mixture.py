@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.bases.mixture_fitting import fit_incomplete_mixture, fit_mixture
 from pyro_lvebm.bases.supports import Support
+from pyro_lvebm.bases.units import power_of_two
 from pyro_lvebm.validation import as_data
 
 
@@ -105,7 +106,9 @@ class MixtureBase(GaussianBase):
         y = wide.support.unconstrain(x.detach().to(torch.float64))
         if not y.isnan().any():
             return cls(base, *fit_mixture(wide.whiten_unconstrained(y)))
-        return cls(base, *fit_incomplete_mixture(y.flatten(1) - wide.loc, wide.tril))
+        unit = power_of_two(wide.tril.diagonal())
+        centred = (y.flatten(1) - wide.loc) / unit
+        return cls(base, *fit_incomplete_mixture(centred, wide.tril / unit[:, None]))
 
     @property
     def num_components(self) -> int:
@@ -137,7 +140,8 @@ class MixtureBase(GaussianBase):
         k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         xi = torch.empty(n, self.dim, dtype=like.dtype, device=like.device)
         xi.normal_(generator=generator)
-        w = self.means[k] + torch.einsum("nij,nj->ni", self.trils[k], xi)
+        # A new pool is of single precision until it has its place.
+        w = self.means[k] + torch.einsum("nij,nj->ni", self.trils[k], xi.to(self.trils))
         return w.reshape(shape)
 
     def distribution(self) -> dist.TorchDistribution:

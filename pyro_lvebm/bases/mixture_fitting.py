@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import KFold
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pyro_lvebm.bases.fitting import condition
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
 
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of components that are tried, in this order until two in a row are no better."""
@@ -134,6 +133,9 @@ def _fill_in(
 
 def choose_size(w: Tensor) -> tuple[int, float]:
     """Return number of components and added variance of the best mixture of rows (N, d)."""
+    from sklearn.model_selection import KFold
+    from threadpoolctl import threadpool_limits
+
     rows = w.cpu().numpy()
     seed = derive_seed(0, Stream.MIXTURE_BASE) % 2**32
     if len(rows) > _MAX_ROWS:
@@ -174,6 +176,9 @@ def _held_out(
 
 def _fit(rows: np.ndarray, size: int, added: float, starts: int) -> GaussianMixture | None:
     """Fit by expectation maximisation; None where there are too few rows or a fit breaks down."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     if size * 2 > len(rows):
         return None
     model = GaussianMixture(

@@ -1,42 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Observations: read from files, split, and moved from integer levels to the real line."""
+"""Observations: as an array, split, and moved from integer levels to the real line."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-from scipy.special import expit, logit
-from sklearn.datasets import load_digits
 
+from pyro_lvebm.cli.repeats import check_repeats
+from pyro_lvebm.cli.table import Table, read_table
 from pyro_lvebm.rng import Stream, derive_seed
 
 SQUEEZE = 0.05
 """λ of the logit transform. It keeps |y| below 2.95, so that noise on empty pixels has no tails."""
 
-# What people write for a missing value, in lower case. Beside a number they mark a row of data.
-_MISSING = frozenset({"", "-", "?", "n/a", "na", "nan", "none", "null"})
-
 
 def read_observations(path: Path) -> np.ndarray:
-    """Read a table of finite numbers, one row an observation.
+    """Read a table of numbers, one row an observation, as an array.
 
-    A `.csv` has commas between columns and may have a header. The first row is a header unless it
-    holds nothing but numbers and marks of missing values, such as `NA`. A `.npy` holds one array,
-    and a `.npz` one array or one named `x`. Nothing in a file is executed.
+    It is what `read_table` reads without being told anything of the frame: a header and a column
+    that labels rows are left out, and missing cells are NaN.
 
     Args:
-        path: A file whose name ends in `.csv`, `.npy` or `.npz`.
+        path: A file whose name ends in `.csv`, `.tsv`, `.npy` or `.npz`.
 
     Returns:
-        The observations (N, D) as float64, N and D at least 1.
+        The observations (N, D) as float64, N and D at least 1, NaN where missing.
 
     Raises:
-        ValueError: If the file is missing or damaged, or is no such table. The message names the
-            file and the offending row and column, shape, type or count.
+        ValueError: As `read_table`.
+
+    Warns:
+        UserWarning: If values of a column, or whole rows, repeat, with the names of the columns.
 
     Example:
         >>> import tempfile
@@ -47,117 +45,9 @@ def read_observations(path: Path) -> np.ndarray:
         array([[1. , 2. ],
                [3. , 4.5]])
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".npy", ".npz"):
-        raise ValueError(f"{path}: cannot read the suffix {suffix!r}; expected .csv, .npy or .npz")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a .csv, .npy or .npz file")
-    return _read_csv(path) if suffix == ".csv" else _read_numpy(path)
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    try:
-        # Text, because pandas would turn ragged rows and marks such as "NA" into NaN unasked.
-        frame = pd.read_csv(
-            path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-        )
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"{path}: the file is empty; expected rows of numbers") from None
-    except pd.errors.ParserError as error:
-        raise ValueError(
-            f"{path}: not a table: {str(error).strip()}. Every row must have as many cells as the "
-            "first"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    cells = [[str(cell) for cell in row] for row in frame.to_numpy(dtype=object)]
-    header = int(_is_header(cells[0]))
-    if len(cells) == header:
-        raise ValueError(f"{path}: a header and no rows; expected at least one row of numbers")
-    values = np.array([[_number(cell) for cell in row] for row in cells[header:]], dtype=np.float64)
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, column = (int(i) for i in bad[0])
-        cell = cells[row + header][column]
-        found = f"holds {cell[:40]!r}" if cell.strip() else "is empty, or its row is too short"
-        raise ValueError(
-            f"{path}: the cell in row {row + header + 1}, column {column + 1} {found}; expected a "
-            f"finite number. {len(bad)} of {values.size} cells are not. (Rows are counted from 1, "
-            "with the header and without blank lines; commas separate columns.) Remove or impute "
-            "those rows"
-        )
-    return values
-
-
-def _is_header(row: list[str]) -> bool:
-    """Say whether a first row names columns: it has text that does not mark a missing value."""
-    numeric = [_is_number(cell) for cell in row]
-    missing = [cell.strip().lower() in _MISSING for cell in row]
-    is_data = any(numeric) and all(n or m for n, m in zip(numeric, missing, strict=True))
-    return not is_data
-
-
-def _is_number(cell: str) -> bool:
-    # Python reads "2020_01" as 202001, which in a table is a label.
-    if "_" in cell:
-        return False
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _number(cell: str) -> float:
-    """Return the number in a cell, and NaN where it holds none."""
-    return float(cell) if _is_number(cell) else math.nan
-
-
-def _read_numpy(path: Path) -> np.ndarray:
-    try:
-        # Opened here, because NumPy leaves a damaged archive open.
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.lib.npyio.NpzFile):
-                names = list(loaded.files)
-                name = "x" if "x" in names else names[0] if len(names) == 1 else None
-                array = None if name is None else loaded[name]
-            else:
-                names, array = [], loaded
-    # A damaged or foreign file raises a dozen types, from zlib's to the parser's.
-    except Exception as error:
-        raise ValueError(
-            f"{path}: cannot be read as NumPy data: {error}. Expected a numeric array written by "
-            "numpy.save or numpy.savez; pickled objects are not read"
-        ) from error
-    if array is None:
-        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise ValueError(
-            f"{path}: holds {len(names)} arrays ({listed}); expected one, or one named x"
-        )
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        found = f"type {array.dtype}" if isinstance(array, np.ndarray) else "no array"
-        raise ValueError(f"{path}: has {found}; expected real or integer numbers")
-    if array.ndim != 2:
-        hint = ". For one column, save array.reshape(-1, 1)" if array.ndim == 1 else ""
-        raise ValueError(
-            f"{path}: has shape {array.shape}; expected (N, D), one row an observation{hint}"
-        )
-    if array.size == 0:
-        raise ValueError(f"{path}: is empty: shape {array.shape}; expected at least one value")
-    # An extended float may be too large for float64; it then becomes infinite, and is reported.
-    with np.errstate(over="ignore"):
-        values = array.astype(np.float64)
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, column = (int(i) for i in bad[0])
-        raise ValueError(
-            f"{path}: {len(bad)} of {values.size} values are NaN or infinite, first at row {row}, "
-            f"column {column} (counted from 0); expected finite numbers. Remove or impute them"
-        )
-    return values
+    table = read_table(path)
+    check_repeats(table, allow=True)
+    return table.values
 
 
 def split(
@@ -232,6 +122,8 @@ def dequantise_logit(x: np.ndarray, num_levels: int, seed: int) -> np.ndarray:
         array([[0., 3.],
                [1., 2.]])
     """
+    from scipy.special import logit
+
     _check_num_levels(num_levels)
     if x.dtype.kind not in "fiu":
         raise ValueError(f"x has type {x.dtype}; expected integers 0 to {num_levels - 1}")
@@ -266,6 +158,8 @@ def logit_to_levels(y: np.ndarray, num_levels: int) -> np.ndarray:
         >>> logit_to_levels(np.array([-40.0, 0.0, 40.0]), num_levels=4)
         array([0., 2., 4.])
     """
+    from scipy.special import expit
+
     _check_num_levels(num_levels)
     u = (expit(y) - SQUEEZE) / (1.0 - 2.0 * SQUEEZE)
     return np.asarray(num_levels * np.clip(u, 0.0, 1.0), dtype=np.float64)
@@ -274,6 +168,65 @@ def logit_to_levels(y: np.ndarray, num_levels: int) -> np.ndarray:
 def _check_num_levels(num_levels: int) -> None:
     if num_levels < 2:
         raise ValueError(f"num_levels is {num_levels}; expected at least 2")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A table, and which of its rows are for what.
+
+    Attributes:
+        table: All rows.
+        train_rows: Places of the training rows.
+        held_out_rows: Places of the rows for evaluation.
+        validation_rows: Places of the rows that decide when to stop; None for none.
+    """
+
+    table: Table
+    train_rows: np.ndarray
+    held_out_rows: np.ndarray
+    validation_rows: np.ndarray | None = None
+
+    @property
+    def train(self) -> Table:
+        """The training rows."""
+        return self.table.take(self.train_rows)
+
+    @property
+    def held_out(self) -> Table:
+        """The rows for evaluation."""
+        return self.table.take(self.held_out_rows)
+
+    @property
+    def validation(self) -> Table | None:
+        """The rows that decide when to stop."""
+        return None if self.validation_rows is None else self.table.take(self.validation_rows)
+
+
+def split_table(table: Table, held_out: float, validation: float, seed: int) -> Split:
+    """Split the rows of a table at random; see `split`.
+
+    Args:
+        table: All rows.
+        held_out: Fraction of rows for evaluation.
+        validation: Fraction of the others that decides when to stop; 0 for none.
+        seed: Fixes the split.
+    """
+    train, test = split(np.arange(len(table)), held_out, seed)
+    if not validation:
+        return Split(table, train, test)
+    train, chosen = split(train, validation, seed, Stream.VALIDATION_SPLIT)
+    return Split(table, train, test, chosen)
+
+
+def split_of_digits(digits: DigitsData, seed: int) -> Split:
+    """Return the digits as a table, with the split that `load_digits_data` made."""
+    n, test = len(digits.train), len(digits.test)
+    rows = np.concatenate(split(np.arange(n + test), 0.2, seed)) + 1
+    height, width = digits.image_shape
+    names = tuple(f"pixel[{i},{j}]" for i in range(height) for j in range(width))
+    values = np.concatenate([digits.train, digits.test])
+    table = Table(values, names, rows, None, ("the handwritten digits of scikit-learn",))
+    return Split(table, np.arange(n), np.arange(n, n + test))
 
 
 class DigitsData(NamedTuple):
@@ -309,6 +262,8 @@ def load_digits_data(seed: int) -> DigitsData:
         >>> digits.train.shape, digits.test.shape
         ((1437, 64), (360, 64))
     """
+    from sklearn.datasets import load_digits
+
     num_levels = 17
     levels = np.asarray(load_digits().data, dtype=np.float64)
     train, test = split(dequantise_logit(levels, num_levels, seed), held_out=0.2, seed=seed)

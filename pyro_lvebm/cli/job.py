@@ -4,26 +4,30 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-import time
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyro
 import torch
-from matplotlib.figure import Figure
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
-from pyro_lvebm.cli.baselines import evaluate_baselines
-from pyro_lvebm.cli.data import DigitsData, logit_to_levels
-from pyro_lvebm.cli.figures import image_figure, table_figure
+from pyro_lvebm.cli.baselines import evaluate_baselines, evaluate_incomplete
+from pyro_lvebm.cli.data import DigitsData, Split, logit_to_levels
+from pyro_lvebm.cli.figures import Results, image_figure, informative_pairs, table_figure
+from pyro_lvebm.cli.output import OutputFolder
+from pyro_lvebm.cli.progress import Progress
+from pyro_lvebm.cli.rows import row_frame
+from pyro_lvebm.cli.settings import JobSettings
 from pyro_lvebm.comparison import ElboTable, compare_elbo
 from pyro_lvebm.energies import MLPEnergy
 from pyro_lvebm.evidence import LogEvidence, log_evidence
@@ -35,30 +39,27 @@ from pyro_lvebm.pools import TemperedPool
 from pyro_lvebm.rng import Stream, derive_seed, generator_for
 from pyro_lvebm.sites import Model, lvebm
 from pyro_lvebm.training import Saddle
-from pyro_lvebm.validation import check_at_least
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 _PATIENCE = 5
 """Evaluations of the validation rows without a better one before a fit stops."""
 
+_EVERY = 50
+"""Steps from one checkpoint to the next."""
 
-@dataclass(frozen=True)
-class JobSettings:
-    """What a user may choose about a fit."""
-
-    z_dim: int = 2
-    num_steps: int = 1500
-    guide_steps: int = 1200
-    batch_size: int = 512
-    num_particles: int = 2
-    learning_rate: float = 3e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        names = ("z_dim", "num_steps", "guide_steps", "batch_size", "num_particles")
-        check_at_least(1, **{name: getattr(self, name) for name in names})
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+PHASES = {
+    "base": 2.0,
+    "fit": 40.0,
+    "held-out evidence": 6.0,
+    "rows": 10.0,
+    "guides": 22.0,
+    "elbo table": 14.0,
+    "export": 6.0,
+}
+"""Phases of a job, with their usual shares of its time in per cent."""
 
 
 @dataclass(frozen=True)
@@ -70,98 +71,183 @@ class JobResult:
     evidence: LogEvidence
     baselines: pd.DataFrame
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def run_job(
-    train: np.ndarray,
-    test: np.ndarray,
-    out: Path,
+    data: Split,
+    out: OutputFolder,
     settings: JobSettings,
     *,
-    validation: np.ndarray | None = None,
+    transforms: Sequence[Mapping[str, Any]] = (),
     digits: DigitsData | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> JobResult:
     """Fit an LVEBM, compare particles with guides at the same θ, evaluate, and write all of it.
 
-    Writes `figure.png`, `elbo_table.csv`, `summary.json`, `posterior.nc` and
-    `model.safetensors` into `out`.
+    Each result is written as soon as it exists: `model.safetensors` and `model/`, then
+    `summary.json`, `rows.csv`, `elbo_table.csv`, `figure.png` and `posterior.nc`.
 
     Args:
-        train: Observations to fit (N, D), more rows than columns.
-        test: Held-out observations (M, D).
-        out: Folder to write to; made if it does not exist.
+        data: Observations, NaN where missing, and which of them are held out; with validation
+            rows these decide when the fit stops and which step was best, and without them it
+            takes all steps.
+        out: Where to write.
         settings: What to fit.
-        validation: Observations (V, D) that decide when the fit stops and which step was best;
-            without them it takes all steps.
+        transforms: What was done to the data before, for the model file.
         digits: The data set, if the rows are its images; chooses the figure.
-        progress: Show progress bars.
+        resume: Go on with the fit in `model.safetensors`, if there is one.
+        progress: Say how far it is.
 
     Returns:
         The fitted Saddle, the ELBO table, the held-out evidence and the baselines.
 
     Raises:
-        ValueError: If the data or settings cannot be used.
+        ValueError: If the data or settings cannot be used, or are not those of the fit to resume.
     """
+    train, test = data.train.values, data.held_out.values
     if len(test) < 2:
         raise ValueError(
             f"{len(test)} rows are held out; the standard error of the evaluation needs at least 2"
         )
-    _check_single_precision(train)
-    seed = settings.seed
-    x, x_test = (torch.as_tensor(a, dtype=torch.float32) for a in (train, test))
+    said = Progress(PHASES, quiet=not progress)
+    seed, names = settings.seed, data.table.names
+    dtype, notes = choose_dtype(data.table.values, names)
+    x, x_test = (torch.as_tensor(a, dtype=dtype) for a in (train, test))
     stopping: dict[str, Any] = {}
-    if validation is not None:
-        held_out = torch.as_tensor(validation, dtype=torch.float32)
+    if data.validation is not None:
+        held_out = torch.as_tensor(data.validation.values, dtype=dtype)
         stopping = {"held_out": (held_out,), "patience": _PATIENCE}
-    energy = MLPEnergy(x.shape[1], settings.z_dim, seed=seed)
-    ebm = LVEBM.from_data(energy, x, z_dim=settings.z_dim, pool=TemperedPool(seed=seed))
-    out.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
+    with said.phase("base"):
+        _check_varying(train, names)
+        energy = MLPEnergy(x.shape[1], settings.z_dim, seed=seed)
+        ebm = LVEBM.from_data(energy, x, z_dim=settings.z_dim, pool=TemperedPool(seed=seed))
+    out.make()
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), subsample_size=min(settings.batch_size, len(x))) as i:
             lvebm("observations", ebm, obs=x[i])
 
     pyro.clear_param_store()
-    clock = time.perf_counter()
-    guide = AutoParticles(model, settings.num_particles)
-    saddle = Saddle(model, guide, Adam({"lr": settings.learning_rate}), seed=seed)
-    saddle.fit(x, num_steps=settings.num_steps, progress=progress, **stopping)
-    seconds["fit"], clock = time.perf_counter() - clock, time.perf_counter()
+    with said.phase("fit", bars=True):
+        guide = AutoParticles(model, settings.num_particles)
+        optim = Adam({"lr": settings.learning_rate})
+        saved = out.file("model.safetensors", keep=resume)
+        if resume and saved.exists():
+            saddle = _loaded(saved, model, guide, optim, x, ebm)
+        else:
+            saddle = Saddle(model, guide, optim, seed=seed)
+        try:
+            saddle.fit(
+                x,
+                num_steps=settings.num_steps,
+                checkpoint=saved,
+                every=_EVERY,
+                resume=resume,
+                progress=progress,
+                **stopping,
+            )
+        finally:  # a fit that is interrupted leaves a model to use, too
+            if saddle.step_count:
+                folder = out.folder("model")
+                ebm.save(folder, columns=names, transforms=transforms, overwrite=True)
 
-    guides = _fit_guides(model, ebm, x, settings, progress)
-    table = compare_elbo(model, {"Langevin particles": saddle, **guides}, x, seed=seed)
-    seconds["elbo table"], clock = time.perf_counter() - clock, time.perf_counter()
+    summary = _head(data, saddle, settings, transforms)
+    with said.phase("held-out evidence"):
+        evidence = log_evidence(ebm, x_test, seed=seed)
+        if np.isnan(train).any() or np.isnan(test).any():
+            baselines = evaluate_incomplete(train, test)
+            notes = (
+                *notes,
+                "baselines that need complete rows, factor analysis and mixtures, are left out",
+            )
+        else:
+            baselines = evaluate_baselines(train, test, seed)
+    summary |= _of_evidence(evidence, baselines, notes)
+    _write_summary(out, summary, said)
+    with said.phase("rows"):
+        frame = row_frame(ebm, data, evidence, dtype, seed)
+    with out.writing("rows.csv") as path:
+        frame.to_csv(path, index=False)
 
-    evidence = log_evidence(ebm, x_test, seed=seed)
-    baselines = evaluate_baselines(train, test, seed)
-    seconds["held-out evidence"], clock = time.perf_counter() - clock, time.perf_counter()
+    with said.phase("guides", bars=True):
+        with warnings.catch_warnings():
+            # An encoder draws missing entries before z; its KL is given them, and exact.
+            warnings.filterwarnings("ignore", message="Failed to verify mean field restriction")
+            guides = _fit_guides(model, ebm, x, settings, progress)
+    with said.phase("elbo table"):
+        table = compare_elbo(model, {"Langevin particles": saddle, **guides}, x, seed=seed)
+    with out.writing("elbo_table.csv") as path:
+        table.to_dataframe().to_csv(path)
+    summary["elbo_table"] = table.to_dataframe().reset_index().to_dict("records")
+    _write_summary(out, summary, said)
 
-    to_arviz(saddle, x, num_samples=50, table=table, seed=seed).to_netcdf(str(out / "posterior.nc"))
-    saddle.save(out / "model.safetensors")
-    save_figure(_figure(ebm, table, x, x_test, seed, digits), out / "figure.png")
-    seconds["export"] = time.perf_counter() - clock
+    with said.phase("export"):
+        results = Results(saddle.history, table, evidence, baselines)
+        with out.writing("figure.png") as path:
+            save_figure(_figure(ebm, results, x, x_test, seed, digits, names), path)
+        labels: dict[str, Any] = {"data": data.train.row_labels(), "column": list(names)}
+        dims = {"observations": ["column"]}
+        if np.isnan(train).any():
+            dims["observations_missing"] = ["column"]
+        posterior = to_arviz(
+            saddle, x, num_samples=50, table=table, seed=seed, coords=labels, dims=dims
+        )
+        with out.writing("posterior.nc") as path:
+            posterior.to_netcdf(str(path))
+    _write_summary(out, summary, said)
+    return JobResult(saddle, table, evidence, baselines, said.seconds, notes)
 
-    result = JobResult(saddle, table, evidence, baselines, seconds)
-    table.to_dataframe().to_csv(out / "elbo_table.csv")
-    rows = {"train": train.shape, "held_out": test.shape}
-    if validation is not None:
-        rows["validation"] = validation.shape
-    text = json.dumps(_summary(result, settings, rows), indent=2)
-    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
-    return result
+
+def _loaded(
+    path: Path, model: Model, guide: AutoParticles, optim: Adam, x: Tensor, ebm: LVEBM
+) -> Saddle:
+    """Return the Saddle of a file, which must be of these data."""
+    before = [value.clone() for value in ebm.base_x.buffers()]
+    other = (
+        f"{path} is a fit of other data or settings, or of another split; --resume takes the same "
+        "command as before, and --force starts anew"
+    )
+    try:
+        saddle = Saddle.load(path, model, guide, optim, x)
+    except ValueError as error:
+        raise ValueError(f"{other} ({error})") from error
+    if not all(map(torch.equal, before, ebm.base_x.buffers())):
+        raise ValueError(other)
+    return saddle
 
 
-def _check_single_precision(train: np.ndarray) -> None:
-    """Refuse columns whose spread single precision cannot hold beside their mean."""
-    error = np.abs(train - train.astype(np.float32)).max(0)
-    bad = np.flatnonzero(error > 1e-3 * train.std(0))
-    bad = bad[train.std(0)[bad] > 0]
-    if len(bad):
+def choose_dtype(values: np.ndarray, names: Sequence[str]) -> tuple[torch.dtype, tuple[str, ...]]:
+    """Return single precision where it holds the spread of every column, else double, and why."""
+    with np.errstate(over="ignore", under="ignore"):
+        single = values.astype(np.float32)
+    tiny = np.finfo(np.float32).tiny
+    bad = []
+    for name, column, rounded in zip(names, values.T, single.T, strict=True):
+        seen = ~np.isnan(column)
+        width = np.ptp(column[seen]) if seen.any() else 0.0
+        if not width > 0:
+            continue  # a constant column is refused by the base
+        error = np.abs(column[seen] - rounded[seen].astype(np.float64)).max()
+        if not (np.isfinite(error) and error <= 1e-4 * width and width > 1e3 * tiny):
+            bad.append(name)
+    if not bad:
+        return torch.float32, ()
+    return torch.float64, (
+        f"computed in float64: float32 does not hold how {', '.join(bad[:5])} varies",
+    )
+
+
+def _check_varying(train: np.ndarray, names: Sequence[str]) -> None:
+    """Refuse columns that are constant in the training rows, by name."""
+    with np.errstate(invalid="ignore"):
+        high, low = (np.nan_to_num(f(train, 0)) for f in (np.fmax.reduce, np.fmin.reduce))
+    constant = [name for name, flat in zip(names, high == low, strict=True) if flat]
+    if constant:
         raise ValueError(
-            f"columns {bad.tolist()} vary too little beside their mean for single precision; "
-            "subtract the mean of each first"
+            f"columns {', '.join(constant)} are constant in the training rows; leave them out with "
+            f"--drop '{','.join(constant)}'"
         )
 
 
@@ -188,13 +274,21 @@ def _fit_guides(
 
 
 def _figure(
-    ebm: LVEBM, table: ElboTable, x: Tensor, x_test: Tensor, seed: int, digits: DigitsData | None
+    ebm: LVEBM,
+    results: Results,
+    x: Tensor,
+    x_test: Tensor,
+    seed: int,
+    digits: DigitsData | None,
+    names: Sequence[str],
 ) -> Figure:
     generator = generator_for(seed, Stream.FIGURE)
     num_draws = 100 if digits is not None else min(len(x), 1000)
     draws, _ = ebm.unwhiten(ebm.pool.draw(ebm, num_draws, num_moves=50, generator=generator))
     if digits is None:
-        return table_figure(x[:1000].numpy(), draws.numpy(), table)
+        data = x[:1000].numpy()
+        pairs = informative_pairs(data, seed)
+        return table_figure(data, draws.numpy(), results.table, pairs, names, results)
 
     def images(y: Tensor) -> np.ndarray:
         levels = logit_to_levels(y.numpy().astype(np.float64), digits.num_levels)
@@ -208,31 +302,27 @@ def _figure(
     truth = images(shown)
     masked = np.where(observed.numpy(), truth, np.nan)
     below = np.concatenate([images(completed[0]), images(completed[1]), truth])
-    return image_figure(images(x[:100]), images(draws), masked, below, table)
+    return image_figure(images(x[:100]), images(draws), masked, below, results.table, results)
 
 
-def _summary(
-    result: JobResult, settings: JobSettings, rows: dict[str, tuple[int, ...]]
+def _head(
+    data: Split,
+    saddle: Saddle,
+    settings: JobSettings,
+    transforms: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The numbers of the run for programs; every one with its standard error."""
-    evidence, log_z = result.evidence, result.evidence.log_partition
+    """What is known when the model is fitted."""
+    rows = {"train": data.train.values.shape, "held_out": data.held_out.values.shape}
+    if data.validation is not None:
+        rows["validation"] = data.validation.values.shape
     return {
         "data": {name: list(shape) for name, shape in rows.items()},
-        "steps": result.saddle.step_count,
+        "columns": list(data.table.names),
+        "read": list(data.table.notes),
+        "transforms": [dict(transform) for transform in transforms],
+        "steps": saddle.step_count,
         "settings": asdict(settings),
-        "base": {"components": result.saddle.ebms[0].base_x.num_components},
-        "held_out_log_evidence": {
-            "lower": float(evidence.lower.double().mean()),
-            "estimate": evidence.mean,
-            "std_error": evidence.mean_std_error,
-            "units": "nats per datum, density of the transformed observations",
-            "note": "lower uses the upper end of log Z; the standard error is over held-out rows "
-            "and log Z",
-        },
-        "log_partition": asdict(log_z),
-        "elbo_table": result.table.to_dataframe().reset_index().to_dict("records"),
-        "baselines": result.baselines.to_dict("records"),
-        "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+        "base": {"components": saddle.ebms[0].base_x.num_components},
         "seed": settings.seed,
         "versions": {
             "python": platform.python_version(),
@@ -242,3 +332,38 @@ def _summary(
             },
         },
     }
+
+
+def _of_evidence(
+    evidence: LogEvidence, baselines: pd.DataFrame, notes: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "held_out_log_evidence": {
+            "lower": float(evidence.lower.double().mean()),
+            "estimate": evidence.mean,
+            "std_error": evidence.mean_std_error,
+            "units": "nats per datum, density of the transformed observations",
+            "note": "lower uses the upper end of log Z; the standard error is over held-out rows "
+            "and log Z",
+        },
+        "log_partition": asdict(evidence.log_partition),
+        "baselines": baselines.to_dict("records"),
+        "notes": list(notes),
+    }
+
+
+def _write_summary(out: OutputFolder, summary: dict[str, Any], said: Progress) -> None:
+    """Write the numbers so far for programs; every one with its standard error."""
+    summary["seconds"] = {name: round(value, 2) for name, value in said.seconds.items()}
+    text = json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    with out.writing("summary.json") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Put None where a number is NaN or infinite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import pandas as pd
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -24,6 +23,9 @@ from pyro_lvebm.rng import Stream, derive_seed, isolated_rng
 from pyro_lvebm.sites import Model, plates_of
 from pyro_lvebm.training import Saddle
 from pyro_lvebm.validation import check_at_least
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _WITH_GUIDE = (Saddle, ImportanceWeighted)
 
@@ -203,6 +205,8 @@ def _row(found: RowTerms, evidence: Terms, shift: float) -> dict[str, float]:
 
 
 def _frame(rows: dict[str, dict[str, float]], best: str) -> pd.DataFrame:
+    import pandas as pd
+
     frame = pd.DataFrame.from_dict(rows, orient="index")
     return frame.sort_values(best, ascending=False).rename_axis("posterior")
 

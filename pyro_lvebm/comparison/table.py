@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import Tensor
 
 from pyro_lvebm.evidence import LogPartition
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HEADINGS = {
     "elbo": "ELBO",
@@ -58,6 +61,8 @@ class ElboTable:
         Raises:
             ValueError: If there is no such row.
         """
+        import pandas as pd
+
         reference = str(self.rows.index[0]) if reference is None else reference
         if reference not in self.terms:
             raise ValueError(f"there is no row '{reference}'; rows are {list(self.terms)}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,6 +20,9 @@ from pyro_lvebm.diagnostics.divergences import (
 from pyro_lvebm.diagnostics.flow import langevin_flow, model_draws, to_numpy, whitened_draws
 from pyro_lvebm.model import LVEBM, check_unconditional
 from pyro_lvebm.validation import check_at_least
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Estimator = Literal["neighbours", "gaussian"]
 
@@ -133,6 +135,8 @@ def convergence_rate(
         >>> abs(result.rate - 2.0) < 4.0 * result.std_error
         True
     """
+    import pandas as pd
+
     check_unconditional(ebm, "convergence_rate")
     stride = _check(duration, num_times, fit_from, step_size, num_chains, num_replicates)
     if estimator not in ("neighbours", "gaussian"):

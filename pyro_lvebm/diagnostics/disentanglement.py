@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from scipy import stats
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _BINS = 20
 """Equally filled bins of a latent, or of a factor that takes more values."""
@@ -85,6 +86,8 @@ def disentanglement(
         >>> turned.scores["value"][["r2", "mig"]].round(1).to_dict()
         {'r2': 1.0, 'mig': 0.0}
     """
+    import pandas as pd
+
     # Imported here, for scikit-learn is slow to import.
     from sklearn.model_selection import KFold
 
@@ -137,6 +140,8 @@ Fold = tuple[np.ndarray, np.ndarray]
 
 def _table(role: str, values: Any, stem: str) -> tuple[np.ndarray, list[str]]:
     """A table of finite numbers (N, D), and names of its columns."""
+    import pandas as pd
+
     names = [str(c) for c in values.columns] if isinstance(values, pd.DataFrame) else None
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
@@ -152,6 +157,11 @@ def _table(role: str, values: Any, stem: str) -> tuple[np.ndarray, list[str]]:
     constant = np.flatnonzero(np.ptp(table, axis=0) == 0.0).tolist()
     if constant:
         raise ValueError(f"columns {constant} of {role} are constant; remove them")
+    # The forests have absolute thresholds, and squares of tiny or huge numbers are 0 or infinite.
+    _, power = np.frexp(np.abs(table).max(0))
+    table = np.ldexp(table, -power)
+    table = table - table.mean(0)
+    table /= table.std(0)
     return table, names or [f"{stem}[{i}]" for i in range(table.shape[1])]
 
 
@@ -246,12 +256,16 @@ def _gap(values: np.ndarray) -> np.ndarray:
 
 def _completeness(importance: np.ndarray) -> np.ndarray:
     """1 − entropy of each factor's importances (D, K) to the base D."""
+    from scipy import stats
+
     d, k = importance.shape
     return np.full(k, np.nan) if d < 2 else 1.0 - stats.entropy(importance, base=d, axis=0)
 
 
 def _disentanglement(importance: np.ndarray) -> np.ndarray:
     """Weighted mean (1,) of 1 − entropy of each latent's importances (D, K) to the base K."""
+    from scipy import stats
+
     k = importance.shape[1]
     if k < 2:
         return np.array([np.nan])

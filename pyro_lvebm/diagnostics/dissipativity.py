@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM, check_unconditional
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import standard_normal
 from pyro_lvebm.validation import check_at_least, warn_of_training
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _RELATIVE_STEP = 1e-3
 """Of finite differences, at 1 + |u|: long enough for single precision."""
@@ -129,6 +131,8 @@ def check_dissipativity(
         >>> result.is_dissipative, round(result.a, 3), round(result.lipschitz, 3)
         (True, 0.5, 2.0)
     """
+    import pandas as pd
+
     check_unconditional(ebm, "check_dissipativity")
     if not max_radius > 1.0:
         raise ValueError(f"max_radius must exceed 1; got {max_radius}")
@@ -170,6 +174,8 @@ def _outward(ebm: LVEBM, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _worst_first(ebm: LVEBM, radius: float, rays: Tensor) -> Tensor:
     """Probes (rays + 1, d) at a radius: the worst direction that L-BFGS finds, then the rays."""
+    from scipy.optimize import minimize
+
     outward, finite = _outward(ebm, radius * rays)
     worst = radius * rays[outward.argmin()]
     if not finite.all():

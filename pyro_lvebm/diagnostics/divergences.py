@@ -4,10 +4,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial import KDTree
-from scipy.spatial.distance import cdist
-from scipy.special import digamma, gammaln
 
 _NEIGHBOURS = 4
 """More neighbours mean less variance and more bias."""
@@ -59,6 +55,8 @@ def gaussian_kl(r: np.ndarray, p: np.ndarray) -> float:
 
 def _log_det_bias(n: int, d: int) -> float:
     """Mean of log det Ŝ − log det S for the sample covariance Ŝ of n Gaussian draws."""
+    from scipy.special import digamma
+
     return float(digamma(0.5 * (n - np.arange(1, d + 1))).sum() + d * np.log(2.0 / (n - 1)))
 
 
@@ -95,6 +93,9 @@ def free_energy(u: np.ndarray, energy: np.ndarray) -> float:
         >>> bool(abs(kl - 0.5) < 0.1)
         True
     """
+    from scipy.spatial import KDTree
+    from scipy.special import digamma, gammaln
+
     n, d = u.shape
     if n <= _NEIGHBOURS:
         raise ValueError(f"{n} draws; expected more than {_NEIGHBOURS}")
@@ -120,6 +121,9 @@ def squared_w2(r: np.ndarray, p: np.ndarray) -> float:
     Source:
         Peyré and Cuturi (2019), Computational optimal transport, section 2.2; cubic in n.
     """
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
     cost = cdist(r, p, "sqeuclidean")
     rows, columns = linear_sum_assignment(cost)
     return float(cost[rows, columns].mean())

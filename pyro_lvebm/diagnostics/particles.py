@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MAX_NAMED = 10
 """Data whose indices a sentence names."""
@@ -89,6 +91,7 @@ def particle_diagnostics(draws: Any, *, max_rhat: float = 1.05) -> ParticleDiagn
     """
     # Imported here, for ArviZ 0.23 warns once a day on import.
     import arviz as az
+    import pandas as pd
     import xarray as xr
 
     if not max_rhat > 1.0:

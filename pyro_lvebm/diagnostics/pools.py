@@ -7,9 +7,9 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -26,6 +26,9 @@ from pyro_lvebm.sampling import (
     mbar_log_z,
     move_levels,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Labels = Callable[[Tensor, Tensor], Tensor]
 """Maps x (n, *x_shape) and z (n, *z_shape) to integer labels (n,)."""
@@ -118,6 +121,8 @@ def pool_diagnostics(
         >>> float(result.levels["swap_rate"].iloc[0]), result.round_trips > 0
         (1.0, True)
     """
+    import pandas as pd
+
     check_unconditional(ebm, "pool_diagnostics")
     pool = copy.deepcopy(ladder_of(ebm.pool))
     if num_refreshes < _BATCHES or num_refreshes % _BATCHES:
@@ -247,6 +252,8 @@ def _share_by_label(labels: Tensor, weights: Tensor) -> dict[int, float]:
 
 def _mode_table(shares: list[dict[int, float]]) -> pd.DataFrame:
     """Mean share of each label, with its standard error by batch means."""
+    import pandas as pd
+
     table = pd.DataFrame(shares).fillna(0.0).sort_index(axis=1)
     batch = np.arange(len(table)) * _BATCHES // len(table)
     means = table.groupby(batch).mean()

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.bases import GaussianBase, moments, unit_rows
 from pyro_lvebm.energies.whitened import WhitenedEnergy
 from pyro_lvebm.rng import Stream, isolated_rng
 
@@ -118,8 +118,7 @@ class MLPEnergy(WhitenedEnergy):
 
     def _linear_part(self) -> Tensor:
         scale = self.base_x.scale
-        rows = self.base_x.tril
-        standardise = rows / rows.norm(dim=1, keepdim=True)  # x̃ = standardise @ u_x
+        standardise = unit_rows(self.base_x.tril)  # x̃ = standardise @ u_x
         eye = torch.eye(self.x_dim).to(scale)
         linear = torch.zeros(self.dim, self.dim + self.x_dim).to(scale)
         linear[: self.x_dim, : self.x_dim] = _WHITENED_SCALE * eye
@@ -132,8 +131,7 @@ class MLPEnergy(WhitenedEnergy):
 
         `check_standardise` says which contexts it takes.
         """
-        self.context_loc = context.mean(0).detach()
-        self.context_scale = context.std(0, correction=0).detach()
+        self.context_loc, self.context_scale, _ = moments(context.detach())
 
     def check_standardise(self, context: Tensor) -> None:
         """Refuse contexts that `standardise` cannot take.
@@ -152,8 +150,7 @@ class MLPEnergy(WhitenedEnergy):
                 f"contexts have shape {tuple(context.shape)}; expected (N, {self.context_dim}), "
                 "with the context_dim of this MLPEnergy"
             )
-        scale = context.std(0, correction=0)
-        constant = torch.nonzero(~(scale > 0)).flatten().tolist()
+        constant = torch.nonzero(moments(context.detach()).constant).flatten().tolist()
         if constant:
             raise ValueError(f"columns {constant} of the contexts are constant; remove them")
 

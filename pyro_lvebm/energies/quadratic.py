@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_lvebm.bases import GaussianBase, MixtureBase
+from pyro_lvebm.bases import GaussianBase, MixtureBase, unit_rows
 from pyro_lvebm.energies.whitened import WhitenedEnergy
 
 
@@ -147,11 +147,10 @@ class QuadraticEnergy(WhitenedEnergy):
         tril = torch.linalg.cholesky(precision[k:, k:])
         rhs = -(self.linear_at(*context)[..., k:] + w @ precision[:k, k:])
         mean = torch.cholesky_solve(rhs[..., None], tril).squeeze(-1)
-        scale = self.base_z.scale.diag() if self.base_z.diagonal else self.base_z.scale
-        covariance = scale @ torch.cholesky_inverse(tril) @ scale.T
-        return dist.MultivariateNormal(
-            self.base_z.loc + mean @ scale.T, scale_tril=torch.linalg.cholesky(covariance)
-        )
+        scale = self.base_z.tril
+        # A product of Cholesky factors is the factor, and no scale is squared.
+        root = torch.linalg.cholesky(torch.cholesky_inverse(tril))
+        return dist.MultivariateNormal(self.base_z.loc + mean @ scale.T, scale_tril=scale @ root)
 
     def mean_field_gap(self) -> Tensor:
         """Return KL(q* ‖ p(z|x)) of the best mean-field Gaussian, a scalar, in nats.
@@ -164,6 +163,7 @@ class QuadraticEnergy(WhitenedEnergy):
         k = self.x_dim
         block = self.precision[k:, k:]
         if not self.base_z.diagonal:
-            inverse = self.base_z.inverse_scale
+            # Units of z cancel.
+            inverse = torch.linalg.inv(unit_rows(self.base_z.scale))
             block = inverse.T @ block @ inverse
         return 0.5 * (block.diagonal().log().sum() - torch.logdet(block))

@@ -4,7 +4,7 @@
 from pyro_lvebm.evidence.annealed import fit_gaussian, posterior_draws, relative_to
 from pyro_lvebm.evidence.contexts import ConditionalLogPartition, conditional_log_partition
 from pyro_lvebm.evidence.importance_weighted import ImportanceWeightedELBO
-from pyro_lvebm.evidence.log_evidence import LogEvidence, log_evidence
+from pyro_lvebm.evidence.log_evidence import LogEvidence, latent_energy, log_evidence
 from pyro_lvebm.evidence.log_partition import (
     LogPartition,
     log_partition,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from pyro_lvebm.sampling import (
@@ -68,6 +67,8 @@ def surprise(num_runs: int) -> float:
         >>> [round(surprise(n), 1) for n in (4, 16, 1000)]
         [9.2, 3.6, 3.0]
     """
+    from scipy import stats
+
     return float(stats.t.isf(stats.norm.sf(3.0), num_runs - 1))
 
 
@@ -119,6 +120,8 @@ def both_directions(
 
 def bracket(runs: Runs) -> Bracket[Tensor]:
     """Return estimate and ends of every problem; `log_partition` says what they are."""
+    from scipy import stats
+
     forward, reverse, bar = runs
     low, high = log_mean_exp(forward, 0), -log_mean_exp(reverse, 0)
     t = float(stats.t.ppf(CONFIDENCE, len(bar) - 1))

@@ -276,7 +276,7 @@ def _common_scale(inside: list[Term], own: set[int], like: Tensor) -> Tensor:
     scales = [torch.as_tensor(node["scale"]).to(like) for _, _, node in inside]
     for scale, (_, name, _) in zip(scales, inside, strict=True):
         varies = any(n > 1 and a - scale.dim() not in own for a, n in enumerate(scale.shape))
-        if varies or not torch.allclose(scale, scales[0]):
+        if varies or not torch.allclose(scale, scales[0], atol=0.0):
             raise ValueError(
                 f"site '{name}' and others of the same datum differ in scale. The scale of a datum "
                 "multiplies the logarithm of its mean weight and must be one number: use "

@@ -143,7 +143,7 @@ def log_evidence(
     with ebm.frozen(), torch.no_grad():
         for chunk, part in enumerate(x.split(rows)):
             given = None if context is None else context.split(rows)[chunk][:, None]
-            f, dim, log_base = _latent_energy(ebm.given(given), part)
+            f, dim, log_base = latent_energy(ebm.given(given), part)
             log_c = anneal_latents(
                 f,
                 (len(part), num_particles, dim),
@@ -180,8 +180,15 @@ def _check_log_z(
         )
 
 
-def _latent_energy(density: Density, x: Tensor) -> tuple[ValueAndGrad, int, Tensor]:
-    """Residual energy of the latents of rows x, their number, and log base_x(x_o) (N,)."""
+def latent_energy(density: Density, x: Tensor) -> tuple[ValueAndGrad, int, Tensor]:
+    """Return the residual energy of the latents of rows x, their number, and log base_x(x_o) (N,).
+
+    The latents of a row are whitened z and, after them, what stands for its missing entries.
+
+    Args:
+        density: The density, at contexts if there are some.
+        x: Observations (N, *x_shape), NaN where missing.
+    """
     observed = ~x.isnan()
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from pyro_lvebm.evidence.bracket import (
@@ -275,6 +274,8 @@ def _from_gaussian(
     The path ends at the same energy, f + U − ½ |u|² relative to N(0, I). Where it is too rough to
     follow it is −∞, too, with the error NaN.
     """
+    from scipy import stats
+
     if ebm.base is STANDARD_NORMAL:
         return -math.inf, 0.0
 

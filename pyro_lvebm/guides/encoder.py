@@ -13,7 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_lvebm.bases import Completion, GaussianBase
+from pyro_lvebm.bases import Completion, GaussianBase, moments
 from pyro_lvebm.guides.encoder_inputs import (
     SiteInputs,
     check_observed,
@@ -124,10 +124,10 @@ class AmortisedGuide(AutoGuide):
         if context is not None:
             flat = context.detach().reshape(-1, ebm.context_shape.numel())
             num_contexts = flat.shape[1]
-            scale = flat.std(0, correction=0)
-            self.register_buffer("context_loc", flat.mean(0))
+            loc, scale, constant = moments(flat)
+            self.register_buffer("context_loc", loc)
             # An entry may be constant in one minibatch, as that of a rare class.
-            self.register_buffer("context_scale", torch.where(scale > 0.0, scale, 1.0))
+            self.register_buffer("context_scale", torch.where(constant, 1.0, scale))
         self.encoder = self._network(base_x.dim + num_contexts, base_z.dim).to(base_x.loc)
         if self._missing is not None:
             num_inputs = 2 * base_x.dim + num_contexts

@@ -97,6 +97,6 @@ def sum_out(terms: dict[str, Tensor], nodes: dict[str, Node], num_axes: int) -> 
         for name, term in terms.items()
         if term.dim() > num_axes
     ]
-    if any(not torch.allclose(scale, scales[0]) for scale in scales):
+    if any(not torch.allclose(scale, scales[0], atol=0.0) for scale in scales):
         raise ValueError("sites that depend on an enumerated one differ in scale (poutine.scale)")
     return scales[0] * (total / scales[0]).flatten(0, extra - 1).logsumexp(0)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +22,8 @@ from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.imputation import impute
 from pyro_lvebm.model.posterior import Posterior, Shape
 from pyro_lvebm.model.rays import warn_of_falling
+from pyro_lvebm.model.saving import read_lvebm, write_lvebm
+from pyro_lvebm.model.tracing import check_not_traced
 from pyro_lvebm.pools import ContextPool, Pool, TemperedPool
 from pyro_lvebm.rng import Stream, derive_seed
 from pyro_lvebm.validation import as_data, check_at_least
@@ -171,6 +175,67 @@ class LVEBM(Density):
             energy.standardise(context)
         return ebm
 
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        columns: Sequence[str] = (),
+        transforms: Sequence[Mapping[str, Any]] = (),
+        overwrite: bool = False,
+    ) -> None:
+        """Write the model to a folder that says what it is, so that `load` needs no code.
+
+        Classes and settings of the energy, bases, support and pool go to `model.json`, numbers to
+        `model.safetensors`. Each file is written whole or not at all.
+
+        Args:
+            folder: Made if it is not there.
+            columns: Names of the entries of x, flattened, for whoever reads the file.
+            transforms: What was done to data before they became x, as JSON; it is kept, not used.
+            overwrite: Whether a model in the folder is replaced.
+
+        Raises:
+            ValueError: If the energy, pool, base or support is a user's own, whose code a file
+                cannot hold; if there is a model already, or names do not fit x. Nothing is
+                written then.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from pyro_lvebm import LVEBM, MLPEnergy
+            >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+            >>> ebm = LVEBM.from_data(MLPEnergy(2, 1, hidden=(8,)), x, z_dim=1)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     ebm.save(folder, columns=["left", "right"])
+            ...     again = LVEBM.load(folder)
+            >>> z = torch.zeros(100, 1)
+            >>> torch.equal(again.energy(x, z), ebm.energy(x, z))
+            True
+        """
+        write_lvebm(self, Path(folder), columns=columns, transforms=transforms, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LVEBM:
+        """Return the LVEBM that `save` wrote, on the CPU, with its pool. Nothing is executed.
+
+        Raises:
+            ValueError: If files are missing, damaged, or no model.
+        """
+        parts, _ = read_lvebm(Path(folder))
+        ebm = cls.__new__(cls)
+        nn.Module.__init__(ebm)
+        context = parts.context
+        ebm._compose(parts.energy, parts.base_x, parts.base_z, parts.context_shape, context)
+        ebm._take(parts.pool)
+        try:
+            missing, unknown = ebm.load_state_dict(parts.tensors, strict=False)
+            absent = [name for name in missing if not name.startswith(("f.base_x.", "f.base_z."))]
+            if absent or unknown:
+                raise ValueError(f"tensors {absent} are missing, and {unknown} unknown")
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"'{folder}' is no model that LVEBM.save wrote: {error}") from error
+        ebm.mark_pool(fresh=parts.fresh)
+        return ebm
+
     def at(self, context: Tensor | np.ndarray) -> LVEBM:
         """Return the LVEBM p_θ(x, z | c) of one context, with the same θ and a pool of its own.
 
@@ -228,7 +293,12 @@ class LVEBM(Density):
         Args:
             context: Contexts (*b, *context_shape) of a minibatch, in a conditional LVEBM. What is
                 returned is then the mean of log Z(c) over contexts, the same for all data.
+
+        Raises:
+            ValueError: If θ can change and the caller is being traced or compiled.
         """
+        if self.is_trained:
+            check_not_traced()
         if not torch.is_grad_enabled() or not self.is_trained:
             return self.pool.log_partition
         self.follow(context)

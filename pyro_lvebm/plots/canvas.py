@@ -7,15 +7,20 @@ Colours are those of matplotlib's present style, such as `arviz.style.context("a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine, LayoutEngine
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import LayoutEngine
 
 
 def new_figure(width: float, height: float, layout: LayoutEngine | None = None) -> Figure:
     """Return an empty figure of this size in inches, by default in a constrained layout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     layout = ConstrainedLayoutEngine() if layout is None else layout
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 
 from pyro_lvebm.plots.canvas import axes_or_new, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) -> Axes:
@@ -25,6 +26,8 @@ def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) ->
     Returns:
         The axes.
     """
+    from matplotlib import colormaps
+
     n, height, width = images.shape
     num_rows = -(-n // num_columns)
     canvas = np.full((num_rows * (height + 1) - 1, num_columns * (width + 1) - 1), np.nan)
@@ -39,26 +42,38 @@ def plot_images(axes: Axes, images: np.ndarray, title: str, num_columns: int) ->
     return axes
 
 
-def plot_pair(axes: Axes, data: np.ndarray, draws: np.ndarray, title: str) -> Axes:
-    """Scatter the first two columns of data and model draws, or histograms of a single column.
+def plot_pair(
+    axes: Axes,
+    data: np.ndarray,
+    draws: np.ndarray,
+    title: str,
+    *,
+    columns: tuple[int, int] = (0, 1),
+    names: Sequence[str] | None = None,
+) -> Axes:
+    """Scatter two columns of data and model draws, or histograms of a single column.
 
     Args:
         axes: Where to draw.
-        data: Observations (N, D).
+        data: Observations (N, D), NaN where missing.
         draws: Model draws (M, D).
         title: Title of the panel.
+        columns: Which two columns; of one column, or one given twice, histograms are drawn.
+        names: Names of the D columns; `x[…]` if None.
 
     Returns:
         The axes.
     """
-    if data.shape[1] == 1:
-        _histograms(axes, [data[:, 0], draws[:, 0]])
-        axes.set_xlabel("x[0]")
+    i, j = columns
+    names = [f"x[{k}]" for k in range(data.shape[1])] if names is None else names
+    if data.shape[1] == 1 or i == j:
+        _histograms(axes, [rows[~np.isnan(rows[:, i]), i] for rows in (data, draws)])
+        axes.set_xlabel(names[i])
     else:
         for rows, label in ((data, "data"), (draws, "model")):
-            axes.scatter(rows[:, 0], rows[:, 1], s=4, alpha=0.5, label=label)
-        axes.set_xlabel("x[0]")
-        axes.set_ylabel("x[1]")
+            axes.scatter(rows[:, i], rows[:, j], s=4, alpha=0.5, label=label)
+        axes.set_xlabel(names[i])
+        axes.set_ylabel(names[j])
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     return axes

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from pyro_lvebm.evidence import log_evidence, total
@@ -15,6 +15,9 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.plots.canvas import axes_or_new
 from pyro_lvebm.rng import Stream, derive_seed
 from pyro_lvebm.validation import check_at_least
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SPAN = 3.0
 """Standard deviations of the base to either side of its mean that an energy is drawn over."""

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from pyro_lvebm.comparison import ElboTable
 from pyro_lvebm.plots.canvas import axes_or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_elbo(table: ElboTable, axes: Axes | None = None) -> Axes:

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pyro_lvebm.evidence import LogPartition
 from pyro_lvebm.plots.canvas import axes_or_new, new_figure
 from pyro_lvebm.pools import Pool, ladder_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SMOOTHING = 20
 """Steps over which the lines of a history are averaged."""
@@ -35,6 +36,8 @@ def history_figure(history: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If no column has a finite number.
     """
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     panels = history_panels(history)
     if not panels:
         raise ValueError("the history has no numbers to draw: take a step first")
@@ -131,6 +134,8 @@ def plot_panel(axes: Axes, history: pd.DataFrame, panel: Panel) -> Axes:
     Returns:
         The axes.
     """
+    from matplotlib import colormaps
+
     steps = history.index.to_numpy()
     faint = 0.15 if panel.ladder else 0.35
     last = max(1, len(panel.columns) - 1)
@@ -201,6 +206,8 @@ def plot_log_partition(
         >>> plot_log_partition(history, log_z).get_xlabel()
         'step'
     """
+    import pandas as pd
+
     if not isinstance(history, pd.DataFrame):
         raise ValueError(f"history must be that of a Saddle; got {type(history).__name__}")
     suffix = f"@{site}" if site else ""

@@ -108,7 +108,7 @@ def lvebm(
         z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
     site = seen.name.removesuffix("_z")
     ebm.pool.belong_to(site)
-    _announce(f"{site}_lvebm", ebm.f)
+    announce(f"{site}_lvebm", ebm.f)
     if completion is None:
         return pyro.sample(name, ObservedSite(ebm, z, pairing, context=context), obs=obs), z
     entries = pyro.sample(f"{name}_missing", MissingSite(completion))
@@ -174,7 +174,7 @@ def _refuse_random(name: str, param: str) -> NoReturn:
     )
 
 
-def _announce(prefix: str, module: nn.Module) -> None:
+def announce(prefix: str, module: nn.Module) -> None:
     """Announce trainable parameters to Pyro, each under one name and as the tensor it is.
 
     `pyro.module` leaves a module untrained without a word when its name is already taken, as

@@ -72,6 +72,24 @@ def inspect(program: Program, guide: Model) -> Anatomy:
     return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
 
 
+def check_precision(ebms: dict[str, LVEBM], loose_params: dict[str, Tensor], guide: Model) -> None:
+    """Refuse parameters of half precision.
+
+    Raises:
+        ValueError: If one is float16 or bfloat16.
+    """
+    owned = [(f"energy of '{site}'", p) for site, ebm in ebms.items() for p in ebm.parameters()]
+    if isinstance(guide, nn.Module):
+        owned += [("guide", p) for p in guide.parameters()]
+    for name, param in [*owned, *((f"parameter '{n}'", p) for n, p in loose_params.items())]:
+        if param.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the {name} has type {param.dtype}, in which training cannot work: the eps of an "
+                "Adam, 1e-8, is 0 in float16, and a small update of a number is none in either. "
+                "Train in float32 or float64, as after ebm.float(), with data of that type"
+            )
+
+
 def _unconstrained(name: str, node: Node) -> Tensor:
     value = node["value"]
     if not hasattr(value, "unconstrained"):

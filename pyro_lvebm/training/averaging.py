@@ -47,14 +47,16 @@ class ParameterAverage:
 
     @torch.no_grad()
     def update(self, params: Iterable[Tensor]) -> None:
-        """Take the present values of parameters into the average."""
+        """Take the present values of parameters into the average.
+
+        Values are replaced and never written into, so who holds the former ones can put them back.
+        """
         d = min(self.decay, (1.0 + self.count) / (10.0 + self.count))
-        self.count += 1
+        values = dict(self.values)
         for p in params:
-            if p in self.values:
-                self.values[p].lerp_(p.detach(), 1.0 - d)
-            else:
-                self.values[p] = p.detach().clone()
+            value = p.detach()
+            values[p] = values[p].lerp(value, 1.0 - d) if p in values else value.clone()
+        self.values, self.count = values, self.count + 1
 
     def copy(self) -> dict[Tensor, Tensor]:
         """Return a copy of the averages, by parameter."""

@@ -3,27 +3,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _get_state_dict, _load_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.training.averaging import ParameterAverage
+from pyro_lvebm.training.course import Course
+from pyro_lvebm.training.header import FORMAT, columns_of, integer, member, pools_of, settings_of
+from pyro_lvebm.training.header import text as text_of
 from pyro_lvebm.training.history import History
-
-FORMAT = "pyro_lvebm saddle 2"
-
-SETTINGS = ("step_count", "num_moves", "max_kl", "average_decay", "seed")
+from pyro_lvebm.training.replacing import replacing
+from pyro_lvebm.training.saved_course import (
+    PREFIX,
+    check_course,
+    course_from,
+    course_state,
+    targets_of,
+)
+from pyro_lvebm.training.saved_optimiser import check_saved_state, kind_of
 
 
 class Parts(NamedTuple):
@@ -35,6 +45,7 @@ class Parts(NamedTuple):
     optim: PyroOptim
     average: ParameterAverage
     history: History
+    course: Course | None
 
 
 def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None:
@@ -47,8 +58,9 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
 
     Raises:
         ValueError: If the optimiser holds state that is neither a tensor nor JSON.
+        OSError: If the file cannot be written; the old one is then there still.
     """
-    modules, loose_params, ebms, optim, average, history = parts
+    modules, loose_params, ebms, optim, average, history, course = parts
     tensors = _targets(modules, loose_params)
     # Keyed by our own names: those of Pyro's store are lost when someone clears it.
     keys = {id(value): key for key, value in tensors.items()}
@@ -58,6 +70,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
         if id(param) in keys
     }
     columns, rows = history.state()
+    fit, best = (None, {}) if course is None else course_state(course, ebms, keys)
     header = {
         "format": FORMAT,
         "settings": settings,
@@ -71,27 +84,24 @@ def write_checkpoint(path: Path, settings: dict[str, Any], parts: Parts) -> None
             for e in ebms
         ],
         "optim": _pull_tensors(state, "optim", tensors),
+        "optimiser": kind_of(optim),
         "average": average.count,
         "history": columns,
+        "fit": fit,
     }
     kept = {p: value for p, value in average.values.items() if id(p) in keys}
     tensors |= {f"average/{keys[id(p)]}": value for p, value in kept.items()}
+    tensors |= best
     tensors["history"] = rows
-    try:
-        text = json.dumps(header)
-    except TypeError as error:
-        raise ValueError(f"the optimiser holds state that JSON cannot store: {error}") from error
     # safetensors refuses tensors that share memory, so every tensor is written as its own copy.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"saddle": text})
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        text = json.dumps({**header, "sha256": _digest(header, tensors)})
+    except TypeError as error:
+        raise ValueError(f"the optimiser holds state that JSON cannot store: {error}") from error
+    contents = save(tensors, metadata={"saddle": text})
+    with replacing(path) as file:
+        file.write(contents)
 
 
 @dataclass(frozen=True)
@@ -101,65 +111,149 @@ class Checkpoint:
     settings: dict[str, Any]
     pools: list[dict[str, Any]]
     optim: dict[str, Any]
+    optimiser: str  # class of torch's optimisers; empty where the file does not say
     average_count: int
     history_columns: list[str]
+    fit: dict[str, Any] | None
     tensors: dict[str, Tensor]
 
-    def restore(self, parts: Parts) -> None:
-        """Copy the saved state into the parts of a Saddle.
+    def restore(self, parts: Parts) -> Course | None:
+        """Copy the saved state into the parts of a Saddle; return the fit that it was in.
 
         Raises:
-            ValueError: If names or shapes differ; nothing is changed then.
+            ValueError: If names, shapes, types or bases differ, the optimiser is another, or a
+                tensor is not finite; nothing is changed then.
         """
-        modules, loose_params, ebms, optim, average, history = parts
+        self._check(parts)
+        modules, loose_params, ebms, optim, average, history, _ = parts
         targets = _targets(modules, loose_params)
-        beside = ("optim/", "average/", "history")
-        saved = {k: v for k, v in self.tensors.items() if not k.startswith(beside)}
-        averaged = {
-            k.removeprefix("average/"): v
-            for k, v in self.tensors.items()
-            if k.startswith("average/")
+        with torch.no_grad():
+            for key, target in targets.items():
+                target.copy_(self.tensors[key])
+        for ebm, pool in zip(ebms, self.pools, strict=True):
+            ebm.pool.seed, ebm.pool.site = pool["seed"], pool["site"]
+            ebm.mark_pool(fresh=pool["fresh"])
+        for key, param in targets.items():
+            if key not in self.optim:
+                optim.optim_objs.pop(param, None)
+                continue
+            if param not in optim.optim_objs:
+                optim.optim_objs[param] = optim._get_optim(param)
+                optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]
+            _load_state_dict(optim.optim_objs[param], self.optim[key])
+        average.count = self.average_count
+        average.values = {
+            targets[k]: v.to(device=targets[k].device, copy=True)
+            for k, v in _named("average/", self.tensors).items()
         }
-        problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
-        problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
-        problems += [
-            f"'{k}' has shape {tuple(v.shape)}, in the file {tuple(saved[k].shape)}"
-            for k, v in targets.items()
-            if k in saved and v.shape != saved[k].shape
-        ]
-        problems += [
-            f"'{k}' has type {v.dtype}, in the file {saved[k].dtype}"
-            for k, v in targets.items()
-            if k in saved and v.dtype != saved[k].dtype
-        ]
+        history.load(self.history_columns, self.tensors["history"])
+        return course_from(self.fit, self.tensors, targets, ebms)
+
+    def _check(self, parts: Parts) -> None:
+        """Refuse parts that the saved state does not fit, before any of them is changed."""
+        targets = _targets(parts.modules, parts.loose_params)
+        saved = {k: v for k, v in self.tensors.items() if not k.startswith(_BESIDE)}
+        problems = _of_other_bases(targets, saved, parts.ebms)
+        if not problems:
+            problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
+            problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
+        for key in targets.keys() & saved.keys():
+            problems += _differences(key, targets[key], saved[key])
+        for key, value in _named("average/", self.tensors).items():
+            if isinstance(targets.get(key), nn.Parameter) or key.startswith("param/"):
+                name = f"average of '{key}'"
+                problems += _differences(name, targets[key], value) if key in targets else []
+            else:
+                problems.append(f"the average of '{key}' is of no parameter")
+        problems += [f"the optimiser's '{k}' is no parameter" for k in self.optim.keys() - targets]
+        if len(parts.ebms) != len(self.pools):
+            problems.append(f"the model has {len(parts.ebms)} LVEBMs, the file {len(self.pools)}")
         problems += [
             f"x has support {ebm.base_x.support}, in the file {pool['support']}"
-            for ebm, pool in zip(ebms, self.pools, strict=False)
+            for ebm, pool in zip(parts.ebms, self.pools, strict=False)
             if str(ebm.base_x.support) != pool["support"]
         ]
-        problems += [f"the optimiser's '{k}' is no parameter" for k in self.optim.keys() - targets]
-        problems += [f"the average of '{k}' is of no parameter" for k in averaged.keys() - targets]
+        if not problems:
+            problems = self._of_fit(targets, parts.ebms) or self._unusable(targets, parts.optim)
         if problems:
             raise ValueError(
                 "the checkpoint does not fit this model and guide: " + "; ".join(sorted(problems))
             )
-        with torch.no_grad():
-            for key, target in targets.items():
-                target.copy_(saved[key])
-        for ebm, pool in zip(ebms, self.pools, strict=True):
-            ebm.pool.seed, ebm.pool.site = pool["seed"], pool["site"]
-            ebm.mark_pool(fresh=pool["fresh"])
+
+    def _of_fit(self, targets: dict[str, Tensor], ebms: list[LVEBM]) -> list[str]:
+        """Say what is wrong with the fit that the file was written in."""
+        saved = {k: v for k, v in self.tensors.items() if k.startswith(PREFIX)}
+        wanted = targets_of(self.fit, targets, ebms, saved.keys())
+        found = [f"'{k}' is not in the file" for k in wanted.keys() - saved.keys()]
+        found += [f"'{k}' is only in the file" for k in saved.keys() - wanted.keys()]
+        for key in wanted.keys() & saved.keys():
+            found += _differences(key, wanted[key], saved[key])
+            if not _finite_where(saved[key], wanted[key]):
+                found.append(f"'{key}' is NaN or infinite in the file")
+        return found
+
+    def _unusable(self, targets: dict[str, Tensor], optim: PyroOptim) -> list[str]:
+        """Say what training could not go on from, where names and shapes are right."""
+        found = []
+        for key, target in targets.items():
+            value = self.tensors[key]
+            if not _finite_where(value, target) and not self._never_refreshed(key):
+                found.append(f"'{key}' is NaN or infinite in the file")
+            if key.endswith("pool.refreshes") and int(value) < 0:
+                found.append(f"'{key}' is {int(value)}; expected a count")
         for key, state in self.optim.items():
-            param = targets[key]
-            if param not in optim.optim_objs:
-                optim.optim_objs[param] = optim._get_optim(param)
-                optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]
-            _load_state_dict(optim.optim_objs[param], state)
-        average.count = self.average_count
-        average.values = {
-            targets[k]: v.to(device=targets[k].device, copy=True) for k, v in averaged.items()
-        }
-        history.load(self.history_columns, self.tensors["history"])
+            try:
+                param, value = targets[key], self.tensors[key]
+                check_saved_state(optim, param, value, state, self.optimiser, key)
+            except ValueError as error:
+                found.append(str(error))
+                break  # what is wrong with one is mostly wrong with all
+        return found
+
+    def _never_refreshed(self, key: str) -> bool:
+        """Whether a tensor is that of a pool that has no statistics yet, which are NaN."""
+        pool, _, rest = key.partition("/pool.")
+        return bool(rest) and int(self.tensors.get(f"{pool}/pool.refreshes", 1)) == 0
+
+
+_BESIDE = ("optim/", "average/", "history", PREFIX)
+
+
+def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _differences(key: str, target: Tensor, value: Tensor) -> list[str]:
+    if value.shape != target.shape:
+        return [f"'{key}' has shape {tuple(target.shape)}, in the file {tuple(value.shape)}"]
+    if value.dtype != target.dtype:
+        return [f"'{key}' has type {target.dtype}, in the file {value.dtype}"]
+    return []
+
+
+def _of_other_bases(
+    targets: dict[str, Tensor], saved: dict[str, Tensor], ebms: list[LVEBM]
+) -> list[str]:
+    """Say so where a Gaussian base is to take a mixture, or the other way round."""
+    found = []
+    for i in range(len(ebms)):
+        key = f"ebm{i}/base_x.log_weights"
+        if f"ebm{i}/base_x.loc" not in saved or (key in saved) == (key in targets):
+            continue
+        kind, choice = ("mixture", "mixture") if key in saved else ("Gaussian", "gaussian")
+        found.append(
+            f"this file was written with a {kind} base of x; build with "
+            f"LVEBM.from_data(base='{choice}')"
+        )
+    return found
+
+
+def _finite_where(value: Tensor, like: Tensor) -> bool:
+    """Whether a tensor is finite, or at least where another one is."""
+    if not value.is_floating_point():
+        return True
+    finite = value.isfinite()
+    return bool(finite.all()) or bool((finite | ~like.detach().cpu().isfinite()).all())
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -168,35 +262,82 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: If the file is missing, damaged or of another kind.
     """
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at '{path}'")
+    # Whatever a damaged file makes the parsers raise, the file is to blame.
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("saddle", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"no checkpoint at '{path}'") from error
+    except Exception as error:
         raise ValueError(f"'{path}' is not a readable checkpoint: {error}") from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
-        raise ValueError(f"'{path}' has format {found!r}; expected {FORMAT!r}")
+        raise ValueError(f"'{path}' has format {found!r:.80}; expected {FORMAT!r}")
     try:
-        settings = {name: header["settings"][name] for name in SETTINGS}
-        pools = [
-            {
-                "seed": int(p["seed"]),
-                "site": str(p.get("site", "")),
-                "fresh": bool(p["fresh"]),
-                "support": str(p.get("support", "Real()")),
-            }
-            for p in header["pools"]
-        ]
-        optim = _push_tensors(header["optim"], tensors)
-        average, columns = int(header["average"]), [str(name) for name in header["history"]]
-        if tensors["history"].shape[-1] != len(columns):
-            raise ValueError("the history does not fit its columns")
-        return Checkpoint(settings, pools, dict(optim.items()), average, columns, tensors)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' is no checkpoint that Saddle.save wrote: {error!r}") from error
+        return _contents(header, tensors)
+    except Exception as error:
+        raise ValueError(f"'{path}' is no checkpoint that Saddle.save wrote: {error}") from error
+
+
+def _contents(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    """Check all that can be checked without a model."""
+    settings, pools = settings_of(member(header, "settings")), pools_of(member(header, "pools"))
+    optim = _push_tensors(member(header, "optim"), tensors)
+    if not isinstance(optim, dict):
+        raise ValueError("the optimiser has no state by parameter")
+    columns, rows = columns_of(member(header, "history")), member(tensors, "history")
+    _check_history(columns, rows)
+    for key in [*_named("average/", tensors), *optim]:
+        for name in (key, f"average/{key}"):
+            if name in tensors and not _finite_where(tensors[name], torch.zeros(())):
+                raise ValueError(f"'{name}' is NaN or infinite")
+    fit = check_course(header.get("fit"))
+    average = integer(member(header, "average"), "the count of the average", 0)
+    optimiser = text_of(header.get("optimiser", ""), "the class of the optimiser")
+    # Files from before they had one lack the digest.
+    if "sha256" in header:
+        written = {key: value for key, value in header.items() if key != "sha256"}
+        if _digest(written, tensors) != header["sha256"]:
+            raise ValueError("it is damaged, its SHA-256 is another than when it was written")
+    return Checkpoint(settings, pools, optim, optimiser, average, columns, fit, tensors)
+
+
+@contextmanager
+def store_unchanged_on_error() -> Iterator[None]:
+    """Put Pyro's parameter store back after an error."""
+    store = pyro.get_param_store()
+    before = store.get_state()
+    try:
+        yield
+    except BaseException:
+        store.clear()
+        store.set_state(before)
+        raise
+
+
+def _check_history(columns: list[str], rows: Tensor) -> None:
+    if rows.dim() != 2 or rows.dtype != torch.float64 or rows.shape[-1] != len(columns):
+        raise ValueError(
+            f"the history has {len(columns)} columns, and values of shape {tuple(rows.shape)} and "
+            f"type {rows.dtype}"
+        )
+    if len(rows):
+        steps = rows[:, 0]
+        if not bool(((steps >= 0) & (steps < 2**53) & (steps == steps.floor())).all()):
+            raise ValueError("the history has steps that are no counts")
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of all that is in a file."""
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _targets(modules: dict[str, nn.Module], loose_params: dict[str, Tensor]) -> dict[str, Tensor]:

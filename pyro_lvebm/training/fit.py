@@ -1,47 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fit needs beside its steps: schedules, endless batches, and the best parameters so far."""
+"""What a fit needs beside its steps: checked arguments, schedules and endless batches."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_lvebm.model import LVEBM
-from pyro_lvebm.training.averaging import ParameterAverage
-from pyro_lvebm.training.step import pool_snapshot
 from pyro_lvebm.validation import DataError, check_at_least
-
-
-@dataclass
-class BestSoFar:
-    """The parameters and pools that were best by held-out log evidence, and how to go back."""
-
-    value: float  # log evidence, nats per datum
-    values: dict[Tensor, Tensor]  # by parameter
-    put_pools_back: Callable[[], None]
-    misses: int = 0  # evaluations in a row that were not better
-
-    def offer(self, value: float, average: ParameterAverage, ebms: list[LVEBM]) -> None:
-        """Take the present averages and pools if they are as good.
-
-        Where only a guide is trained the evidence stays, and the last one is the best.
-        """
-        self.misses = 0 if value > self.value else self.misses + 1
-        if value >= self.value:
-            self.value, self.values = value, average.copy()
-            self.put_pools_back = pool_snapshot(ebms)
-
-    def put_back(self, average: ParameterAverage) -> None:
-        """Give the pools and the averages of trained parameters their best values."""
-        self.put_pools_back()
-        average.values = {p: v for p, v in self.values.items() if p in average.values}
 
 
 def check_fit(
@@ -52,13 +24,14 @@ def check_fit(
     held_out: tuple[Any, ...] | None,
     patience: int | None,
     evaluate_every: int,
+    every: int,
 ) -> None:
     """Refuse arguments of `Saddle.fit` that do not go together.
 
     Raises:
         ValueError: If a number is out of range, or one argument needs or excludes another.
     """
-    check_at_least(1, num_steps=num_steps)
+    check_at_least(1, num_steps=num_steps, every=every)
     if evaluate_every < 1 or (patience is not None and patience < 1):
         raise ValueError(
             f"evaluate_every and patience must be at least 1; got {evaluate_every} and {patience}"
@@ -109,8 +82,36 @@ def endless(batches: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
             )
 
 
+@contextmanager
+def noted(error: BaseException) -> Iterator[None]:
+    """Add what cannot be written inside the block to an error that goes on anyway."""
+    try:
+        yield
+    except OSError as failure:
+        error.add_note(f"fit: no checkpoint was saved: {failure}")
+
+
 Schedule = Callable[[float], float]
 """Maps the part of a fit that is done, from 0 to 1, to a factor on the updates."""
+
+
+def factor_of(schedule: Schedule, progress: float) -> float:
+    """Return the factor that a schedule has for an update.
+
+    Raises:
+        ValueError: If it is NaN, infinite, negative or no number.
+    """
+    value = schedule(progress)
+    try:
+        factor = float(value)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not 0.0 <= factor < math.inf:
+        raise ValueError(
+            f"schedule({progress:.4g}) returned {value!r:.80}; expected a finite factor on the "
+            "updates that is not negative"
+        )
+    return factor
 
 
 def half_cosine(progress: float) -> float:

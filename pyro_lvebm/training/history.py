@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.validation import warn_of_training
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WINDOW = 50
 """Steps over which numbers are averaged before they are called a symptom."""
@@ -35,7 +38,7 @@ class History:
     def record_step(
         self, step: int, row: dict[str, float], positive: dict[str, float], ebms: dict[str, LVEBM]
     ) -> None:
-        """Record a training step, and warn where the last rows say that something is wrong.
+        """Record a training step.
 
         Args:
             step: Number of steps so far.
@@ -47,10 +50,15 @@ class History:
         for name, ebm in ebms.items():
             suffix = f"@{name}" if num_chains else ""
             num_chains[suffix] = len(ebm.pool.log_weights)
-            statistics = {"positive_energy": positive[name], **pool_statistics(ebm)}
+            # A loss that replays a graph meets no pairs.
+            mean = {"positive_energy": positive[name]} if name in positive else {}
+            statistics = mean | pool_statistics(ebm)
             row = row | {f"{key}{suffix}": value for key, value in statistics.items()}
         self.record(step, **row)
         self._num_chains = num_chains
+
+    def look_now_and_then(self, step: int) -> None:
+        """Warn where the last rows say that something is wrong, once in a window of steps."""
         if step % WINDOW == 0:
             self.look(step)
 
@@ -70,8 +78,14 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, indexed by step."""
+        import pandas as pd
+
         frame = pd.DataFrame(self.rows, columns=None if self.rows else ["step"])
         return frame.astype({"step": int}).set_index("step")
+
+    def losses(self, since: int) -> list[float]:
+        """Return the losses of the steps after this one."""
+        return [row["loss"] for row in self.rows if row["step"] > since and "loss" in row]
 
     def state(self) -> tuple[list[str], Tensor]:
         """Return column names and values (rows, columns), for a file."""
@@ -108,6 +122,8 @@ def symptoms(rows: list[dict[str, float]], num_chains: dict[str, int]) -> dict[s
     Returns:
         A sentence for each symptom, by its name; none if all is well.
     """
+    import pandas as pd
+
     mean = {str(name): float(value) for name, value in pd.DataFrame(rows).mean().items()}
     found = {}
     for suffix, n in num_chains.items():

@@ -8,14 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import trange
 
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
 from pyro_lvebm.guides import find_particles
@@ -31,16 +29,34 @@ from pyro_lvebm.latents import (
 from pyro_lvebm.model import LVEBM, warn_of_falling
 from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
 from pyro_lvebm.sampling import MALA, Kernel, RoughEnergyError
-from pyro_lvebm.sites import GivenRows, Node, SamePlates, at_minibatch, frozen
-from pyro_lvebm.training.anatomy import Anatomy, inspect
+from pyro_lvebm.sites import GivenRows, Node, SamePlates, announce, at_minibatch, frozen
+from pyro_lvebm.training.anatomy import Anatomy, check_precision, inspect
 from pyro_lvebm.training.averaging import ParameterAverage, assign
-from pyro_lvebm.training.checkpoint import SETTINGS, Parts, read_checkpoint, write_checkpoint
-from pyro_lvebm.training.fit import BestSoFar, Schedule, check_fit, endless, half_cosine
+from pyro_lvebm.training.checkpoint import (
+    Parts,
+    read_checkpoint,
+    store_unchanged_on_error,
+    write_checkpoint,
+)
+from pyro_lvebm.training.course import BestSoFar, Course, course_of
+from pyro_lvebm.training.fit import Schedule, check_fit, endless, factor_of, half_cosine, noted
+from pyro_lvebm.training.header import SETTINGS
 from pyro_lvebm.training.history import History
+from pyro_lvebm.training.optimiser import check_needs_no_closure
 from pyro_lvebm.training.penalties import Penalty, add_penalties
-from pyro_lvebm.training.step import ascend, pool_snapshot, unchanged_on_error
+from pyro_lvebm.training.progress import step_bar
+from pyro_lvebm.training.step import (
+    ascend,
+    check_not_replayed,
+    pool_snapshot,
+    records_snapshot,
+    unchanged_on_error,
+)
 from pyro_lvebm.training.trust_region import TrustRegion
 from pyro_lvebm.validation import check_at_least
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOG_Z_ERROR = 0.01
 """Nats, stated by a pool: noise of log Z is common to all data, and hides which step was best."""
@@ -78,7 +94,8 @@ class Saddle(SVI):
         seed: Fixes every random number.
 
     Raises:
-        ValueError: If the guide holds more than one `AutoParticles`, or a number is out of range.
+        ValueError: If the guide holds more than one `AutoParticles`, a number is out of range, or
+            the optimiser needs a closure, as LBFGS does.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447;
@@ -118,6 +135,7 @@ class Saddle(SVI):
         check_at_least(1, num_moves=num_moves)
         if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl must be positive; got {max_kl}")
+        check_needs_no_closure(optim)
         self.particles = find_particles(guide)
         self._own_loss = loss is None
         if loss is None:
@@ -133,8 +151,11 @@ class Saddle(SVI):
         self.halvings = 0
         self.acceptance: dict[str, float] = {}
         self._anatomy: Anatomy | None = None
+        # The same two in every step: a loss that is traced knows them by their identity.
+        self._guarded = GivenRows()(guide), GivenRows()(model)
         self.recorder = History()
         self.last_good: dict[Tensor, Tensor] = {}  # of the parameters, should the next step fail
+        self._course: Course | None = None  # of the last fit, if it can go on
 
     @property
     def ebms(self) -> list[LVEBM]:
@@ -181,6 +202,9 @@ class Saddle(SVI):
         held_out: tuple[Any, ...] | None = None,
         patience: int | None = None,
         evaluate_every: int = 100,
+        checkpoint: str | Path | None = None,
+        every: int = 100,
+        resume: bool = False,
         progress: bool = True,
         description: str = "Saddle",
         **kwargs: Any,
@@ -209,57 +233,95 @@ class Saddle(SVI):
                 those of the training data. A plate needs as many rows as it subsamples: use
                 `subsample_size=min(256, len(x))`.
             patience: Stop after this many evaluations without a better one. None takes all steps.
-                A loaded `Saddle` that fits on starts a new schedule, and its patience anew.
+                A loaded `Saddle` that fits on starts a new schedule, and its patience anew, unless
+                it resumes.
             evaluate_every: Steps from one evaluation to the next.
+            checkpoint: A file to `save` to every so many steps, at an interrupt from the keyboard,
+                and at the end, with how far the fit is. A process that is killed loses one
+                interval at most.
+            every: Steps from one such save to the next.
+            resume: Go on with the fit of the file that this `Saddle` was loaded from, to the same
+                `num_steps` and with the same other arguments: steps, averages and losses are to
+                the bit those of a fit that was never broken off, if `batches` are the same again (a
+                `DataLoader` that shuffles is not, unless its sampler has a seed). Where the fit
+                had ended nothing is done; a new `Saddle` starts at the beginning.
             progress: Show a progress bar with the loss, and with log Z and ESS of the pool.
             description: Name on the progress bar.
             kwargs: Keyword arguments of the model and the guide.
 
         Returns:
-            The loss of every step.
+            The loss of every step, also of those before it was broken off.
 
         Raises:
             ValueError: As in `step` and `log_evidence`; if a number is out of range, `patience`
                 is given without `held_out`, or `batches` beside other arguments; if `batches`
-                end early or are not tuples or lists of arguments.
+                end early or are not tuples or lists of arguments; if the schedule gives a factor
+                that is negative or not finite; if there is no fit to resume, or it had other
+                arguments.
+            OSError: If the checkpoint cannot be written.
         """
-        check_fit(args, num_steps, batches, min_kl, held_out, patience, evaluate_every)
+        check_fit(args, num_steps, batches, min_kl, held_out, patience, evaluate_every, every)
+        settings = {
+            "num_steps": num_steps,
+            "evaluate_every": evaluate_every,
+            "patience": patience,
+            "min_kl": min_kl,
+            "held_out": held_out is not None,
+        }
+        course = self._course = course_of(self._course, resume, self.step_count, settings)
+        losses = self.recorder.losses(since=course.start)
+        if course.ended is not None:
+            return losses
+        done = self.step_count - course.start
         stream = itertools.repeat(args) if batches is None else endless(batches)
         args = next(stream)
-        stream = itertools.chain([args], stream)
-        losses: list[float] = []
-        best: BestSoFar | None = None
-        if held_out is not None:
+        stream = itertools.islice(itertools.chain([args], stream), done, None)
+        if held_out is not None and course.best is None:
             value = self._evaluate(held_out, args, kwargs)
             start = {p: p.detach().clone() for p in self.parameters()} | self.average.copy()
-            best = BestSoFar(value, start, pool_snapshot(self.ebms))
+            pools = pool_snapshot(self.ebms)
+            course.best = BestSoFar(value, start, pools, evaluated=self.step_count)
+
+        def look() -> None:
+            if held_out is not None and course.best is not None and course.is_due(self.step_count):
+                value = self._evaluate(held_out, args, kwargs)
+                course.best.offer(value, self.average, self.ebms, self.step_count)
+
         try:
-            with trange(num_steps, disable=not progress, desc=description, unit="step") as bar:
+            look()  # the fit may have been broken off between a step and its evaluation
+            with step_bar(num_steps, progress, description, done) as bar:
                 for t in bar:
-                    factor = schedule(t / num_steps)
+                    if course.is_stuck():
+                        break
+                    factor = factor_of(schedule, t / num_steps)
                     losses.append(self.scaled_step(factor, min_kl, next(stream), kwargs))
                     if progress and t % 10 == 0:
                         bar.set_postfix(self._status(losses), refresh=False)
-                    if best is None or held_out is None:
-                        continue
-                    if (t + 1) % evaluate_every and t + 1 < num_steps:
-                        continue
-                    value = self._evaluate(held_out, args, kwargs)
-                    best.offer(value, self.average, self.ebms)
-                    if patience is not None and best.misses >= patience:
-                        break
+                    look()
+                    if checkpoint is not None and (t + 1) % every == 0 and t + 1 < num_steps:
+                        self.save(checkpoint)
+            if checkpoint is not None:
+                self.save(checkpoint)
         except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if interrupted and checkpoint is not None and self.step_count > course.start:
+                with noted(error):
+                    self.save(checkpoint)
             # Averages of a fit that diverged are worse than what the failed step went back to.
-            if losses and (best is not None or isinstance(error, KeyboardInterrupt)):
-                self._end_at_averages(best)
-                which = "their averages" if best is None else "the averages that were best"
+            if losses and (course.best is not None or interrupted):
+                self._end_at_averages(course.best)
+                self._course = None
+                which = "their averages" if course.best is None else "the averages that were best"
                 error.add_note(f"fit: after {len(losses)} steps, parameters now have {which}")
             raise
-        self._end_at_averages(best)
+        self._end_at_averages(course.best)
         _settle_at_averages(self.ebms, LOG_Z_ERROR)
+        course.best, course.ended = None, self.step_count
+        self.recorder.look(self.step_count)
+        if checkpoint is not None:
+            self.save(checkpoint)
         for ebm in self.ebms:
             warn_of_falling(ebm)
-        self.recorder.look(self.step_count)
         return losses
 
     def _end_at_averages(self, best: BestSoFar | None) -> None:
@@ -405,11 +467,14 @@ class Saddle(SVI):
         """Write θ, particles, pools, optimiser and step count to one file.
 
         Tensors are stored as safetensors, everything else as JSON in its header. The file appears
-        whole or not at all; one that exists is replaced.
+        whole or not at all; one that exists is replaced, and keeps its mode. A symbolic link
+        stays one.
 
         Raises:
             ValueError: If no step has been taken yet, or the optimiser holds state that is
                 neither tensor nor JSON.
+            OSError: If the file cannot be written, as on a full disk; the old one is then there
+                still.
         """
         if self._anatomy is None:
             raise ValueError("nothing to save: take a step first")
@@ -447,8 +512,8 @@ class Saddle(SVI):
             A Saddle whose next step is the one that the saved Saddle would have taken.
 
         Raises:
-            ValueError: If the file is unreadable, or does not fit the model and guide; these are
-                then unchanged.
+            ValueError: If the file is unreadable or damaged, or does not fit the model, the guide
+                or the optimiser; these, and Pyro's parameter store, are then unchanged.
         """
         checkpoint = read_checkpoint(Path(path))
         settings = checkpoint.settings
@@ -461,7 +526,11 @@ class Saddle(SVI):
             penalties=penalties,
             **{name: settings[name] for name in SETTINGS if name != "step_count"},
         )
-        checkpoint.restore(saddle._parts(saddle._learn(args, kwargs)))
+        with store_unchanged_on_error():
+            anatomy = saddle._learn(args, kwargs)
+            for site, ebm in anatomy.ebms.items():
+                announce(f"{site}_lvebm", ebm.f)  # an optimiser may have settings by name
+            saddle._course = checkpoint.restore(saddle._parts(anatomy))
         saddle.step_count = settings["step_count"]
         return saddle
 
@@ -473,6 +542,7 @@ class Saddle(SVI):
             self.optim,
             self.average,
             self.recorder,
+            self._course,
         )
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -503,7 +573,9 @@ class Saddle(SVI):
         """Learn the parts once, and leave the pools alone."""
         if self._anatomy is None:
             with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
-                self._anatomy = inspect(Program(self.model, args, kwargs), self.guide)
+                anatomy = inspect(Program(self.model, args, kwargs), self.guide)
+            check_precision(anatomy.ebms, anatomy.loose_params, self.guide)
+            self._anatomy = anatomy
             if self._own_loss:
                 # Spares Pyro a guess, which would run model and guide once more and log a message.
                 extra = int(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
@@ -519,6 +591,7 @@ class Saddle(SVI):
     ) -> float:
         """Take a `step` whose update is multiplied by a factor, and lengthened as in `fit`."""
         anatomy = self.prepare(args, kwargs)
+        check_not_replayed(self.elbo, self.ebms, self.particles is not None)
         device = self.device(args, kwargs)
         region = TrustRegion(self.max_kl, min_kl, factor)
         with (
@@ -532,15 +605,17 @@ class Saddle(SVI):
                 return self._loss_and_grads(choices, args, kwargs)
 
             ascent = ascend(
-                loss_and_grads, self.optim, self.ebms, region, self.last_good, self.step_count
+                loss_and_grads, self.optim, self.ebms, region, self.last_good, self.step_count, undo
             )
-        self.average.update(list(ascent.before))
-        self.last_good, self.halvings = ascent.before, ascent.halvings
-        self.step_count += 1
-        row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
-        row["lengthening"] = ascent.lengthening
-        row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
-        self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
+            undo.append(records_snapshot(self))
+            self.average.update(list(ascent.before))
+            self.last_good, self.halvings = ascent.before, ascent.halvings
+            self.step_count += 1
+            row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
+            row["lengthening"] = ascent.lengthening
+            row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
+            self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
+        self.recorder.look_now_and_then(self.step_count)
         return ascent.loss
 
     def _positive_phase(
@@ -580,7 +655,7 @@ class Saddle(SVI):
         self, choices: dict[str, Node], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> float:
         """Run model and guide on the chosen minibatch; leave gradients of loss and penalties."""
-        guide, model = GivenRows()(self.guide), GivenRows()(self.model)
+        guide, model = self._guarded
         if choices:
             guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
         with SamePlates(), self._guide_noise(self.device(args, kwargs)):

@@ -7,10 +7,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from pyro import poutine
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+)
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -18,8 +26,31 @@ from torch.linalg import LinAlgError
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites import PositivePairs, all_nodes
+from pyro_lvebm.training.averaging import ParameterAverage
+from pyro_lvebm.training.history import History
+from pyro_lvebm.training.optimiser import checked_step, optimiser_snapshot
 from pyro_lvebm.training.trust_region import TrustRegion, bounded_step, restore
 from pyro_lvebm.validation import DataError
+
+_REPLAYED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+def check_not_replayed(loss: ELBO, ebms: list[LVEBM], with_particles: bool) -> None:
+    """Refuse a loss that replays its first run where particles or pools are to move.
+
+    Raises:
+        ValueError: If the loss is one of Pyro's that `torch.jit.trace` compiles, and the guide
+            holds particles or an energy can change.
+    """
+    if not isinstance(loss, _REPLAYED) or not (with_particles or any(e.is_trained for e in ebms)):
+        return
+    name = type(loss).__name__
+    what = "particles" if with_particles else "the pool of negatives, as θ can change,"
+    raise ValueError(
+        f"{name} replays a graph of its first run, in which {what} would never move. Use "
+        f"{name.removeprefix('Jit')}, which runs the model in every step; {name} is for guides "
+        "without particles at frozen θ, ebm.requires_grad_(False)"
+    )
 
 
 class Ascent(NamedTuple):
@@ -40,6 +71,7 @@ def ascend(
     region: TrustRegion,
     last_good: dict[Tensor, Tensor],
     step: int,
+    undo: list[Callable[[], None]],
 ) -> Ascent:
     """Take one optimiser step on all parameters that a loss meets.
 
@@ -50,10 +82,12 @@ def ascend(
         region: How far the update may and should move the LVEBMs.
         last_good: For each parameter, the last value whose loss was finite.
         step: Number of this step, for messages.
+        undo: Takes actions that put parameters and optimiser back, should what follows fail.
 
     Raises:
-        ValueError: If the loss, a gradient or the update is NaN or infinite; parameters are then
-            back at the last values with a finite loss.
+        ValueError: If the loss, a gradient, the update or what the optimiser remembers of it is
+            NaN or infinite; parameters are then back at the last values with a finite loss, and
+            the optimiser is as before the step.
     """
     pairs, capture = PositivePairs(), poutine.trace(param_only=True)
     try:
@@ -63,7 +97,10 @@ def ascend(
         params = _params_met(capture.trace)
         check_finite(loss, params, last_good, step)
         positive = pairs.mean_energies()
-        before, halvings, kl, longer = bounded_step(optim, params, ebms, region, step)
+        undo.append(optimiser_snapshot(optim, params))
+        update = partial(checked_step, optim, step=step)
+        before, halvings, kl, longer = bounded_step(update, params, ebms, region, step)
+        undo.append(partial(restore, list(before.keys()), list(before.values())))
     finally:
         zero_grads(_params_met(capture.trace))
     return Ascent(loss, positive, before, halvings, kl, longer)
@@ -126,6 +163,29 @@ def pool_snapshot(ebms: list[LVEBM]) -> Callable[[], None]:
     def put_back() -> None:
         for put_pool_back in snapshots:
             put_pool_back()
+
+    return put_back
+
+
+class Records(Protocol):
+    """What a `Saddle` keeps of its steps beside parameters, particles and pools."""
+
+    average: ParameterAverage
+    last_good: dict[Tensor, Tensor]
+    step_count: int
+    recorder: History
+
+
+def records_snapshot(saddle: Records) -> Callable[[], None]:
+    """Return an action that puts averages, counts and history back to where they are now."""
+    average, count = saddle.average.values, saddle.average.count
+    last_good, step_count = saddle.last_good, saddle.step_count
+    num_rows = len(saddle.recorder.rows)
+
+    def put_back() -> None:
+        saddle.average.values, saddle.average.count = average, count
+        saddle.last_good, saddle.step_count = last_good, step_count
+        del saddle.recorder.rows[num_rows:]
 
     return put_back
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.linalg import LinAlgError
 
@@ -121,7 +120,11 @@ class TrustRegion:
 
 
 def bounded_step(
-    optim: PyroOptim, params: list[Tensor], ebms: list[LVEBM], region: TrustRegion, step: int
+    optim: Callable[[list[Tensor]], None],
+    params: list[Tensor],
+    ebms: list[LVEBM],
+    region: TrustRegion,
+    step: int,
 ) -> tuple[dict[Tensor, Tensor], int, float, float]:
     """Let the optimiser change parameters, then shrink or lengthen the change.
 
@@ -132,7 +135,7 @@ def bounded_step(
     the update, so it holds for any optimiser, with momentum, clipping or a schedule of its own.
 
     Args:
-        optim: The optimiser.
+        optim: Changes parameters by their gradients, as an optimiser does.
         params: Parameters with their gradients, changed in place.
         ebms: The LVEBMs of the model; those without a parameter among `params` do not count.
         region: Radius, least distance and factor.

@@ -5,8 +5,10 @@ import io
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,8 @@ from pyro_lvebm.cli.data import (
     read_observations,
     split,
 )
+from pyro_lvebm.cli.repeats import check_repeats, dequantise, find_repeats, resolution
+from pyro_lvebm.cli.table import Frame, Table, read_table
 
 FUZZ = settings(max_examples=60, deadline=None)
 FALSE_ALARM = 1e-6
@@ -79,21 +83,22 @@ def test_reads_numeric_arrays(tmp_path: Path, dtype: str) -> None:
         ("\n\n", "the file is empty"),
         ("a,b\n", "a header and no rows"),
         ("1,2\n3,4,5\n", "Expected 2 fields in line 2, saw 3"),
-        ("1,2\n3\n4,5\n", "row 2, column 2 is empty, or its row is too short.* 1 of 6 cells"),
-        ("a,b\n1,\n", "row 2, column 2 is empty"),
-        ("a,b\n1,2\n3,dog\n", "row 3, column 2 holds 'dog'"),
-        ("1,2\nnan,inf\n", "row 2, column 1 holds 'nan'.* 2 of 4 cells"),
+        ("1,2\n3\n4,5\n", "row 2 has 1 of 2 cells; a row that is too short"),
+        ("a,b\n1,\n", "column b hold no number"),
+        ("a,b\n1,2\n3,dog\n", r"row 3, column 2 \(b\) holds 'dog'.*--drop b"),
+        ("1,2\nnan,inf\n", "row 2, column 2 holds 'inf'.* 1 of 2 cells"),
         ("1,2\n3,-inf\n", "row 2, column 2 holds '-inf'"),
-        ("1,2\n3,NA\n", "row 2, column 2 holds 'NA'"),
-        ("1,NA\n3,4\n", "row 1, column 2 holds 'NA'"),
-        ("nan,2\n3,4\n", "row 1, column 1 holds 'nan'"),
-        ("a,b\n1,1e999\n", "row 2, column 2 holds '1e999'"),
-        ("a\n2020_01\n", "row 2, column 1 holds '2020_01'"),
-        ("a\n1+2j\n", "row 2, column 1 holds"),
-        ("a\nTrue\n", "row 2, column 1 holds 'True'"),
-        ("1;2\n3;4\n", "row 2, column 1 holds '3;4'.*commas separate columns"),
+        ("a,b\n1,1e999\n", r"row 2, column 2 \(b\) holds '1e999'"),
+        ("a\n2020_01\n", r"row 2, column 1 \(a\) holds '2020_01'"),
+        ("a\n1+2j\n", r"row 2, column 1 \(a\) holds"),
+        ("a\nTrue\n", r"row 2, column 1 \(a\) holds 'True'"),
+        ("1;2\n3;4\n", "holds '3;4'.*Semicolons seem to separate columns: give --sep ';'"),
+        ("a;b\n1,5;2,5\n", "not a table: .*give --sep ';' --decimal ','"),
+        ("a\tb\n1,5\t2\n", "not a table: .*--decimal ','"),
+        ('"1,5"\n"2,5"\n', "Commas seem to mark decimals: give --decimal ','"),
         ('1,2\n"3,4\n', "not a table: .*EOF inside string"),
         ("1,2\n3,4\x00\n", "row 2, column 2 holds"),
+        (",".join(["1.5"] * 100_000) + "\n", "has 100000 columns; at most 1000 are fitted"),
         ("a\n" + "y" * 1000 + "\n", "holds '" + "y" * 40 + "';"),
     ],
 )
@@ -103,9 +108,14 @@ def test_bad_csv(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_csv_in_another_encoding(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_bytes("größe\n1\n".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"x\.csv: not UTF-8 text"):
-        read_observations(tmp_path / "x.csv")
+    path = tmp_path / "x.csv"
+    path.write_bytes("größe\n1\n".encode("utf-16"))
+    table = read_table(path)
+    assert table.names == ("größe",) and "the text is UTF-16" in table.notes
+    path.write_bytes("größe\n1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x\.csv: not UTF-8 text .*--encoding latin-1"):
+        read_observations(path)
+    assert read_table(path, Frame(encoding="latin-1")).names == ("größe",)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".npy"])
@@ -118,7 +128,7 @@ def test_file_that_the_system_refuses(
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError("Permission denied")
 
-    monkeypatch.setattr("pandas.read_csv", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     monkeypatch.setattr("numpy.load", refuse)
     with pytest.raises(ValueError, match=rf"x\{suffix}: cannot be read.*Permission denied"):
         read_observations(path)
@@ -132,7 +142,10 @@ def test_file_that_the_system_refuses(
         (np.zeros((2, 2, 2)), r"shape \(2, 2, 2\); expected \(N, D\), one row an observation$"),
         (np.zeros((0, 2)), r"is empty: shape \(0, 2\)"),
         (np.zeros((2, 0)), r"is empty: shape \(2, 0\)"),
-        (np.array([[1.0, 2.0], [np.nan, np.inf]]), "2 of 4 values .* first at row 1, column 0"),
+        (
+            np.array([[1.0, 2.0], [np.nan, np.inf]]),
+            "1 of 4 values are infinite, first at row 1, column 1",
+        ),
         (np.array([[1.0, -np.inf]]), "1 of 2 values .* first at row 0, column 1"),
         (np.zeros((2, 2), complex), "type complex128"),
         (np.zeros((2, 2), bool), "type bool"),
@@ -155,7 +168,7 @@ def test_bad_arrays(tmp_path: Path, array: np.ndarray, message: str) -> None:
 )
 def test_number_too_large_for_float64(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((1, 1), np.finfo(np.longdouble).max))
-    with pytest.raises(ValueError, match="1 of 1 values are NaN or infinite"):
+    with pytest.raises(ValueError, match="1 of 1 values are infinite"):
         read_observations(tmp_path / "x.npy")
 
 
@@ -209,7 +222,7 @@ def test_missing_file_folder_and_suffix(tmp_path: Path) -> None:
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(ValueError, match=r"folder\.npy: no such file"):
         read_observations(tmp_path / "folder.npy")
-    with pytest.raises(ValueError, match=r"suffix '\.xlsx'; expected \.csv, \.npy or \.npz"):
+    with pytest.raises(ValueError, match=r"suffix '\.xlsx'; expected \.csv, \.tsv, \.npy or "):
         read_observations(tmp_path / "x.xlsx")
     with pytest.raises(ValueError, match="suffix ''"):
         read_observations(tmp_path / "x")
@@ -221,11 +234,11 @@ def read_or_refuse(name: str, content: bytes) -> None:
         path = Path(directory) / name
         path.write_bytes(content)
         try:
-            x = read_observations(path)
+            x = read_table(path).values
         except ValueError as error:
             assert str(error).startswith(f"{path}: ")
         else:
-            assert x.dtype == np.float64 and x.ndim == 2 and x.size > 0 and np.isfinite(x).all()
+            assert x.dtype == np.float64 and x.ndim == 2 and x.size > 0 and not np.isinf(x).any()
 
 
 @FUZZ
@@ -276,7 +289,144 @@ def test_csv_round_trip_is_exact(x: np.ndarray, header: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "x.csv"
         path.write_text("\n".join(rows))
-        np.testing.assert_array_equal(read_observations(path), x)
+        frame = Frame(header=header, index="none")
+        np.testing.assert_array_equal(read_table(path, frame).values, x)
+
+
+# --- the frame of a table
+
+NOISE = np.random.default_rng(0).normal(size=(30, 2))
+
+
+@pytest.mark.parametrize(
+    ("frame", "options", "names", "labels"),
+    [
+        (pd.DataFrame(NOISE, columns=["a", "b"]), {}, ("a", "b"), ("0", "29")),
+        (pd.DataFrame(NOISE), {"index": False}, ("0", "1"), None),
+        (pd.DataFrame(NOISE), {}, ("0", "1"), ("0", "29")),
+        (pd.DataFrame(NOISE, columns=[2019, 2020]), {"index": False}, ("2019", "2020"), None),
+        (
+            pd.DataFrame(NOISE, pd.date_range("2020-01-01", periods=30), ["a", "b"]),
+            {},
+            ("a", "b"),
+            ("2020-01-01", "2020-01-30"),
+        ),
+        (pd.DataFrame(NOISE, range(40, 10, -1)), {"index_label": "id"}, ("0", "1"), ("40", "11")),
+    ],
+)
+def test_header_and_index_of_pandas(
+    tmp_path: Path,
+    frame: pd.DataFrame,
+    options: dict[str, Any],
+    names: tuple[str, ...],
+    labels: tuple[str, str] | None,
+) -> None:
+    path = tmp_path / "x.csv"
+    frame.to_csv(path, **options)
+    table = read_table(path)
+    assert table.names == names
+    np.testing.assert_allclose(table.values, NOISE, rtol=1e-12)
+    assert "30 rows of 2 columns" in table.notes[0] and "--no-header" in table.notes[1]
+    if labels is None:
+        assert table.labels is None
+    else:
+        assert table.labels is not None and (table.labels[0], table.labels[-1]) == labels
+        assert "labels the rows" in table.notes[2]
+
+
+def test_the_frame_can_be_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("day;a;b;c\n3;1,5;2;x\n4;2,5;3;y\n")
+    told = Frame(sep=";", decimal=",", index="day", drop=("c",))
+    table = read_table(path, told)
+    assert table.names == ("a", "b") and table.labels == ("3", "4")
+    np.testing.assert_array_equal(table.values, [[1.5, 2.0], [2.5, 3.0]])
+    only = read_table(path, Frame(sep=";", decimal=",", columns=("3", "a")))
+    assert only.names == ("b", "a") and only.values.tolist() == [[2.0, 1.5], [3.0, 2.5]]
+    path.write_text("0,1\n2.5,3\n")
+    assert read_table(path).names == ("0", "1")
+    data = read_table(path, Frame(header=False))
+    assert data.values.tolist() == [[0.0, 1.0], [2.5, 3.0]] and data.names[0] == "column 1"
+    path.write_text("7.5,8\n2.5,3\n")
+    assert read_table(path, Frame(header=True)).names == ("7.5", "8")
+    with pytest.raises(ValueError, match=r"no column 'z'; columns are 7\.5, 8"):
+        read_table(path, Frame(header=True, drop=("z",)))
+    np.save(tmp_path / "x.npy", NOISE)
+    assert read_table(tmp_path / "x.npy", Frame(drop=("2",))).names == ("x[0]",)
+    path.write_text("a b\n 1.5   2\n2.5 3\n")
+    with pytest.raises(ValueError, match="Spaces seem to separate columns: give --sep ' '"):
+        read_table(path)
+    assert read_table(path, Frame(sep=" ")).values.tolist() == [[1.5, 2.0], [2.5, 3.0]]
+    path.write_text("date,flag,a\n2020-01-01,True,1.5\n2020-01-02,False,2\n")
+    with pytest.raises(ValueError, match=r"\(date\) holds '2020-01-01'.*--index date"):
+        read_table(path)
+    with pytest.raises(ValueError, match=r"\(flag\) holds 'True'.*--drop flag"):
+        read_table(path, Frame(index="date"))
+    table = read_table(path, Frame(index="date", drop=("flag",)))
+    assert table.names == ("a",) and table.labels == ("2020-01-01", "2020-01-02")
+    with pytest.raises(ValueError, match="must differ"):
+        Frame(sep=",", decimal=",")
+
+
+def test_missing_cells_are_nan_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1.5,NA\n,2.5\n,?\n3,4\n")
+    table = read_table(path)
+    np.testing.assert_array_equal(table.values, [[1.5, np.nan], [np.nan, 2.5], [3, 4]])
+    assert table.rows.tolist() == [1, 2, 4]
+    assert "1 rows hold no number at all and are left out" in table.notes
+    assert "2 cells are missing: a 1, b 1" in table.notes
+
+
+def repeated(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    smooth = rng.normal(size=400)
+    return {
+        "sales": smooth,
+        "quarter": rng.integers(1, 5, 400).astype(float),
+        "sex": rng.integers(0, 2, 400).astype(float),
+        "rain": np.where(rng.random(400) < 0.4, 0.0, np.exp(smooth)),
+        "height": np.round(170 + 7 * smooth),
+        "weight": np.round(70 + 7 * smooth, 1),
+    }
+
+
+def test_values_that_repeat_are_named() -> None:
+    columns = repeated(np.random.default_rng(0))
+    table = Table(np.stack(list(columns.values()), 1), tuple(columns), np.arange(400))
+    found = {r.name: r for r in find_repeats(table)}
+    assert [name for name, r in found.items() if r.severe] == ["quarter", "sex", "rain", "height"]
+    assert "takes 4 values only, whole numbers" in found["quarter"].what
+    assert "is 0 in" in found["rain"].what and not found["weight"].severe
+    with pytest.raises(ValueError, match=r"quarter.*--dequantise 'quarter,sex,rain,height'"):
+        check_repeats(table)
+    with pytest.warns(UserWarning, match="column weight takes .* as by rounding"):
+        check_repeats(table.select(["sales", "weight"]))
+    smooth = table.select(["sales"])
+    check_repeats(smooth)
+    with pytest.warns(UserWarning, match="5 of 405 rows are copies"):
+        check_repeats(smooth.take(np.r_[:400, :5]))
+
+
+def test_read_observations_warns_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    columns = repeated(np.random.default_rng(1))
+    pd.DataFrame({k: columns[k] for k in ("sales", "quarter")}).to_csv(path, index=False)
+    with pytest.warns(UserWarning, match="column quarter takes 4 values"):
+        assert read_observations(path).shape == (400, 2)
+
+
+def test_dequantise_spreads_over_the_grid() -> None:
+    columns = repeated(np.random.default_rng(2))
+    values = np.stack([columns["weight"], columns["sales"], columns["quarter"]], 1)
+    steps = np.array([resolution(values[:, 0]), 0.0, resolution(values[:, 2])])
+    np.testing.assert_allclose(steps, [0.1, 0.0, 1.0], rtol=1e-9)
+    spread = dequantise(values, steps, seed=3)
+    assert (np.abs(spread - values) <= steps / 2 + 1e-12).all()
+    assert kstest((spread - values)[:, 2] + 0.5, "uniform").pvalue > FALSE_ALARM
+    assert not find_repeats(Table(spread, ("w", "s", "q"), np.arange(400)))
+    assert resolution(np.array([0.7, 0.0, 0.2, np.nan, 0.2])) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="lie on no grid"):
+        resolution(columns["rain"])
 
 
 # --- splitting

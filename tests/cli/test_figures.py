@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.figure import Figure
@@ -16,8 +17,8 @@ from matplotlib.lines import Line2D
 from pyro.optim import Adam
 from small_models import data_of, plate_model, quadratic_ebm
 
-from pyro_lvebm import AutoParticles, ElboTable, Saddle
-from pyro_lvebm.cli.figures import image_figure, table_figure
+from pyro_lvebm import AutoParticles, ElboTable, LogEvidence, LogPartition, Saddle
+from pyro_lvebm.cli.figures import Results, image_figure, informative_pairs, table_figure
 from pyro_lvebm.plots.canvas import save_figure
 from pyro_lvebm.plots.data import plot_images, plot_pair
 from pyro_lvebm.plots.posterior import plot_elbo
@@ -542,3 +543,56 @@ def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
     save_figure(table_figure(np.ones((3, 2)), np.zeros((3, 2)), elbo_table()), tmp_path / "b.png")
     save_figure(history_figure(make_history()), tmp_path / "c.png")
     assert plt.get_fignums() == before and matplotlib.get_backend() == backend
+
+
+def make_results(steps: int = 60) -> Results:
+    bracket = LogPartition(0.05, 0.02, 0.0, 0.1, 0.05, 0.05, 0.1, 9.0, 3, 4, 1.0)
+    value = -3.0 + 0.1 * torch.randn(20, generator=torch.Generator().manual_seed(0))
+    evidence = LogEvidence(value, torch.full((20,), 0.1), bracket, torch.tensor(0.05))
+    baselines = pd.DataFrame(
+        {
+            "baseline": ["full Gaussian", "diagonal mixture, 5 components (not converged)"],
+            "log_evidence": [-2.0, -5.0],
+            "std_error": [0.1, 0.2],
+        }
+    )
+    return Results(make_history(steps), elbo_table(), evidence, baselines)
+
+
+def test_the_pairs_that_matter_are_drawn_by_name(tmp_path: Path) -> None:
+    """A bent relation has no correlation; missing entries do not hide it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 15))
+    x[:, 9] = x[:, 4] ** 2 + 0.2 * x[:, 9]
+    x[:, 11] = 1e-13 * (x[:, 2] + 0.5 * x[:, 11])
+    x[rng.random(x.shape) < 0.03] = np.nan
+    pairs = informative_pairs(x, seed=0)
+    assert pairs[:2] == [(4, 9), (2, 11)] and len(pairs) == 3
+    assert informative_pairs(x[:, :1], seed=0) == [(0, 0)]
+    names = [f"column {k}" for k in range(15)]
+    figure = table_figure(x, x, elbo_table(), pairs[:2], names, make_results())
+    panels = figure.get_axes()
+    assert [axes.get_xlabel() for axes in panels[:2]] == ["column 4", "column 2"]
+    assert [axes.get_ylabel() for axes in panels[:2]] == ["column 9", "column 11"]
+    titles = [axes.get_title() for axes in panels[2:]]
+    assert titles == [
+        "ELBO table, θ fixed",
+        "training",
+        "log Z, online and annealed",
+        "held-out rows",
+    ]
+    labels = [label.get_text() for label in panels[-1].get_yticklabels()]
+    assert labels[1:] == ["LVEBM", "full Gaussian"]  # the best on top
+    assert "(not converged)" in labels[0]
+    save_figure(figure, tmp_path / "a.png")  # a layout that fails warns
+
+
+def test_figure_of_images_with_results(tmp_path: Path) -> None:
+    masked, below = images(5), images(10)
+    figure = image_figure(images(20), images(20), masked, below, elbo_table(), make_results())
+    assert [axes.get_title() for axes in figure.get_axes()][-3:] == [
+        "training",
+        "log Z, online and annealed",
+        "held-out rows",
+    ]
+    save_figure(figure, tmp_path / "a.png")

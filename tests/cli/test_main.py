@@ -6,14 +6,15 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from pyro_lvebm import (
     log_partition,
     lvebm,
 )
+from pyro_lvebm.cli import data as cli_data
 from pyro_lvebm.cli import job
 from pyro_lvebm.cli.data import DigitsData, dequantise_logit, read_observations, split
 from pyro_lvebm.cli.job import JobSettings
@@ -47,14 +49,14 @@ from pyro_lvebm.evidence import programs as model_evidence
 from pyro_lvebm.latents import ChainSettings
 from pyro_lvebm.rng import Stream
 
-cli = import_module("pyro_lvebm.cli.main")
-
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
 # The function hides the module of its name in the package.
 LOG_EVIDENCE = sys.modules["pyro_lvebm.evidence.log_evidence"]
 
 OUTPUTS = {
+    "model",
+    "rows.csv",
     "figure.png",
     "elbo_table.csv",
     "summary.json",
@@ -87,6 +89,10 @@ class Run:
 
         result: dict[str, Any] = json.loads(text, parse_constant=refuse)
         return result
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        return pd.read_csv(self.out / "rows.csv")
 
     @property
     def table(self) -> pd.DataFrame:
@@ -152,7 +158,7 @@ def fitted(quick: None, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 # --- fit ------------------------------------------------------------------------------------
 
 
-def test_fit_writes_five_files_and_is_quiet(fitted: Run) -> None:
+def test_fit_writes_its_files_and_is_quiet(fitted: Run) -> None:
     assert fitted.status == 0
     assert {p.name for p in fitted.out.iterdir()} == OUTPUTS
     assert fitted.stderr == ""
@@ -162,6 +168,10 @@ def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
     summary = fitted.summary
     assert set(summary) == {
         "data",
+        "columns",
+        "read",
+        "transforms",
+        "notes",
         "settings",
         "base",
         "held_out_log_evidence",
@@ -185,7 +195,8 @@ def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
         evidence["estimate"] + log_z["estimate"] - log_z["upper"], abs=1e-5
     )
     assert 0.0 < evidence["std_error"] < 1.0
-    assert set(summary["seconds"]) == {"fit", "elbo table", "held-out evidence", "export"}
+    assert summary["columns"] == ["left", "right"] and "200 rows of 2 columns" in summary["read"][0]
+    assert set(summary["seconds"]) == set(job.PHASES)
     assert all(s >= 0.0 for s in summary["seconds"].values())
     versions = summary["versions"]
     assert versions["torch"] == torch.__version__ or torch.__version__.startswith(versions["torch"])
@@ -250,6 +261,64 @@ def test_posterior_file_opens_in_arviz(fitted: Run, data: Path) -> None:
     train, _ = split(read_observations(data), 0.2, 3)
     observed = idata["observed_data"]["observations"].to_numpy()
     np.testing.assert_array_equal(observed, train.astype(np.float32))
+    named = idata["observed_data"]["observations"]
+    assert named.dims == ("data", "column") and list(named["column"].values) == ["left", "right"]
+    rows = fitted.rows
+    in_file = rows.loc[rows["part"] == "train", "row"].to_numpy()
+    np.testing.assert_array_equal(np.sort(latent["data"].values), in_file)
+    first = read_observations(data)[latent["data"].values - 1]
+    np.testing.assert_array_equal(first, train)
+
+
+def test_rows_join_the_input(fitted: Run, data: Path) -> None:
+    """Every row has its part, log p(x) and z; the held-out mean is that of the summary."""
+    rows = fitted.rows
+    assert list(rows["row"]) == list(range(1, 201))
+    _, test = split(np.arange(200), 0.2, 3)
+    assert set(rows.loc[rows["part"] == "held-out", "row"] - 1) == set(test)
+    stated = fitted.summary["held_out_log_evidence"]
+    held_out = rows[rows["part"] == "held-out"]
+    assert held_out["log_p"].mean() == pytest.approx(stated["estimate"], abs=1e-5)
+    assert (rows["std_error"] >= 0).all() and rows.notna().all().all()
+    # After so short a fit p(z | x) is near N(0, 1).
+    assert rows["z[0]"].abs().max() < 1.0 and rows["z[0]_std"].between(0.5, 1.5).all()
+    x = torch.as_tensor(read_observations(data), dtype=torch.float32)
+    ebm = LVEBM.load(fitted.out / "model")
+    base = ebm.base_x.log_prob(x).numpy()
+    assert np.corrcoef(base, rows["log_p"])[0, 1] > 0.98
+
+
+def test_the_model_works_without_its_data(fitted: Run, data: Path, tmp_path: Path) -> None:
+    swapped = pd.read_csv(data)[["right", "left"]].iloc[:6]
+    swapped.iloc[1, 0] = np.nan
+    swapped.to_csv(tmp_path / "new.csv", index=False)
+    score = tmp_path / "score.csv"
+    done = run("score", fitted.out, tmp_path / "new.csv", "--quiet", out=score)
+    assert done.status == 0 and done.stderr == ""
+    found = pd.read_csv(score)
+    known = fitted.rows.set_index("row")["log_p"]
+    complete = found[found["row"] != 2]
+    np.testing.assert_allclose(complete["log_p"], known[complete["row"]], atol=0.15)
+    drawn = run("sample", fitted.out, "--rows", "500", "--quiet", out=tmp_path / "draws.csv")
+    assert drawn.status == 0
+    draws = pd.read_csv(tmp_path / "draws.csv")
+    assert list(draws) == ["left", "right"] and len(draws) == 500
+    np.testing.assert_allclose(draws.mean(), pd.read_csv(data).mean(), atol=0.3)
+    filled = run("impute", fitted.out / "model", tmp_path / "new.csv", "--draws", "2", out=score)
+    assert filled.status == 2 and "exists; --force" in filled.stderr
+    options = ("--draws", "2", "--force", "--quiet")
+    assert run("impute", fitted.out, tmp_path / "new.csv", *options, out=score).status == 0
+    completed = pd.read_csv(score)
+    assert len(completed) == 12 and completed.notna().all().all()
+    one = completed[completed["draw"] == 1]
+    kept = swapped["right"].notna().to_numpy()
+    np.testing.assert_allclose(one["right"][kept], swapped["right"][kept], rtol=1e-12)
+    wrong = tmp_path / "wrong.csv"
+    swapped.rename(columns={"left": "other"}).to_csv(wrong, index=False)
+    refused = run("score", fitted.out, wrong, out=tmp_path / "no.csv")
+    assert refused.status == 2 and "model is about columns left, right" in refused.stderr
+    nothing = run("sample", tmp_path, out=tmp_path / "no.csv")
+    assert nothing.status == 2 and "no model in" in nothing.stderr
 
 
 def test_figure_is_a_picture(fitted: Run) -> None:
@@ -297,8 +366,18 @@ def test_the_same_command_gives_the_same_numbers(
     (tmp_path / "summary.json").write_text("old")
     (tmp_path / "notes.txt").write_text("kept")
     short = ("--z-dim", "1", "--steps", "30", "--guide-steps", "10", "--seed", "3")
-    again = run("fit", data, *short, "--validation", "0", out=tmp_path)
+    refused = run("fit", data, *short, out=tmp_path)
+    assert (
+        refused.status == 2
+        and "holds summary.json already; --resume goes on, --force" in refused.stderr
+    )
+    (tmp_path / "rows.csv").symlink_to(tmp_path / "notes.txt")
+    again = run("fit", data, *short, "--validation", "0", "--force", out=tmp_path)
     assert again.status == 0
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+    assert "200 rows of 2 columns: left, right" in again.stderr
+    for phase in job.PHASES:
+        assert f"/{len(job.PHASES)}] {phase}" in again.stderr
     for bar in ("Saddle", "mean-field guide", "full-covariance guide", "amortised MLP encoder"):
         assert bar in again.stderr
     assert "30/30" in again.stderr and "log Z" in again.stderr
@@ -352,6 +431,57 @@ def test_the_base_is_that_of_the_training_rows_alone(
     assert len(seen) == 1 and torch.equal(seen[0], torch.as_tensor(train, dtype=torch.float32))
 
 
+# --- interrupts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_a_fit_that_goes_on(
+    fitted: Run, data: Path, tmp_path: Path, quick: None, sent: int, status: int
+) -> None:
+    """To the bit as if it had never been broken off, and of use before."""
+    step, before = job.Saddle.scaled_step, signal.getsignal(signal.SIGTERM)
+
+    def stopped(self: Saddle, *args: Any) -> float:
+        if self.step_count == 12:
+            os.kill(os.getpid(), sent)
+        return step(self, *args)
+
+    short = ("--z-dim", "1", "--steps", "30", "--guide-steps", "10", "--seed", "3", "--quiet")
+    options = ("fit", data, *short, "--validation", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.Saddle, "scaled_step", stopped)
+        broken = run(*options, out=tmp_path)
+    assert broken.status == status and broken.stdout == ""
+    assert broken.stderr == f"interrupted: the fit so far is in {tmp_path}/, and --resume goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "model"}
+    drawn = run("sample", tmp_path, "--rows", "9", "--quiet", out=tmp_path / "draws.csv")
+    assert drawn.status == 0 and len(pd.read_csv(tmp_path / "draws.csv")) == 9
+    again = run(*options, out=tmp_path)
+    assert again.status == 2 and "--resume goes on" in again.stderr
+    other = run("fit", data, *short, "--validation", "0", "--seed", "4", "--resume", out=tmp_path)
+    assert other.status == 2 and "a fit of other data or settings" in other.stderr
+    if sent == signal.SIGTERM:
+        return
+    resumed = run(*options, "--resume", out=tmp_path)
+    assert resumed.status == 0 and resumed.stderr == ""
+    assert resumed.summary["steps"] == 30
+    for key in ("held_out_log_evidence", "log_partition", "baselines"):
+        assert resumed.summary[key] == fitted.summary[key]
+    pd.testing.assert_frame_equal(resumed.rows, fitted.rows, check_exact=True)
+
+
+def test_an_interrupt_before_the_fit_keeps_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.LVEBM, "from_data", stop)
+    broken = run("fit", data, "--quiet", out=tmp_path / "out")
+    assert broken.status == 130 and broken.stderr == "interrupted: nothing kept\n"
+
+
 # --- demo -----------------------------------------------------------------------------------
 
 
@@ -379,7 +509,7 @@ def test_demo_is_fit_on_the_digits(
         return image_figure(*args)
 
     image_figure = job.image_figure
-    monkeypatch.setattr(cli, "load_digits_data", load)
+    monkeypatch.setattr(cli_data, "load_digits_data", load)
     monkeypatch.setattr(job, "image_figure", keep)
     short = ("--z-dim", "2", "--steps", "4", "--guide-steps", "2", "--seed", "5", "--quiet")
     demo = run("demo", *short, out=tmp_path / "demo")
@@ -388,7 +518,8 @@ def test_demo_is_fit_on_the_digits(
     assert demo.summary["data"] == {"train": [72, 8], "held_out": [18, 8]}
     assert set(demo.table.index) == POSTERIORS
 
-    ((shown, draws, masked, below, table),) = figures
+    ((shown, draws, masked, below, table, results),) = figures
+    assert results.table is table and len(results.history) == 4
     assert shown.shape == (72, 4, 2) and draws.shape == (100, 4, 2)
     assert masked.shape == (10, 4, 2) and below.shape == (30, 4, 2)
     # Grey levels, as they were before the noise.
@@ -414,21 +545,30 @@ def write(tmp_path: Path, name: str, text: str) -> Path:
     return path
 
 
-GOOD_ROWS = "\n".join(f"{i},{i * i % 7}" for i in range(40)) + "\n"
+NUMBERS = np.random.default_rng(0).normal(size=(40, 9))
 
-WIDE_ROWS = "\n".join(",".join(str((i + 1) * (j + 2) % 11) for j in range(9)) for i in range(8))
+GOOD_ROWS = "\n".join(f"{a},{b}" for a, b, *_ in NUMBERS) + "\n"
+
+WIDE_ROWS = "\n".join(",".join(map(str, row)) for row in NUMBERS[:8])
 
 BAD_FILES = {
     "ragged.csv": (GOOD_ROWS + "1,2,3\n", "not a table"),
-    "short.csv": (GOOD_ROWS + "1\n", "row 41, column 2 is empty"),
-    "nan.csv": (GOOD_ROWS + "nan,1\n", "row 41, column 1 holds 'nan'"),
+    "short.csv": (GOOD_ROWS + "1\n", "row 41 has 1 of 2 cells"),
+    "quarters.csv": (
+        "a,b\n" + "\n".join(f"{a},{i % 4}" for i, a in enumerate(NUMBERS[:, 0])),
+        "column b takes 4 values only, whole numbers",
+    ),
+    "semicolons.csv": (GOOD_ROWS.replace(",", ";").replace(".", ","), "--sep ';' --decimal ','"),
     "inf.csv": (GOOD_ROWS + "1,inf\n", "row 41, column 2 holds 'inf'"),
     "words.csv": (GOOD_ROWS + "1,red\n", "row 41, column 2 holds 'red'"),
     "empty.csv": ("", "the file is empty"),
     "header.csv": ("a,b\n", "a header and no rows"),
-    "constant.csv": (GOOD_ROWS.replace(",", ",5,"), "columns [1] of x are constant"),
+    "constant.csv": (
+        GOOD_ROWS.replace(",", ",5,"),
+        "columns column 2 are constant in the training rows",
+    ),
     "few.csv": (WIDE_ROWS, "needs more than 9 rows; got 5"),
-    "collinear.csv": ("\n".join(f"{i},{2 * i}" for i in range(40)), "singular"),
+    "collinear.csv": ("\n".join(f"{a},{2 * a}" for a in NUMBERS[:, 0]), "singular"),
     "broken.npy": ("not an array", "cannot be read as NumPy data"),
     "table.txt": (GOOD_ROWS, "cannot read the suffix '.txt'"),
 }
@@ -467,7 +607,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_bad_settings(data: Path, tmp_path: Path, option: str, value: str, message: str) -> None:
     result = run("fit", data, f"{option}={value}", out=tmp_path / "out")
     assert result.status == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and message in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
     assert not result.out.exists()
 
 
@@ -554,9 +695,56 @@ def test_module_ends_with_the_status_of_the_command(
     assert stop.value.code == 2 and "none.csv: no such file" in capsys.readouterr().err
 
 
-def test_columns_too_narrow_for_single_precision_are_refused(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(60, 2)) + np.array([0.0, 1e7])
-    np.save(tmp_path / "far.npy", rows)
-    arguments = ["fit", str(tmp_path / "far.npy"), "--out", str(tmp_path / "out"), "--quiet"]
-    assert main(arguments) == 2
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("column", "dtype"),
+    [
+        (1.0, "float32"),
+        (1e30, "float32"),
+        (1e-30, "float32"),
+        (1e-42, "float64"),
+        (1e60, "float64"),
+    ],
+)
+def test_precision_is_that_which_holds_the_data(column: float, dtype: str) -> None:
+    values = NUMBERS[:, :2] * np.array([1.0, column])
+    values[3, 1] = np.nan
+    found, notes = job.choose_dtype(values, ["a", "b"])
+    assert str(found) == f"torch.{dtype}"
+    assert notes == () if dtype == "float32" else "how b varies" in notes[0]
+    far, _ = job.choose_dtype(NUMBERS[:, :2] + np.array([0.0, 1e7]), ["a", "b"])
+    assert far is torch.float64
+
+
+@pytest.mark.usefixtures("brief_settling")
+def test_incomplete_rows_in_any_unit(tmp_path: Path, quick: None) -> None:
+    """Missing cells, whole numbers that are spread, labels, and numbers beyond float32."""
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame(NUMBERS[:, :2], columns=["a", "b"])
+    frame["tiny"] = 1e-60 * (frame["a"] + rng.normal(size=40))
+    frame["count"] = rng.integers(0, 5, 40)
+    frame.loc[[1, 9], "b"] = np.nan
+    frame.loc[20, "tiny"] = np.nan
+    frame.index = pd.Index([f"r{i}" for i in range(40)])
+    frame.to_csv(tmp_path / "x.csv")
+    short = ("--z-dim", "1", "--steps", "3", "--guide-steps", "2", "--validation", "0", "--quiet")
+    options = ("--dequantise", "count", *short)
+    done = run("fit", tmp_path / "x.csv", *options, out=tmp_path / "out")
+    assert done.status == 0, done.stderr
+    summary = done.summary
+    assert summary["columns"] == ["a", "b", "tiny", "count"]
+    assert summary["transforms"] == [{"name": "dequantise", "steps": {"count": 1.0}}]
+    assert [b["baseline"] for b in summary["baselines"]] == ["full Gaussian, by EM"]
+    assert "are left out" in done.stdout and "how tiny varies" in done.stdout
+    assert list(done.rows["label"]) == list(frame.index) and done.rows["log_p"].notna().all()
+    idata = az.from_netcdf(str(tmp_path / "out" / "posterior.nc"))
+    assert set(idata["posterior"]["data"].values) <= set(frame.index)
+    drawn = run("sample", tmp_path / "out", "--rows", "50", "--quiet", out=tmp_path / "d.csv")
+    assert drawn.status == 0
+    draws = pd.read_csv(tmp_path / "d.csv")
+    assert (draws["count"] == draws["count"].round()).all()
+    assert 1e-61 < draws["tiny"].abs().mean() < 1e-59
+    filled = run("impute", tmp_path / "out", tmp_path / "x.csv", "--quiet", out=tmp_path / "f.csv")
+    assert filled.status == 0
+    completed = pd.read_csv(tmp_path / "f.csv")
+    np.testing.assert_array_equal(completed["count"], frame["count"])
+    assert completed["b"].notna().all() and abs(completed["tiny"][20]) < 1e-58

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may choose about a fit; `--help` prints its defaults, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What a user may choose about a fit."""
+
+    z_dim: int = 2
+    num_steps: int = 1500
+    guide_steps: int = 1200
+    batch_size: int = 512
+    num_particles: int = 2
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        from pyro_lvebm.validation import check_at_least
+
+        names = ("z_dim", "num_steps", "guide_steps", "batch_size", "num_particles")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")

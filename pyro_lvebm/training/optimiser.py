@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of a Pyro optimiser, refused and undone where it leaves state that is not finite."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.optim import is_scheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+_RATES = {"lr", "eta"}
+
+
+def check_needs_no_closure(optim: PyroOptim) -> None:
+    """Refuse an optimiser that evaluates the loss again in its step, as LBFGS does.
+
+    Raises:
+        ValueError: If the step of the optimiser cannot be called without a closure.
+    """
+    kind = getattr(optim, "pt_optim_constructor", None)
+    if not isinstance(kind, type) or not issubclass(kind, Optimizer):
+        return
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{kind.__name__} needs a closure, which evaluates the loss several times in one step. "
+            "Here each evaluation moves particles and pools, so two of them are not of one "
+            "function, and no line search can compare them. Use Adam or ClippedAdam"
+        )
+
+
+def torch_optimiser(part: Any) -> Optimizer:
+    """Return the optimiser of torch behind one parameter, which a scheduler may hold."""
+    inner: Optimizer = part.optimizer if is_scheduler(part) else part
+    return inner
+
+
+def optimiser_snapshot(optim: PyroOptim, params: list[Tensor]) -> Callable[[], None]:
+    """Return an action that puts the optimiser's state of these parameters back.
+
+    Moments, counts and settings, such as a learning rate that decays in every step, are then as
+    they are now, and optimisers that a step has created are gone.
+    """
+    parts = getattr(optim, "optim_objs", {})  # of any function that updates parameters, none
+    waiting = dict(getattr(optim, "_state_waiting_to_be_consumed", {}))
+    old = []
+    for p in params:
+        if p in parts:
+            inner = torch_optimiser(parts[p])
+            groups = [
+                {key: copied(value) for key, value in group.items() if key != "params"}
+                for group in inner.param_groups
+            ]
+            old.append((inner, {q: copied(state) for q, state in inner.state.items()}, groups))
+    new = [p for p in params if p not in parts]
+
+    def put_back() -> None:
+        for inner, state, groups in old:
+            inner.state.clear()
+            inner.state.update(state)
+            for group, settings in zip(inner.param_groups, groups, strict=True):
+                group.update(settings)
+        for p in new:
+            if parts.pop(p, None) is not None:
+                optim.grad_clip.pop(p, None)
+                optim._state_waiting_to_be_consumed = waiting
+
+    return put_back
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of nested optimiser state: optimisers write into its tensors."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([copied(part) for part in value])
+    return value
+
+
+def checked_step(optim: PyroOptim, params: list[Tensor], *, step: int) -> None:
+    """Let the optimiser change parameters, and refuse what is left of it if that is not finite.
+
+    A second moment that is infinite makes all later updates exactly 0; one that is NaN makes them
+    NaN. No later gradient mends either.
+
+    Args:
+        optim: The optimiser.
+        params: Parameters with their gradients, changed in place.
+        step: Number of this step, for messages.
+
+    Raises:
+        ValueError: If its learning rate, or its state of a parameter, is NaN or infinite.
+    """
+    optim(params)
+    parts = getattr(optim, "optim_objs", {})
+    for p in params:
+        if p in parts:
+            check_state(torch_optimiser(parts[p]), step)
+
+
+def check_state(inner: Optimizer, step: int) -> None:
+    """Refuse a learning rate or state that is not finite.
+
+    Raises:
+        ValueError: If one is NaN or infinite.
+    """
+    for group in inner.param_groups:
+        for name in _RATES & group.keys():
+            if not _is_finite(group[name]):
+                raise ValueError(
+                    f"the learning rate is {float(group[name])} at step {step}; expected a finite "
+                    "number. The step was undone; look at the settings and the schedule of the "
+                    "optimiser"
+                )
+    for state in inner.state.values():
+        for name, value in state.items():
+            if not _is_finite(value):
+                raise ValueError(
+                    f"step {step} made the '{name}' of {type(inner).__name__} NaN or infinite, "
+                    "from which no later update recovers; it was undone, in the optimiser too. "
+                    "Gradients are too large: look at penalties and data, or bound gradients as "
+                    "ClippedAdam does. An optimiser that came with such state must be replaced by "
+                    "a new one"
+                )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(_is_finite(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(part) for part in value)
+    return not isinstance(value, float) or math.isfinite(value)
