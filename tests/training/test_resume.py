@@ -24,8 +24,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_lvebm import AutoParticles, PersistentPool, Saddle, TemperedPool, lvebm
+from pyro_lvebm.training import saddle as saddle_room
 
-pytestmark = pytest.mark.usefixtures("brief_settling")
+pytestmark = pytest.mark.usefixtures("brief_settling", "cheap_evidence")
+
+
+@pytest.fixture
+def cheap_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out evidence by few particles, at log Z of the pool: what counts is that it repeats."""
+    real = saddle_room.model_log_evidence
+
+    def cheap(sweep: Any, **_: int) -> Any:
+        return real(sweep, num_particles=2, num_runs=2)
+
+    monkeypatch.setattr(saddle_room, "model_log_evidence", cheap)
+    monkeypatch.setattr(saddle_room, "missed_log_z", lambda sweep, ebm: 0.0)
+
 
 Penalty = Callable[..., Tensor]
 
