@@ -121,7 +121,7 @@ def _first_location(guide: AutoGuide, name: str, site: dict[str, Any]) -> Tensor
         )
     draws = draw_full_size(site)
     full = draws.shape[: draws.dim() - fn.event_dim]
-    loc: Tensor = biject_to(fn.support).inv(draws).reshape(*full, -1).detach().clone()
+    loc: Tensor = biject_to(fn.support).inv(draws).reshape((*full, -1)).detach().clone()
     return loc
 
 
@@ -133,7 +133,7 @@ def _sample_on_support(name: str, fn: dist.TorchDistribution, site: dict[str, An
         value: Tensor = pyro.sample(name, fn)
         return value
     flat = pyro.sample(f"{name}_unconstrained", fn, infer={"is_auxiliary": True})
-    unconstrained = flat.reshape(*flat.shape[:-1], *flat_event)
+    unconstrained = flat.reshape(flat.shape[:-1] + flat_event)
     value = transform(unconstrained)
     log_det = transform.inv.log_abs_det_jacobian(value, unconstrained)
     log_det = log_det.reshape(*flat.shape[:-1], -1).sum(-1)

@@ -17,14 +17,7 @@ from pyro_lvebm.bases import Completion, GaussianBase
 from pyro_lvebm.latents.enumeration import check_enumerated, sum_out
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.sampling import ValueAndGrad
-from pyro_lvebm.sites import (
-    LatentSite,
-    MissingSite,
-    Node,
-    at_minibatch,
-    plates_of,
-    vectorise,
-)
+from pyro_lvebm.sites import LatentSite, MissingSite, Node, plates_of
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,5 @@ class ModelAt:
         nodes = dict(self.nodes)
         for name, value in values.items():
             nodes[name] = {**nodes[name], "value": value}
-        wide = vectorise(self.program.model, num_particles, self.nesting)
-        # Inside the replay, so that it learns the depth of replayed sites in `pyro.markov`, too.
-        wide = poutine.enum(wide, first_available_dim=-self.nesting - 2)
-        return self.program.trace(at_minibatch(wide, nodes))
+        fixed = self.program.vectorised(self.program.model, num_particles, nodes)
+        return self.program.trace(poutine.enum(fixed, first_available_dim=-self.nesting - 2))

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor
 
 from pyro_lvebm.model import LVEBM
@@ -134,8 +135,23 @@ def at_minibatch(fn: Model, nodes: dict[str, Node]) -> Model:
     """Run a model or guide with sites, such as the choice of a minibatch, fixed to given nodes."""
     trace = Trace()
     all_nodes(trace).update(nodes)
-    fixed: Model = poutine.replay(fn, trace=trace)
+    fixed: Model = _Replay(trace)(fn)
     return fixed
+
+
+class _Replay(ReplayMessenger):
+    """Pyro's replay, which leaves a site where it is in `pyro.markov`, for enumeration around it.
+
+    Pyro's own hides the site, and enumeration does not know it where later sites refer to it.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own = msg["infer"]
+        super()._pyro_sample(msg)
+        markov = {key: own[key] for key in ("_markov_scope", "_markov_depth") if key in own}
+        if markov and msg["infer"] is not own:
+            msg["infer"] = {**msg["infer"], **markov}
+            msg["done"] = will_be_enumerated(msg)
 
 
 class PositivePairs(Messenger):

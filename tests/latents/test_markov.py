@@ -20,6 +20,8 @@ from small_models import data_of, quadratic_ebm
 from torch import Tensor
 
 from pyro_lvebm import AutoParticles, Saddle, lvebm
+from pyro_lvebm.latents.predictive import posterior_replicates
+from pyro_lvebm.latents.program import Program
 
 
 def series(loop: Callable[..., Any], scope: Callable[[], Any], label: bool) -> Callable[..., None]:
@@ -52,7 +54,11 @@ def numbers(model: Callable[..., None], x: Tensor, label: bool) -> list[float]:
     loss = TraceEnum_ELBO(max_plate_nesting=1) if label else None
     saddle = Saddle(model, guide, Adam({"lr": 1e-3}), loss, num_moves=2)
     draws = saddle.sample_posterior(x, num_samples=2, num_warmup=2)["h1"]
-    return [saddle.step(x), saddle.step(x), *draws.flatten().tolist()]
+    losses = [saddle.step(x), saddle.step(x)]
+    torch.manual_seed(0)
+    latents = {"h1": draws.flatten(0, 1)}
+    again = posterior_replicates(Program(model, (x,), {}), latents) if label else {}
+    return [*losses, *torch.cat([v.flatten() for v in (draws, *again.values())]).tolist()]
 
 
 @pytest.mark.parametrize(("history", "label"), [(1, False), (2, True)])
