@@ -84,7 +84,7 @@ def latent_blocks(
         columns = LatentColumns(
             name,
             transform,
-            transform.inverse_shape(fn.event_shape),
+            torch.Size(transform.inverse_shape(fn.event_shape)),
             whitening(fn, program.nesting),
         )
         plates = plates_of(proto)

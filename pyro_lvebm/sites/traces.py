@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import ImproperUniform, Unit
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites.distributions import LatentSite, ObservedSite
@@ -197,22 +197,34 @@ class SamePlates(Messenger):
 class CheapLatents(Messenger):
     """Draws latents of conditional LVEBMs from their base, not by a run of annealing for each.
 
-    It is for runs whose values are thrown away.
+    It is for runs whose values are thrown away. Improper priors have draws, too.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if is_costly(msg["fn"]) and msg["value"] is None:
-            msg["value"], msg["done"] = base_draw(msg["fn"]), True
+        if msg["value"] is None and (value := cheap_draw(msg["fn"])) is not None:
+            msg["value"], msg["done"] = value, True
 
 
-def is_costly(fn: Any) -> bool:
-    """Whether a draw of a site takes a run of annealing."""
-    return isinstance(fn, LatentSite) and fn.context is not None
+def cheap_draw(fn: Any) -> Tensor | None:
+    """Draw a site whose own draws take a run of annealing, or do not exist; None for all others."""
+    if isinstance(fn, LatentSite) and fn.context is not None:
+        value: Tensor = fn.ebm.base_z.distribution().expand(fn.batch_shape).sample()
+        return value
+    return uniform_draw(fn, fn.batch_shape) if is_improper(fn) else None
 
 
-def base_draw(fn: LatentSite) -> Tensor:
-    """Draw a latent site from its base."""
-    value: Tensor = fn.ebm.base_z.distribution().expand(fn.batch_shape).sample()
+def is_improper(fn: Any) -> bool:
+    """Return whether a prior is improper, and has no draws."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, ImproperUniform)
+
+
+def uniform_draw(fn: Any, batch_shape: torch.Size) -> Tensor:
+    """Draw values (*batch_shape, *event_shape), uniform in −2 … 2 in unconstrained coordinates."""
+    transform = biject_to(fn.support)
+    shape = batch_shape + transform.inverse_shape(fn.event_shape)
+    value: Tensor = transform(torch.empty(shape).uniform_(-2.0, 2.0))
     return value
 
 
