@@ -33,13 +33,18 @@ class LatentBlock:
     at: ModelAt  # the model in which the other blocks are fixed, shared by all blocks
     is_direct: bool = False  # f is that of one LVEBM, and nothing else depends on the latents
 
+    @property
+    def rows(self) -> torch.Size:
+        """Batch axes that are part of v, where all rows move together; else none."""
+        return self.columns[0].rows
+
     def split(self, v: Tensor) -> dict[str, Tensor]:
-        """Return unconstrained values (*b, *event_shape) of every site for v (*b, D)."""
+        """Return unconstrained values (*b, *rows, *event_shape) of every site for v (*b, D)."""
         parts = v.split([c.dim for c in self.columns], -1)
         return {c.name: c.from_columns(p) for c, p in zip(self.columns, parts, strict=True)}
 
     def join(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return v (*b, D) and log |dz/dv| (*b,) for values (*b, *event_shape) on the supports."""
+        """Return v (*b, D) and log |dz/dv| (*b,) for values (*b, *rows, *event) on the supports."""
         parts = [c.to_columns(c.transform.inv(values[c.name])) for c in self.columns]
         v = torch.cat(parts, -1)
         return v, self.log_abs_det(v)
@@ -53,13 +58,13 @@ class LatentBlock:
         return total
 
     def constrain(self, v: Tensor) -> dict[str, Tensor]:
-        """Return values (*b, *event_shape) on the supports of every site for v (*b, D)."""
+        """Return values (*b, *rows, *event_shape) on the supports of every site for v (*b, D)."""
         values = self.split(v)
         return {c.name: c.transform(values[c.name]) for c in self.columns}
 
     def fix(self, v: Tensor) -> None:
         """Let the energies of the other blocks see this one at v (K, *B, D)."""
-        ones = (1,) * (self.at.nesting - (v.dim() - 2))
+        ones = (1,) * (self.at.nesting - (v.dim() - 2) - len(self.rows))
         wide = v.reshape(v.shape[0], *ones, *v.shape[1:])
         for name, value in self.constrain(wide).items():
             self.at.nodes[name] = {**self.at.nodes[name], "value": value}
@@ -73,29 +78,38 @@ class LatentColumns:
     transform: Transform
     event_shape: torch.Size  # unconstrained
     gaussian: GaussianBase | Completion | None  # the law that whitens the values, if one does
+    rows: torch.Size = torch.Size()  # batch axes that are part of the columns
+
+    @property
+    def row_dim(self) -> int:
+        """Number of columns of one row."""
+        return self.event_shape.numel()
 
     @property
     def dim(self) -> int:
         """Number of columns."""
-        return self.event_shape.numel()
+        return self.rows.numel() * self.row_dim
 
     def to_columns(self, value: Tensor) -> Tensor:
-        """Return (*b, dim) for unconstrained values (*b, *event_shape)."""
+        """Return (*b, dim) for unconstrained values (*b, *rows, *event_shape)."""
+        batch = value.shape[: value.dim() - len(self.event_shape)]
         if self.gaussian is not None:
-            return self.gaussian.whiten(value)
-        return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)
+            value = self.gaussian.whiten(value)
+        return value.reshape(*batch[: len(batch) - len(self.rows)], self.dim)
 
     def from_columns(self, columns: Tensor) -> Tensor:
-        """Return unconstrained values (*b, *event_shape) for (*b, dim)."""
+        """Return unconstrained values (*b, *rows, *event_shape) for (*b, dim)."""
+        batch = columns.shape[:-1] + self.rows
         if self.gaussian is not None:
-            return self.gaussian.unwhiten(columns)
-        return columns.reshape(*columns.shape[:-1], *self.event_shape)
+            return self.gaussian.unwhiten(columns.reshape(*batch, self.row_dim))
+        return columns.reshape(*batch, *self.event_shape)
 
     def log_abs_det(self, columns: Tensor) -> Tensor:
         """Return log |dz/dv| (*b,), in nats."""
         total = columns.new_zeros(())
         if self.gaussian is not None:
-            total = self.gaussian.log_det.expand(columns.shape[:-1])
+            log_det = self.gaussian.log_det.expand(columns.shape[:-1] + self.rows)
+            total = log_det.reshape(*columns.shape[:-1], -1).sum(-1)
             if self.gaussian.support.is_real:
                 return total
         value = self.from_columns(columns)
@@ -120,9 +134,22 @@ class BlockAxes:
     ) -> None:
         self.latent, self.nesting, self.batch_shape = latent, nesting, batch_shape
         self.plates = {frame.name for frame in frames}
+        self.rows = torch.Size()
         self.own = {frame.dim for frame in frames} | {
             axis - len(batch_shape) for axis, size in enumerate(batch_shape) if size > 1
         }
+
+    @classmethod
+    def joint(cls, latent: str, rows: torch.Size, nesting: int) -> BlockAxes:
+        """Axes of a block in which all rows of a plate move together, so that none is its own."""
+        axes = cls(latent, torch.Size(), (), nesting)
+        axes.rows = rows
+        return axes
+
+    def wide(self, v: Tensor) -> Tensor:
+        """Return v (K, *B, D) with as many axes before the last as the values of its sites need."""
+        lead = self.lead(len(v), v.shape[1:-1])
+        return v.reshape(*lead[: len(lead) - len(self.rows)], v.shape[-1])
 
     def lead(self, num_particles: int, batch: torch.Size) -> tuple[int, ...]:
         """Shape (K, 1, …, *B) with as many axes as the vectorised model has."""
@@ -158,6 +185,35 @@ def depends_on(value: Tensor, v: Tensor) -> bool:
         return False
     (grad,) = torch.autograd.grad(value.sum(), v, allow_unused=True, retain_graph=True)
     return grad is not None
+
+
+def check_particles_apart(name: str, log_prob: Tensor, value: Tensor, nesting: int) -> None:
+    """Refuse a site at which the log probability of one particle depends on the others, too.
+
+    Args:
+        name: The site.
+        log_prob: Its log probability, vectorised.
+        value: Particles (K, *b) that it may depend on, by autograd.
+        nesting: Number of batch axes of the plain model.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if len(value) == 1 or not depends_on(log_prob, value):
+        return
+    first = log_prob
+    if log_prob.dim() > nesting:
+        first = log_prob.select(-nesting - 1, 0)
+    (grad,) = torch.autograd.grad(first.sum(), value, allow_unused=True, retain_graph=True)
+    if grad is not None and bool((grad[1:] != 0.0).any()):
+        raise ValueError(f"site '{name}' mixes the {len(value)} particles. {INDEX_FROM_THE_RIGHT}")
+
+
+INDEX_FROM_THE_RIGHT = (
+    "The model runs for all particles at once, with an axis for them left of those of its plates: "
+    "count axes from the right, as in z[..., 0] in place of z[:, 0] and z.sum(-1) in place of "
+    "z.sum(). AutoParticles(model, num_particles=1) needs no such axis"
+)
 
 
 def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from pyro_lvebm.latents.blocks import (
     LatentBlock,
     LatentColumns,
     ModelAt,
+    check_particles_apart,
     depends_on,
     whitening,
 )
@@ -102,12 +103,51 @@ def _block(
     v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
     subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
     axes = BlockAxes(columns[0].name, proto["fn"].batch_shape, frames, at.nesting)
+    if reader := _reader(columns, at, trace, axes):
+        small = subsampled & set(indices)
+        if small:
+            raise ValueError(
+                f"site '{reader}' depends on the latent '{columns[0].name}' and lies outside its "
+                f"plate {sorted(small)}, which subsamples, so that rows which are not in the "
+                "minibatch count too. Run the model with that plate at its full size"
+            )
+        columns = [replace(c, rows=proto["fn"].batch_shape) for c in columns]
+        v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
+        axes = BlockAxes.joint(columns[0].name, proto["fn"].batch_shape, at.nesting)
+        traced = True
     if traced:
         f, offset, is_direct = _traced_energy(columns, at, axes), v.new_zeros(()), False
     else:
         f, offset, is_direct = _energy(columns, at, trace, axes)
     is_global = bool(subsampled - set(indices))
     return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)
+
+
+def _reader(
+    columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes
+) -> str | None:
+    """Return a site outside the plates of a block that depends on its latents, if there is one.
+
+    Rows of the block are then not independent of each other given all else, and move together.
+    """
+    order, names = sample_nodes(trace), [c.name for c in columns]
+    first = min(list(order).index(name) for name in names)
+    later = {
+        name for name in list(order)[first:] if axes.plates - plates_of(order[name])
+    }  # what runs before the latents cannot depend on them
+    if not later:
+        return None
+    with torch.enable_grad():
+        values = {name: at.nodes[name]["value"].detach().requires_grad_(True) for name in names}
+        run = at.trace(len(values[names[0]]), **values)
+        run.compute_log_prob(lambda name, _: name in later)
+        for name in sorted(later):
+            log_prob = all_nodes(run)[name]["log_prob"]
+            if any(depends_on(log_prob, value) for value in values.values()):
+                for value in values.values():
+                    check_particles_apart(name, log_prob, value, at.nesting)
+                return name
+    return None
 
 
 def _energy(
@@ -230,7 +270,7 @@ def _traced_log_prob(
 
     def log_prob(v: Tensor) -> Tensor:
         batch = v.shape[1:-1]
-        parts = v.reshape(*axes.lead(len(v), batch), v.shape[-1]).split(dims, -1)
+        parts = axes.wide(v).split(dims, -1)
         pairs = zip(columns, parts, strict=True)
         trace = at.trace(len(v), **{c.name: c.transform(c.from_columns(p)) for c, p in pairs})
         with warnings.catch_warnings():
