@@ -157,6 +157,8 @@ class AutoParticles(AutoGuide):
         }
         lead = [sizes.get(axis, 1) for axis in range(min(sizes, default=0), 0)]
         vectorised = any(f.name == PARTICLE_PLATE for f in get_plates())
+        if self.num_particles == 1:
+            return v[0].expand(*lead, *batch, *event) if lead else v[0]
         if vectorised and math.prod(lead) == self.num_particles:
             return v.reshape(*lead, *batch, *event)
         return self._pick(v, (*lead, *batch), batch_dim)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_lvebm.bases import Completion, GaussianBase
 from pyro_lvebm.latents.enumeration import check_enumerated, sum_out
-from pyro_lvebm.latents.program import Program
+from pyro_lvebm.latents.model_at import ModelAt, depends_on
 from pyro_lvebm.sampling import ValueAndGrad
 from pyro_lvebm.sites import LatentSite, MissingSite, Node, plates_of
+
+_NO_ROWS = torch.Size()
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LatentBlock:
     def fix(self, v: Tensor) -> None:
         """Let the energies of the other blocks see this one at v (K, *B, D)."""
         ones = (1,) * (self.at.nesting - (v.dim() - 2) - len(self.rows))
-        wide = v.reshape(v.shape[0], *ones, *v.shape[1:])
+        wide = v[0] if len(v) == 1 else v.reshape(v.shape[0], *ones, *v.shape[1:])
         for name, value in self.constrain(wide).items():
             self.at.nodes[name] = {**self.at.nodes[name], "value": value}
 
@@ -78,7 +78,7 @@ class LatentColumns:
     transform: Transform
     event_shape: torch.Size  # unconstrained
     gaussian: GaussianBase | Completion | None  # the law that whitens the values, if one does
-    rows: torch.Size = torch.Size()  # batch axes that are part of the columns
+    rows: torch.Size = _NO_ROWS  # batch axes that are part of the columns
 
     @property
     def row_dim(self) -> int:
@@ -102,7 +102,7 @@ class LatentColumns:
         batch = columns.shape[:-1] + self.rows
         if self.gaussian is not None:
             return self.gaussian.unwhiten(columns.reshape(*batch, self.row_dim))
-        return columns.reshape(*batch, *self.event_shape)
+        return columns.reshape(batch + self.event_shape)
 
     def log_abs_det(self, columns: Tensor) -> Tensor:
         """Return log |dz/dv| (*b,), in nats."""
@@ -147,7 +147,12 @@ class BlockAxes:
         return axes
 
     def wide(self, v: Tensor) -> Tensor:
-        """Return v (K, *B, D) with as many axes before the last as the values of its sites need."""
+        """Return v (K, *B, D) with the axes before the last that the values of its sites need.
+
+        These are those of the vectorised model, and for one particle those of the plain one.
+        """
+        if len(v) == 1:
+            return v[0]
         lead = self.lead(len(v), v.shape[1:-1])
         return v.reshape(*lead[: len(lead) - len(self.rows)], v.shape[-1])
 
@@ -179,69 +184,8 @@ class BlockAxes:
         return total.expand(self.lead(num_particles, batch)).reshape(num_particles, *batch)
 
 
-def depends_on(value: Tensor, v: Tensor) -> bool:
-    """Return whether a value depends on v, by autograd."""
-    if not value.requires_grad or not v.requires_grad:
-        return False
-    (grad,) = torch.autograd.grad(value.sum(), v, allow_unused=True, retain_graph=True)
-    return grad is not None
-
-
-def check_particles_apart(name: str, log_prob: Tensor, value: Tensor, nesting: int) -> None:
-    """Refuse a site at which the log probability of one particle depends on the others, too.
-
-    Args:
-        name: The site.
-        log_prob: Its log probability, vectorised.
-        value: Particles (K, *b) that it may depend on, by autograd.
-        nesting: Number of batch axes of the plain model.
-
-    Raises:
-        ValueError: If it does.
-    """
-    if len(value) == 1 or not depends_on(log_prob, value):
-        return
-    first = log_prob
-    if log_prob.dim() > nesting:
-        first = log_prob.select(-nesting - 1, 0)
-    (grad,) = torch.autograd.grad(first.sum(), value, allow_unused=True, retain_graph=True)
-    if grad is not None and bool((grad[1:] != 0.0).any()):
-        raise ValueError(f"site '{name}' mixes the {len(value)} particles. {INDEX_FROM_THE_RIGHT}")
-
-
-INDEX_FROM_THE_RIGHT = (
-    "The model runs for all particles at once, with an axis for them left of those of its plates: "
-    "count axes from the right, as in z[..., 0] in place of z[:, 0] and z.sum(-1) in place of "
-    "z.sum(). AutoParticles(model, num_particles=1) needs no such axis"
-)
-
-
 def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:
     """Sum a vectorised log probability over the plate axes (negative) that are not `own`."""
     axes = range(-min(log_prob.dim(), nesting), 0)
     extra = [axis for axis in axes if axis not in own and log_prob.shape[axis] != 1]
     return log_prob.sum(extra, keepdim=True) if extra else log_prob
-
-
-@dataclass(frozen=True)
-class ModelAt:
-    """A program with fixed latents and minibatch, to run for any number of particles."""
-
-    program: Program
-    nodes: dict[str, Node]
-
-    @property
-    def nesting(self) -> int:
-        """Number of batch dimensions of the model."""
-        return self.program.nesting
-
-    def trace(self, num_particles: int, **values: Tensor) -> Trace:
-        """Trace the vectorised model, with the values of some sites replaced.
-
-        Sites with `infer={"enumerate": "parallel"}` are enumerated left of the particles.
-        """
-        nodes = dict(self.nodes)
-        for name, value in values.items():
-            nodes[name] = {**nodes[name], "value": value}
-        fixed = self.program.vectorised(self.program.model, num_particles, nodes)
-        return self.program.trace(poutine.enum(fixed, first_available_dim=-self.nesting - 2))

@@ -110,7 +110,12 @@ def plate_nesting(trace: Trace) -> int:
 
 
 def vectorise(fn: Model, num_particles: int, nesting: int) -> Model:
-    """Run a model or guide under a particle plate left of its `nesting` batch dimensions."""
+    """Run a model or guide under a particle plate left of its `nesting` batch dimensions.
+
+    One particle needs no plate, as in Pyro's losses, and the model runs as it is.
+    """
+    if num_particles == 1:
+        return fn
     vectorised: Model = pyro.plate(PARTICLE_PLATE, num_particles, dim=-nesting - 1)(fn)
     return vectorised
 

@@ -17,7 +17,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from pyro_lvebm.guides import check_guide, find_particles, needs_rows, unbuilt_on_error
-from pyro_lvebm.latents import Program
+from pyro_lvebm.latents import ModelAt, Program
 from pyro_lvebm.model import LVEBM, context_rows
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sites import (
@@ -32,6 +32,7 @@ from pyro_lvebm.sites import (
     num_sites,
     plate_nesting,
     sample_nodes,
+    subsample_nodes,
 )
 from pyro_lvebm.training.loss import check_not_compiled
 
@@ -80,6 +81,7 @@ def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
                     _check_energies(program, guide if particles is None else None)
             if particles is not None:
                 traces = [model_trace, program.trace(GivenRows()(guide))]
+                _check_vectorised(program, guide, particles.num_particles)
     sites = {
         id(node["fn"].ebm): name
         for name, node in reversed(all_nodes(model_trace).items())
@@ -137,6 +139,16 @@ def _unconstrained(name: str, node: Node) -> Tensor:
         )
     unconstrained: Tensor = value.unconstrained()
     return unconstrained
+
+
+def _check_vectorised(program: Program, guide: Model, num_particles: int) -> None:
+    """Refuse a model that is another one where it runs for all particles at once."""
+    if num_particles == 1:
+        return
+    choices = subsample_nodes(program.prototype)
+    drawn = program.trace(program.vectorised(guide, num_particles, choices))
+    nodes = choices | {n: d for n, d in all_nodes(drawn).items() if d["type"] == "sample"}
+    ModelAt(program, nodes, num_particles).check_vectorised()
 
 
 class _Energies(Messenger):

@@ -41,7 +41,7 @@ def exact() -> tuple[Tensor, Tensor]:
 
 
 def test_particles_of_a_plate_that_others_read_follow_their_posterior() -> None:
-    """Means within a fifth of a standard deviation, and widths within a fifth, of the exact ones."""
+    """Means and widths within a fifth of a standard deviation of the exact ones."""
     saddle = Saddle(intercepts, AutoParticles(intercepts, 60), SGD({"lr": 0.0}))
     draws = saddle.sample_posterior(Y, num_samples=25, num_warmup=30, thinning=1)
     assert draws["a"].shape == (60, 25, 3)
