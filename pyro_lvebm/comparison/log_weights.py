@@ -103,7 +103,7 @@ def guide_log_weights(guide: Model, sweep: Sweep, num_samples: int) -> Tensor:
         shape = (num_samples, *batch)
         values = {
             c.name: sites[c.name]["value"].reshape(
-                *shape, *program.probe.prototype_trace.nodes[c.name]["fn"].event_shape
+                *shape, *c.rows, *program.probe.prototype_trace.nodes[c.name]["fn"].event_shape
             )
             for c in block.columns
         }

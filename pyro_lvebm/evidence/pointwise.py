@@ -205,7 +205,7 @@ def _evaluated(
         for start in range(0, num_draws, step):
             few = {name: value[start : start + step] for name, value in given.items()}
             count = min(step, num_draws - start)
-            trace = ModelAt(program, program.nodes_at(few, batch)).trace(count)
+            trace = ModelAt(program, program.nodes_at(few, batch), count).trace(count)
             trace.compute_log_prob()
             nodes = sample_nodes(trace)
             terms = {

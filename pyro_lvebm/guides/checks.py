@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
-from pyro.infer.autoguide import AutoContinuous, AutoStructured
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoStructured
 from pyro.infer.autoguide.gaussian import AutoGaussian
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
@@ -34,6 +34,12 @@ def find_particles(guide: Callable[..., Any]) -> AutoParticles | None:
             "particles"
         )
     return found[0] if found else None
+
+
+def needs_rows(guide: Callable[..., Any]) -> bool:
+    """Return whether a guide may hold something for every row of a plate, as all autoguides may."""
+    modules = guide.modules() if isinstance(guide, nn.Module) else []
+    return any(isinstance(m, AutoGuide) for m in modules)
 
 
 def check_guide(guide: Callable[..., Any], model_trace: Trace) -> None:

@@ -12,14 +12,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_lvebm.guides.plates import KnownRows, draw_full_size, open_plates
-from pyro_lvebm.sites import PARTICLE_PLATE, base_draw, is_costly
+from pyro_lvebm.guides.building import check_latent, unbuilt_on_error
+from pyro_lvebm.guides.plates import KnownRows, draw_full_size, first_draw, open_plates
+from pyro_lvebm.sites import PARTICLE_PLATE
 from pyro_lvebm.validation import check_at_least
 
 
@@ -42,8 +43,9 @@ class AutoParticles(AutoGuide):
         create_plates: As in every Pyro autoguide.
 
     Raises:
-        ValueError: If num_particles < 1; at the first call, if a latent site is discrete; later,
-            if the plates of the model have other sizes than at the first call.
+        ValueError: If num_particles < 1; at the first call, if a latent site is discrete or has no
+            unconstrained coordinates; later, if the plates of the model have other sizes than at
+            the first call.
 
     Example:
         >>> import pyro, torch
@@ -72,22 +74,17 @@ class AutoParticles(AutoGuide):
         check_at_least(1, num_particles=num_particles)
         self.num_particles = num_particles
         self._rows = KnownRows()
-        super().__init__(InitMessenger(_first_draw)(model), create_plates=create_plates)
+        super().__init__(InitMessenger(first_draw)(model), create_plates=create_plates)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            fn = site["fn"]
-            if fn.support.is_discrete:
-                self.prototype_trace = None
-                raise ValueError(
-                    f"AutoParticles needs continuous latents; site '{name}' is discrete. "
-                    "Hide it with poutine.block and enumerate it, or marginalise it out"
-                )
-            draws = draw_full_size(site, (self.num_particles,))
-            self.register_buffer(_key(name), self.transform(name).inv(draws).clone())
-            step = draws.new_tensor(0.1)
-            self.register_buffer(_key(name) + "_step_size", step)
+        with unbuilt_on_error(self):
+            super()._setup_prototype(*args, **kwargs)
+            for name, site in self.prototype_trace.iter_stochastic_nodes():
+                transform = check_latent(self, site)
+                draws = draw_full_size(site, (self.num_particles,))
+                self.register_buffer(_key(name), transform.inv(draws).clone())
+                step = draws.new_tensor(0.1)
+                self.register_buffer(_key(name) + "_step_size", step)
 
     def transform(self, name: str) -> Transform:
         """Return the bijection from unconstrained coordinates to the support of a site."""
@@ -160,6 +157,8 @@ class AutoParticles(AutoGuide):
         }
         lead = [sizes.get(axis, 1) for axis in range(min(sizes, default=0), 0)]
         vectorised = any(f.name == PARTICLE_PLATE for f in get_plates())
+        if self.num_particles == 1:
+            return v[0].expand(*lead, *batch, *event) if lead else v[0]
         if vectorised and math.prod(lead) == self.num_particles:
             return v.reshape(*lead, *batch, *event)
         return self._pick(v, (*lead, *batch), batch_dim)
@@ -170,12 +169,6 @@ class AutoParticles(AutoGuide):
         rows = [torch.arange(size, device=v.device) for size in shape]
         grids = torch.meshgrid(*rows, indexing="ij") if rows else ()
         return v[(k, *grids[len(shape) - batch_dim :])]
-
-
-def _first_draw(site: dict[str, Any]) -> Tensor:
-    """Draw a site of the run that finds the latents, whose values are thrown away."""
-    value: Tensor = base_draw(site["fn"]) if is_costly(site["fn"]) else init_to_sample(site)
-    return value
 
 
 def _key(name: str) -> str:

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.kl import register_kl
 
-from pyro_lvebm.guides.plates import KnownRows, draw_full_size, open_plates
+from pyro_lvebm.guides.building import check_latent, unbuilt_on_error
+from pyro_lvebm.guides.plates import (
+    KnownRows,
+    draw_full_size,
+    first_draw,
+    open_plates,
+    tile_to_full_size,
+)
 
 
 class PerDatumGuide(AutoGuide):
@@ -34,11 +41,14 @@ class PerDatumGuide(AutoGuide):
     Args:
         model: A Pyro model whose latent sites are continuous.
         init_scale: First standard deviation.
+        init_loc_fn: Where locations start, as in Pyro's autoguides; by default at draws of the
+            prior, one for each datum. With another one all data start alike.
         create_plates: As in every Pyro autoguide.
 
     Raises:
         ValueError: If init_scale is not positive; at the first call, if a latent site is
-            discrete; later, if the plates of the model have other sizes than at the first call.
+            discrete or has no unconstrained coordinates; later, if the plates of the model have
+            other sizes than at the first call.
     """
 
     prototype_trace: Any  # a `Trace`; None before the first call
@@ -49,13 +59,15 @@ class PerDatumGuide(AutoGuide):
         model: Callable[..., Any],
         *,
         init_scale: float = 0.5,
+        init_loc_fn: Callable[..., Any] = init_to_sample,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive; got {init_scale}")
-        self._init_scale = init_scale
+        self._init_scale, self._init_loc_fn = init_scale, init_loc_fn
         self._rows = KnownRows()
-        super().__init__(InitMessenger(init_to_sample)(model), create_plates=create_plates)
+        first = first_draw if init_loc_fn is init_to_sample else init_loc_fn
+        super().__init__(InitMessenger(first)(model), create_plates=create_plates)
 
     def _allocate(self, key: str, loc: Tensor) -> None:
         """Make the parameters of a site beside its locations (*full_batch, d)."""
@@ -66,19 +78,27 @@ class PerDatumGuide(AutoGuide):
         raise NotImplementedError
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        sites = dict(self.prototype_trace.iter_stochastic_nodes())
-        self._keys = attribute_names(sites)
-        for group in self.groups:
-            setattr(self, group, PyroModule())
-        try:
+        with unbuilt_on_error(self):
+            super()._setup_prototype(*args, **kwargs)
+            sites = dict(self.prototype_trace.iter_stochastic_nodes())
+            self._keys = attribute_names(sites)
+            for group in self.groups:
+                setattr(self, group, PyroModule())
             for name, site in sites.items():
-                loc = _first_location(self, name, site)
+                loc = self._first_location(site)
                 setattr(self.locs, self._keys[name], PyroParam(loc, constraints.real, 1))
                 self._allocate(self._keys[name], loc)
-        except ValueError:
-            self.prototype_trace = None  # or the next call would use a half-built guide
-            raise
+
+    def _first_location(self, site: dict[str, Any]) -> Tensor:
+        """Return first locations (*full_batch, d) of a site."""
+        transform, event_dim = check_latent(self, site), site["fn"].event_dim
+        if self._init_loc_fn is init_to_sample:
+            values = draw_full_size(site)
+        else:
+            values = tile_to_full_size(site["value"], site, event_dim)
+        full = values.shape[: values.dim() - event_dim]
+        loc: Tensor = transform.inv(values).reshape((*full, -1)).detach().clone()
+        return loc
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site."""
@@ -112,19 +132,6 @@ def attribute_names(sites: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def _first_location(guide: AutoGuide, name: str, site: dict[str, Any]) -> Tensor:
-    fn = site["fn"]
-    if fn.support.is_discrete:
-        raise ValueError(
-            f"{type(guide).__name__} needs continuous latents; site '{name}' is discrete. "
-            "Hide it with poutine.block and enumerate it, or marginalise it out"
-        )
-    draws = draw_full_size(site)
-    full = draws.shape[: draws.dim() - fn.event_dim]
-    loc: Tensor = biject_to(fn.support).inv(draws).reshape(*full, -1).detach().clone()
-    return loc
-
-
 def _sample_on_support(name: str, fn: dist.TorchDistribution, site: dict[str, Any]) -> Tensor:
     """Sample a site whose unconstrained, flattened value has the distribution `fn`."""
     transform, event = biject_to(site["fn"].support), site["fn"].event_shape
@@ -133,7 +140,7 @@ def _sample_on_support(name: str, fn: dist.TorchDistribution, site: dict[str, An
         value: Tensor = pyro.sample(name, fn)
         return value
     flat = pyro.sample(f"{name}_unconstrained", fn, infer={"is_auxiliary": True})
-    unconstrained = flat.reshape(*flat.shape[:-1], *flat_event)
+    unconstrained = flat.reshape(flat.shape[:-1] + flat_event)
     value = transform(unconstrained)
     log_det = transform.inv.log_abs_det_jacobian(value, unconstrained)
     log_det = log_det.reshape(*flat.shape[:-1], -1).sum(-1)

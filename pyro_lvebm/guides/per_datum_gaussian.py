@@ -9,6 +9,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions.kl import register_kl
@@ -32,6 +33,8 @@ class AutoPerDatumMultivariateNormal(PerDatumGuide):
     Args:
         model: A Pyro model whose latent sites are continuous.
         init_scale: First standard deviation.
+        init_loc_fn: Where locations start, as in Pyro's autoguides; by default at draws of the
+            prior, one for each datum. With another one all data start alike.
         create_plates: As in every Pyro autoguide.
 
     Raises:
@@ -82,6 +85,8 @@ class AutoPerDatumLowRankMultivariateNormal(PerDatumGuide):
         rank: r, the number of columns of W. A site with fewer entries has as many columns as
             entries.
         init_scale: First standard deviation of every entry; half of its square or less is W's.
+        init_loc_fn: Where locations start, as in Pyro's autoguides; by default at draws of the
+            prior, one for each datum. With another one all data start alike.
         create_plates: As in every Pyro autoguide.
 
     Raises:
@@ -115,11 +120,14 @@ class AutoPerDatumLowRankMultivariateNormal(PerDatumGuide):
         rank: int = 1,
         *,
         init_scale: float = 0.5,
+        init_loc_fn: Callable[..., Any] = init_to_sample,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         check_at_least(1, rank=rank)
         self.rank = rank
-        super().__init__(model, init_scale=init_scale, create_plates=create_plates)
+        super().__init__(
+            model, init_scale=init_scale, init_loc_fn=init_loc_fn, create_plates=create_plates
+        )
 
     def _allocate(self, key: str, loc: Tensor) -> None:
         rank = min(self.rank, loc.shape[-1])

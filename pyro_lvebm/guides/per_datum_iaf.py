@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.transforms import ConditionalAffineAutoregressive
+from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.nn import ConditionalAutoRegressiveNN, PyroParam
 from torch import Tensor, nn
 
@@ -46,6 +47,8 @@ class AutoPerDatumIAFNormal(PerDatumGuide):
         context_dim: Number of entries of each context.
         init_scale: First standard deviation.
         seed: Fixes the initial weights.
+        init_loc_fn: Where locations start, as in Pyro's autoguides; by default at draws of the
+            prior, one for each datum. With another one all data start alike.
         create_plates: As in every Pyro autoguide.
 
     Raises:
@@ -82,6 +85,7 @@ class AutoPerDatumIAFNormal(PerDatumGuide):
         *,
         context_dim: int = 4,
         init_scale: float = 0.5,
+        init_loc_fn: Callable[..., Any] = init_to_sample,
         seed: int = 0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -90,7 +94,9 @@ class AutoPerDatumIAFNormal(PerDatumGuide):
         check_at_least(1, num_transforms=num_transforms, context_dim=context_dim)
         self._hidden, self._num_transforms = tuple(hidden), num_transforms
         self._context_dim, self._seed = context_dim, seed
-        super().__init__(model, init_scale=init_scale, create_plates=create_plates)
+        super().__init__(
+            model, init_scale=init_scale, init_loc_fn=init_loc_fn, create_plates=create_plates
+        )
 
     def _allocate(self, key: str, loc: Tensor) -> None:
         d = loc.shape[-1]

@@ -9,10 +9,20 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_lvebm.rng import Stream, device_of, isolated_rng
-from pyro_lvebm.sites import CheapLatents, GivenRows, LatentSite, check_not_replaced, find_rows
+from pyro_lvebm.sites import (
+    CheapLatents,
+    GivenRows,
+    LatentSite,
+    cheap_draw,
+    check_not_replaced,
+    find_rows,
+    is_improper,
+    uniform_draw,
+)
 from pyro_lvebm.validation import DataError
 
 
@@ -114,7 +124,7 @@ def _plates(
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return the sizes of the model's plates, and the rows that it is given for some of them."""
     # Handlers around the guide, such as a plate of particles, are not for this run.
-    given = GivenRows()
+    given = GivenRows(needed=True)
     noise = isolated_rng(0, Stream.PROBE, device=device_of(args, kwargs))
     with noise, torch.no_grad(), poutine.block():
         with CheapLatents():
@@ -137,6 +147,23 @@ def _form(value: Any) -> Any:
     return type(value), tuple(getattr(value, "shape", ()))
 
 
+def first_draw(site: dict[str, Any]) -> Tensor:
+    """Draw a site of the run that finds the latents, whose values are thrown away."""
+    easy = cheap_draw(site["fn"])
+    value: Tensor = init_to_sample(site) if easy is None else easy
+    return value
+
+
+def tile_to_full_size(value: Tensor, site: dict[str, Any], event_dim: int) -> Tensor:
+    """Repeat a value (*batch, *event) of a site along subsampled plates, to their full size."""
+    for frame in site["cond_indep_stack"]:
+        axis, full = frame.dim - event_dim, frame.full_size or frame.size
+        if frame.size != full:
+            rows = torch.arange(full, device=value.device) % frame.size
+            value = value.index_select(axis, rows)
+    return value
+
+
 def draw_full_size(site: dict[str, Any], sample_shape: tuple[int, ...] = ()) -> Tensor:
     """Draw a latent site of a trace, (*sample_shape, *full_batch_shape, *event_shape).
 
@@ -154,6 +181,8 @@ def draw_full_size(site: dict[str, Any], sample_shape: tuple[int, ...] = ()) -> 
     if isinstance(fn, LatentSite) and fn.context is not None:
         # Draws at a context cost a run of annealing each, and a first draw need not be exact.
         fn = fn.ebm.base_z.distribution().expand(batch)
+    if is_improper(fn):
+        return uniform_draw(fn, torch.Size((*sample_shape, *full)))
     if full == batch or isinstance(fn, LatentSite):  # a LatentSite has the same law everywhere
         draws: Tensor = fn.expand(torch.Size(full)).sample(torch.Size(sample_shape))
         return draws

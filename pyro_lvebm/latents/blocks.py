@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_lvebm.bases import Completion, GaussianBase
 from pyro_lvebm.latents.enumeration import check_enumerated, sum_out
-from pyro_lvebm.latents.program import Program
+from pyro_lvebm.latents.model_at import ModelAt, depends_on
 from pyro_lvebm.sampling import ValueAndGrad
 from pyro_lvebm.sites import LatentSite, MissingSite, Node, plates_of
+
+_NO_ROWS = torch.Size()
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,18 @@ class LatentBlock:
     at: ModelAt  # the model in which the other blocks are fixed, shared by all blocks
     is_direct: bool = False  # f is that of one LVEBM, and nothing else depends on the latents
 
+    @property
+    def rows(self) -> torch.Size:
+        """Batch axes that are part of v, where all rows move together; else none."""
+        return self.columns[0].rows
+
     def split(self, v: Tensor) -> dict[str, Tensor]:
-        """Return unconstrained values (*b, *event_shape) of every site for v (*b, D)."""
+        """Return unconstrained values (*b, *rows, *event_shape) of every site for v (*b, D)."""
         parts = v.split([c.dim for c in self.columns], -1)
         return {c.name: c.from_columns(p) for c, p in zip(self.columns, parts, strict=True)}
 
     def join(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return v (*b, D) and log |dz/dv| (*b,) for values (*b, *event_shape) on the supports."""
+        """Return v (*b, D) and log |dz/dv| (*b,) for values (*b, *rows, *event) on the supports."""
         parts = [c.to_columns(c.transform.inv(values[c.name])) for c in self.columns]
         v = torch.cat(parts, -1)
         return v, self.log_abs_det(v)
@@ -53,14 +58,14 @@ class LatentBlock:
         return total
 
     def constrain(self, v: Tensor) -> dict[str, Tensor]:
-        """Return values (*b, *event_shape) on the supports of every site for v (*b, D)."""
+        """Return values (*b, *rows, *event_shape) on the supports of every site for v (*b, D)."""
         values = self.split(v)
         return {c.name: c.transform(values[c.name]) for c in self.columns}
 
     def fix(self, v: Tensor) -> None:
         """Let the energies of the other blocks see this one at v (K, *B, D)."""
-        ones = (1,) * (self.at.nesting - (v.dim() - 2))
-        wide = v.reshape(v.shape[0], *ones, *v.shape[1:])
+        ones = (1,) * (self.at.nesting - (v.dim() - 2) - len(self.rows))
+        wide = v[0] if len(v) == 1 else v.reshape(v.shape[0], *ones, *v.shape[1:])
         for name, value in self.constrain(wide).items():
             self.at.nodes[name] = {**self.at.nodes[name], "value": value}
 
@@ -73,29 +78,38 @@ class LatentColumns:
     transform: Transform
     event_shape: torch.Size  # unconstrained
     gaussian: GaussianBase | Completion | None  # the law that whitens the values, if one does
+    rows: torch.Size = _NO_ROWS  # batch axes that are part of the columns
+
+    @property
+    def row_dim(self) -> int:
+        """Number of columns of one row."""
+        return self.event_shape.numel()
 
     @property
     def dim(self) -> int:
         """Number of columns."""
-        return self.event_shape.numel()
+        return self.rows.numel() * self.row_dim
 
     def to_columns(self, value: Tensor) -> Tensor:
-        """Return (*b, dim) for unconstrained values (*b, *event_shape)."""
+        """Return (*b, dim) for unconstrained values (*b, *rows, *event_shape)."""
+        batch = value.shape[: value.dim() - len(self.event_shape)]
         if self.gaussian is not None:
-            return self.gaussian.whiten(value)
-        return value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dim)
+            value = self.gaussian.whiten(value)
+        return value.reshape(*batch[: len(batch) - len(self.rows)], self.dim)
 
     def from_columns(self, columns: Tensor) -> Tensor:
-        """Return unconstrained values (*b, *event_shape) for (*b, dim)."""
+        """Return unconstrained values (*b, *rows, *event_shape) for (*b, dim)."""
+        batch = columns.shape[:-1] + self.rows
         if self.gaussian is not None:
-            return self.gaussian.unwhiten(columns)
-        return columns.reshape(*columns.shape[:-1], *self.event_shape)
+            return self.gaussian.unwhiten(columns.reshape(*batch, self.row_dim))
+        return columns.reshape(batch + self.event_shape)
 
     def log_abs_det(self, columns: Tensor) -> Tensor:
         """Return log |dz/dv| (*b,), in nats."""
         total = columns.new_zeros(())
         if self.gaussian is not None:
-            total = self.gaussian.log_det.expand(columns.shape[:-1])
+            log_det = self.gaussian.log_det.expand(columns.shape[:-1] + self.rows)
+            total = log_det.reshape(*columns.shape[:-1], -1).sum(-1)
             if self.gaussian.support.is_real:
                 return total
         value = self.from_columns(columns)
@@ -120,9 +134,27 @@ class BlockAxes:
     ) -> None:
         self.latent, self.nesting, self.batch_shape = latent, nesting, batch_shape
         self.plates = {frame.name for frame in frames}
+        self.rows = torch.Size()
         self.own = {frame.dim for frame in frames} | {
             axis - len(batch_shape) for axis, size in enumerate(batch_shape) if size > 1
         }
+
+    @classmethod
+    def joint(cls, latent: str, rows: torch.Size, nesting: int) -> BlockAxes:
+        """Axes of a block in which all rows of a plate move together, so that none is its own."""
+        axes = cls(latent, torch.Size(), (), nesting)
+        axes.rows = rows
+        return axes
+
+    def wide(self, v: Tensor) -> Tensor:
+        """Return v (K, *B, D) with the axes before the last that the values of its sites need.
+
+        These are those of the vectorised model, and for one particle those of the plain one.
+        """
+        if len(v) == 1:
+            return v[0]
+        lead = self.lead(len(v), v.shape[1:-1])
+        return v.reshape(*lead[: len(lead) - len(self.rows)], v.shape[-1])
 
     def lead(self, num_particles: int, batch: torch.Size) -> tuple[int, ...]:
         """Shape (K, 1, …, *B) with as many axes as the vectorised model has."""
@@ -152,40 +184,8 @@ class BlockAxes:
         return total.expand(self.lead(num_particles, batch)).reshape(num_particles, *batch)
 
 
-def depends_on(value: Tensor, v: Tensor) -> bool:
-    """Return whether a value depends on v, by autograd."""
-    if not value.requires_grad or not v.requires_grad:
-        return False
-    (grad,) = torch.autograd.grad(value.sum(), v, allow_unused=True, retain_graph=True)
-    return grad is not None
-
-
 def sum_other_axes(log_prob: Tensor, own: set[int], nesting: int) -> Tensor:
     """Sum a vectorised log probability over the plate axes (negative) that are not `own`."""
     axes = range(-min(log_prob.dim(), nesting), 0)
     extra = [axis for axis in axes if axis not in own and log_prob.shape[axis] != 1]
     return log_prob.sum(extra, keepdim=True) if extra else log_prob
-
-
-@dataclass(frozen=True)
-class ModelAt:
-    """A program with fixed latents and minibatch, to run for any number of particles."""
-
-    program: Program
-    nodes: dict[str, Node]
-
-    @property
-    def nesting(self) -> int:
-        """Number of batch dimensions of the model."""
-        return self.program.nesting
-
-    def trace(self, num_particles: int, **values: Tensor) -> Trace:
-        """Trace the vectorised model, with the values of some sites replaced.
-
-        Sites with `infer={"enumerate": "parallel"}` are enumerated left of the particles.
-        """
-        nodes = dict(self.nodes)
-        for name, value in values.items():
-            nodes[name] = {**nodes[name], "value": value}
-        fixed = self.program.vectorised(self.program.model, num_particles, nodes)
-        return self.program.trace(poutine.enum(fixed, first_available_dim=-self.nesting - 2))

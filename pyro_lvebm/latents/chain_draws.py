@@ -99,6 +99,8 @@ class _Target:
     def of(
         cls, block: LatentBlock, particles: AutoParticles, given: set[str], num_samples: int
     ) -> _Target:
+        if block.rows:
+            return cls(num_samples, (), ())  # all rows of its plates move together
         first = block.columns[0].name
         batch_dim = block.v.dim() - 2
         full = list(particles.particles(first).shape[1 : 1 + batch_dim])
@@ -136,7 +138,7 @@ def _write_stats(
     parts: list[Kept],
     targets: list[_Target],
 ) -> None:
-    if len(blocks) == 1:
+    if len(blocks) == 1 and not blocks[0].rows:
         (kept,), (target,) = parts, targets
         step_size = kept.step_size.expand(kept.energy.shape)
         stats = {

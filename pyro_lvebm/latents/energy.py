@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ from pyro_lvebm.latents.blocks import (
     BlockAxes,
     LatentBlock,
     LatentColumns,
-    ModelAt,
-    depends_on,
     whitening,
 )
 from pyro_lvebm.latents.enumeration import check_latents_held
+from pyro_lvebm.latents.masks import free_rows, hidden_prior, is_masked
+from pyro_lvebm.latents.model_at import ModelAt, check_particles_apart, depends_on
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.model import given_observed, given_x
 from pyro_lvebm.sampling import ValueAndGrad, value_and_grad
@@ -67,9 +67,9 @@ def latent_blocks(
         ValueError: If a site outside a plate depends on a latent inside it.
     """
     nodes = {n: d for n, d in all_nodes(guide_trace).items() if d["type"] == "sample"}
-    at = ModelAt(program, nodes)
+    at = ModelAt(program, nodes, guide.num_particles)
     with torch.no_grad():
-        trace = at.trace(guide.num_particles)
+        trace = at.trace(at.num_particles)
     # A guide without latents in a plate does not open it; all evaluations share one minibatch.
     at.nodes.update(subsample_nodes(trace))
     check_latents_held(sample_nodes(trace), set(nodes), guide.prototype_trace.stochastic_nodes)
@@ -84,7 +84,7 @@ def latent_blocks(
         columns = LatentColumns(
             name,
             transform,
-            transform.inverse_shape(fn.event_shape),
+            torch.Size(transform.inverse_shape(fn.event_shape)),
             whitening(fn, program.nesting),
         )
         plates = plates_of(proto)
@@ -102,12 +102,53 @@ def _block(
     v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
     subsampled = {n for n, d in choices.items() if len(d["value"]) < d["fn"].size}
     axes = BlockAxes(columns[0].name, proto["fn"].batch_shape, frames, at.nesting)
+    if reader := _reader(columns, at, trace, axes):
+        small = subsampled & set(indices)
+        if small:
+            raise ValueError(
+                f"site '{reader}' depends on the latent '{columns[0].name}' and lies outside its "
+                f"plate {sorted(small)}, which subsamples, so that rows which are not in the "
+                "minibatch count too. Run the model with that plate at its full size"
+            )
+        columns = [replace(c, rows=proto["fn"].batch_shape) for c in columns]
+        v = torch.cat([c.to_columns(guide.read(c.name, indices)) for c in columns], -1)
+        axes = BlockAxes.joint(columns[0].name, proto["fn"].batch_shape, at.nesting)
+        traced = True
+    free = None
+    if any(is_masked(all_nodes(trace)[c.name]) for c in columns):
+        free = _free_rows(columns, at, axes, v)
+        traced = True
     if traced:
-        f, offset, is_direct = _traced_energy(columns, at, axes), v.new_zeros(()), False
+        f, offset, is_direct = _traced_energy(columns, at, axes, free), v.new_zeros(()), False
     else:
         f, offset, is_direct = _energy(columns, at, trace, axes)
     is_global = bool(subsampled - set(indices))
     return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)
+
+
+def _reader(columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes) -> str | None:
+    """Return a site outside the plates of a block that depends on its latents, if there is one.
+
+    Rows of the block are then not independent of each other given all else, and move together.
+    """
+    order, names = sample_nodes(trace), [c.name for c in columns]
+    first = min(list(order).index(name) for name in names)
+    later = {
+        name for name in list(order)[first:] if axes.plates - plates_of(order[name])
+    }  # what runs before the latents cannot depend on them
+    if not later:
+        return None
+    with torch.enable_grad():
+        values = {name: at.nodes[name]["value"].detach().requires_grad_(True) for name in names}
+        run = at.trace(at.num_particles, **values)
+        run.compute_log_prob(lambda name, _: name in later)
+        for name in sorted(later):
+            log_prob = all_nodes(run)[name]["log_prob"]
+            if any(depends_on(log_prob, value) for value in values.values()):
+                for value in values.values() if at.num_particles > 1 else ():
+                    check_particles_apart(name, log_prob, value, at.nesting)
+                return name
+    return None
 
 
 def _energy(
@@ -187,7 +228,7 @@ def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:
         return False
     with torch.enable_grad():
         values = {name: value.requires_grad_(True) for name, value in held.items()}
-        x = all_nodes(at.trace(len(at.nodes[names[0]]["value"]), **values))[x_name]["value"]
+        x = all_nodes(at.trace(at.num_particles, **values))[x_name]["value"]
         return any(depends_on(x, value) for value in values.values())
 
 
@@ -204,7 +245,7 @@ def _split_others(
         return set(), z.new_zeros(())
     with torch.enable_grad():
         values = {name: value.requires_grad_(True) for name, value in values.items()}
-        trace = at.trace(len(z), **values)
+        trace = at.trace(at.num_particles, **values)
         trace.compute_log_prob(lambda name, _: name in others)
         nodes = {name: node for name, node in sample_nodes(trace).items() if name in others}
         if any(is_enumerated(node) for node in nodes.values()):
@@ -217,20 +258,26 @@ def _split_others(
     rest = {name: node for name, node in nodes.items() if name not in depending}
     for node in rest.values():
         node["log_prob"] = node["log_prob"].detach()
-    batch = z.shape[1 + at.nesting - len(axes.batch_shape) : 1 + at.nesting]
-    log_rest: Tensor = axes.total_log_prob(rest, z.detach(), len(z), batch)
+    event_dim = all_nodes(trace)[names[0]]["fn"].event_dim
+    end = z.dim() - event_dim
+    batch = z.shape[end - len(axes.batch_shape) : end]
+    log_rest: Tensor = axes.total_log_prob(rest, z.detach(), at.num_particles, batch)
     return depending, log_rest.mean(0)
 
 
 def _traced_log_prob(
-    columns: list[LatentColumns], at: ModelAt, axes: BlockAxes, sites: set[str] | None = None
+    columns: list[LatentColumns],
+    at: ModelAt,
+    axes: BlockAxes,
+    sites: set[str] | None = None,
+    free: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Return log p of some sites, by default of all, as a function of v, by tracing the model."""
-    dims = [c.dim for c in columns]
+    dims, names = [c.dim for c in columns], [c.name for c in columns]
 
     def log_prob(v: Tensor) -> Tensor:
         batch = v.shape[1:-1]
-        parts = v.reshape(*axes.lead(len(v), batch), v.shape[-1]).split(dims, -1)
+        parts = axes.wide(v).split(dims, -1)
         pairs = zip(columns, parts, strict=True)
         trace = at.trace(len(v), **{c.name: c.transform(c.from_columns(p)) for c, p in pairs})
         with warnings.catch_warnings():
@@ -240,15 +287,30 @@ def _traced_log_prob(
         nodes = sample_nodes(trace)
         scale = nodes[columns[0].name]["scale"]
         shown = {name: node for name, node in nodes.items() if sites is None or name in sites}
-        log_p: Tensor = axes.total_log_prob(shown, v, len(v), batch) / scale
-        return log_p
+        log_p: Tensor = axes.total_log_prob(shown, v, len(v), batch)
+        if free is not None:
+            log_p = log_p + torch.where(free, hidden_prior(nodes, names, axes, v), 0.0)
+        scaled: Tensor = log_p / scale
+        return scaled
 
     return log_prob
 
 
-def _traced_energy(columns: list[LatentColumns], at: ModelAt, axes: BlockAxes) -> ValueAndGrad:
-    """Return f of a block from a trace of the model at v."""
-    log_prob = _traced_log_prob(columns, at, axes)
+def _free_rows(
+    columns: list[LatentColumns], at: ModelAt, axes: BlockAxes, v: Tensor
+) -> Tensor | None:
+    """Return the rows (*B) of a block that nothing holds, under a mask; None if all are held."""
+    with torch.enable_grad():
+        wanted = v.detach().requires_grad_(True)
+        free = free_rows(_traced_log_prob(columns, at, axes)(wanted), wanted)
+    return free if bool(free.any()) else None
+
+
+def _traced_energy(
+    columns: list[LatentColumns], at: ModelAt, axes: BlockAxes, free: Tensor | None = None
+) -> ValueAndGrad:
+    """Return f of a block from a trace of the model at v; free rows have their prior."""
+    log_prob = _traced_log_prob(columns, at, axes, free=free)
     dims = [c.dim for c in columns]
     log_norm = 0.5 * sum(dims) * math.log(2 * math.pi)
 

@@ -33,6 +33,14 @@ def check_latents_held(nodes: dict[str, Node], held: set[str], particles: list[s
                 "guide was made. Make a new guide with such data, and give lvebm(..., "
                 "observed=...) where only some minibatches have missing entries"
             )
+        later = list(nodes)[list(nodes).index(name) + 1 :]
+        if not any(nodes[n]["is_observed"] or n in held for n in later):
+            raise ValueError(
+                f"'{name}' is not observed, no guide has it, and nothing observed comes after it: "
+                "it is a prediction. Leave it to pyro.infer.Predictive(model, posterior_samples=..."
+                f"), and hide it here with poutine.block(model, hide=['{name}']), or give its "
+                "observations"
+            )
         discrete = node["fn"].support.is_discrete
         cure = 'give it infer={"enumerate": "parallel"} and train with TraceEnum_ELBO,' * discrete
         raise ValueError(

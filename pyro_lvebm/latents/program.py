@@ -168,5 +168,6 @@ class Program:
             if batch.plate in plates_of(node):
                 value = batch.take_rows(value, len(node["fn"].event_shape))
             ones = (1,) * (self.nesting - len(node["fn"].batch_shape))
-            nodes[name] = {**node, "value": value.reshape(len(value), *ones, *value.shape[1:])}
+            wide = value.reshape(len(value), *ones, *value.shape[1:])
+            nodes[name] = {**node, "value": value[0] if len(value) == 1 else wide}
         return nodes

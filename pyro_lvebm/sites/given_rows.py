@@ -29,18 +29,21 @@ class GivenRows(Messenger):
     Directly around a model it refuses rows that no minibatch can have, and other rows in their
     place. The observations are those of the given rows; a guide that chose rows by itself, and
     that Pyro replays in the model, would put the latents of other data beside them, without a
-    word. Around a guide it checks the rows that its `create_plates` gives.
+    word. Around a guide it checks the rows that its `create_plates` gives. Some models give the
+    data themselves, as in `pyro.plate(..., subsample=x)`, for the length of a minibatch: these are
+    no rows, which only a guide with something for every datum needs.
 
     Args:
         until: Plates after which the run ends, once the rows of all of them are known.
+        needed: Whether data in place of rows are refused.
 
     Raises:
         DataError: Under it, if rows are refused; see `check_rows`.
     """
 
-    def __init__(self, until: frozenset[str] = frozenset()) -> None:
+    def __init__(self, until: frozenset[str] = frozenset(), *, needed: bool = False) -> None:
         super().__init__()
-        self.until = until
+        self.until, self.needed = until, needed
         self.rows: dict[str, Tensor] = {}
 
     def __enter__(self) -> Any:
@@ -50,7 +53,8 @@ class GivenRows(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_subsample(msg) and msg["value"] is not None:
-            check_rows(msg["name"], msg["value"], msg["fn"].size)
+            if self.needed or _are_indices(msg["value"]):
+                check_rows(msg["name"], msg["value"], msg["fn"].size)
             self.rows[msg["name"]] = msg["value"]
             msg["infer"] = {**msg["infer"], GIVEN: True}
 
@@ -83,7 +87,7 @@ def find_rows(
     Raises:
         DataError: If rows are refused.
     """
-    given = GivenRows(until=plates)
+    given = GivenRows(until=plates, needed=True)
     # Handlers around, such as a plate of particles, are not for this run.
     noise = isolated_rng(0, Stream.PROBE, device=device_of(args, kwargs))
     with noise, torch.no_grad(), poutine.block():
@@ -106,7 +110,7 @@ def check_rows(plate: str, rows: Any, size: int) -> None:
         DataError: If they are not distinct indices in 0 … size − 1, or all of them in another
             order than the data.
     """
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+    if not _are_indices(rows):
         got = type(rows).__name__
         if isinstance(rows, Tensor):
             got = f"{rows.dtype} of shape {tuple(rows.shape)}"
@@ -137,13 +141,20 @@ def check_rows(plate: str, rows: Any, size: int) -> None:
         )
 
 
-def check_not_replaced(plate: str, given: Tensor, rows: Any) -> None:
+def _are_indices(rows: Any) -> bool:
+    return isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1
+
+
+def check_not_replaced(plate: str, given: Any, rows: Any) -> None:
     """Refuse rows that differ from those that the model is given.
 
     Raises:
         DataError: If they do.
     """
-    if isinstance(rows, Tensor) and torch.equal(rows.to(given.device), given):
+    both = isinstance(rows, Tensor) and isinstance(given, Tensor)
+    if rows is given or (both and torch.equal(rows.to(given.device), given)):
+        return
+    if not isinstance(given, Tensor) and list(rows) == list(given):
         return
     raise DataError(
         f"the model is given rows of plate '{plate}', and the guide has taken others. Give the "

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import ImproperUniform, Unit
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites.distributions import LatentSite, ObservedSite
@@ -109,7 +110,12 @@ def plate_nesting(trace: Trace) -> int:
 
 
 def vectorise(fn: Model, num_particles: int, nesting: int) -> Model:
-    """Run a model or guide under a particle plate left of its `nesting` batch dimensions."""
+    """Run a model or guide under a particle plate left of its `nesting` batch dimensions.
+
+    One particle needs no plate, as in Pyro's losses, and the model runs as it is.
+    """
+    if num_particles == 1:
+        return fn
     vectorised: Model = pyro.plate(PARTICLE_PLATE, num_particles, dim=-nesting - 1)(fn)
     return vectorised
 
@@ -134,8 +140,23 @@ def at_minibatch(fn: Model, nodes: dict[str, Node]) -> Model:
     """Run a model or guide with sites, such as the choice of a minibatch, fixed to given nodes."""
     trace = Trace()
     all_nodes(trace).update(nodes)
-    fixed: Model = poutine.replay(fn, trace=trace)
+    fixed: Model = _Replay(trace)(fn)
     return fixed
+
+
+class _Replay(ReplayMessenger):
+    """Pyro's replay, which leaves a site where it is in `pyro.markov`, for enumeration around it.
+
+    Pyro's own hides the site, and enumeration does not know it where later sites refer to it.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own = msg["infer"]
+        super()._pyro_sample(msg)
+        markov = {key: own[key] for key in ("_markov_scope", "_markov_depth") if key in own}
+        if markov and msg["infer"] is not own:
+            msg["infer"] = {**msg["infer"], **markov}
+            msg["done"] = will_be_enumerated(msg)
 
 
 class PositivePairs(Messenger):
@@ -181,22 +202,34 @@ class SamePlates(Messenger):
 class CheapLatents(Messenger):
     """Draws latents of conditional LVEBMs from their base, not by a run of annealing for each.
 
-    It is for runs whose values are thrown away.
+    It is for runs whose values are thrown away. Improper priors have draws, too.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if is_costly(msg["fn"]) and msg["value"] is None:
-            msg["value"], msg["done"] = base_draw(msg["fn"]), True
+        if msg["value"] is None and (value := cheap_draw(msg["fn"])) is not None:
+            msg["value"], msg["done"] = value, True
 
 
-def is_costly(fn: Any) -> bool:
-    """Whether a draw of a site takes a run of annealing."""
-    return isinstance(fn, LatentSite) and fn.context is not None
+def cheap_draw(fn: Any) -> Tensor | None:
+    """Draw a site whose own draws take a run of annealing, or do not exist; None for all others."""
+    if isinstance(fn, LatentSite) and fn.context is not None:
+        value: Tensor = fn.ebm.base_z.distribution().expand(fn.batch_shape).sample()
+        return value
+    return uniform_draw(fn, fn.batch_shape) if is_improper(fn) else None
 
 
-def base_draw(fn: LatentSite) -> Tensor:
-    """Draw a latent site from its base."""
-    value: Tensor = fn.ebm.base_z.distribution().expand(fn.batch_shape).sample()
+def is_improper(fn: Any) -> bool:
+    """Return whether a prior is improper, and has no draws."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, ImproperUniform)
+
+
+def uniform_draw(fn: Any, batch_shape: torch.Size) -> Tensor:
+    """Draw values (*batch_shape, *event_shape), uniform in −2 … 2 in unconstrained coordinates."""
+    transform = biject_to(fn.support)
+    shape = batch_shape + transform.inverse_shape(fn.event_shape)
+    value: Tensor = transform(torch.empty(shape).uniform_(-2.0, 2.0))
     return value
 
 

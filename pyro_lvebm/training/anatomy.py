@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from pyro_lvebm.guides import check_guide
-from pyro_lvebm.latents import Program
+from pyro_lvebm.guides import check_guide, find_particles, needs_rows, unbuilt_on_error
+from pyro_lvebm.latents import ModelAt, Program
 from pyro_lvebm.model import LVEBM, context_rows
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sites import (
@@ -23,9 +28,13 @@ from pyro_lvebm.sites import (
     ObservedSite,
     all_nodes,
     at_minibatch,
+    energy_modules,
     num_sites,
     plate_nesting,
+    sample_nodes,
+    subsample_nodes,
 )
+from pyro_lvebm.training.loss import check_not_compiled
 
 
 @dataclass(frozen=True)
@@ -37,38 +46,59 @@ class Anatomy:
     loose_params: dict[str, Tensor]  # unconstrained parameters outside all modules, by name
 
 
-def inspect(program: Program, guide: Model) -> Anatomy:
+def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
     """Run model and guide once, refuse a guide that cannot work, and name the parts.
 
+    Without particles they run as the loss runs them, so that what `SVI` takes is taken: latents
+    from the guide, vectorised and enumerated as the loss has them.
+
+    Args:
+        program: The model and its arguments.
+        guide: The guide.
+        loss: What will be minimised, an `ELBO` or a function of model, guide and arguments.
+
     Raises:
-        ValueError: If the guide cannot work with the model, an energy depends on a latent beside
-            its own x and z, or parameters are not in Pyro's store.
+        ValueError: If the guide or the loss cannot work with the model, an energy depends on a
+            latent beside its own x and z, or parameters are not in Pyro's store.
     """
-    with torch.no_grad(), poutine.block(), CheapLatents():
-        model_trace = program.prototype
+    particles = find_particles(guide)
+    with unbuilt_on_error(guide), poutine.block(), CheapLatents():
+        if particles is None:
+            traces = _as_the_loss(program, guide, loss)
+            model_trace = traces[0]
+        else:
+            with torch.no_grad():
+                model_trace = program.prototype
         check_guide(guide, model_trace)
-        for ebm in program.ebms:
+        found = energy_modules(model_trace)
+        if found or particles is not None:
+            check_not_compiled(loss)
+        for ebm in found:
             num_sites(model_trace, ebm)
-        with isolated_rng(0, Stream.PROBED_ENERGIES, device=program.device):
-            _check_energies(program)
-        guide_trace = program.trace(GivenRows()(guide))
+        with torch.no_grad():
+            if found:
+                with isolated_rng(0, Stream.PROBED_ENERGIES, device=program.device):
+                    _check_energies(program, guide if particles is None else None)
+            if particles is not None:
+                traces = [model_trace, program.trace(GivenRows()(guide))]
+                _check_vectorised(program, guide, particles.num_particles)
     sites = {
         id(node["fn"].ebm): name
         for name, node in reversed(all_nodes(model_trace).items())
         if isinstance(node.get("fn"), ObservedSite)
     }
-    ebms = {sites[id(ebm)]: ebm for ebm in program.ebms}
+    ebms = {sites[id(ebm)]: ebm for ebm in found}
     modules: list[nn.Module] = [*ebms.values()]
     if isinstance(guide, nn.Module):
         modules.append(guide)
     owned = {id(p) for module in modules for p in module.parameters()}
     params = {
         name: _unconstrained(name, node)
-        for trace in (model_trace, guide_trace)
+        for trace in traces
         for name, node in all_nodes(trace).items()
         if node["type"] == "param"
     }
-    nesting = max(program.nesting, plate_nesting(guide_trace))
+    nesting = max(plate_nesting(trace) for trace in traces)
     return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
 
 
@@ -90,6 +120,33 @@ def check_precision(ebms: dict[str, LVEBM], loose_params: dict[str, Tensor], gui
             )
 
 
+class _Seen(TraceMessenger):
+    """A trace around a function that stays one, by which Pyro knows a guide that is a handler."""
+
+    def __call__(self, fn: Model) -> Model:  # type: ignore[override]
+        return Messenger.__call__(self, fn)
+
+
+def _as_the_loss(program: Program, guide: Model, loss: Any) -> list[Trace]:
+    """Trace model and guide in an evaluation of the loss, and the parameters of all its runs."""
+    model_run, guide_run = _Seen(), _Seen()
+    needed = needs_rows(guide)
+    model = model_run(GivenRows(needed=needed)(program.model))
+    guide = guide_run(GivenRows(needed=needed)(guide))
+    own: Any = copy.copy(loss)  # Pyro's losses keep what they learn at their first evaluation
+    run = own.loss if isinstance(loss, ELBO) else own
+    with warnings.catch_warnings(), poutine.trace(param_only=True) as params:
+        warnings.simplefilter("ignore")  # the first step has them again
+        try:
+            with torch.no_grad():
+                run(model, guide, *program.args, **program.kwargs)
+        except RuntimeError:  # as where a model or a loss takes derivatives itself
+            run(model, guide, *program.args, **program.kwargs)
+    # A guide that is a handler runs the model itself.
+    model_trace = model_run.trace if model_run.trace.nodes else guide_run.trace
+    return [model_trace, guide_run.trace, params.trace]
+
+
 def _unconstrained(name: str, node: Node) -> Tensor:
     value = node["value"]
     if not hasattr(value, "unconstrained"):
@@ -100,6 +157,16 @@ def _unconstrained(name: str, node: Node) -> Tensor:
         )
     unconstrained: Tensor = value.unconstrained()
     return unconstrained
+
+
+def _check_vectorised(program: Program, guide: Model, num_particles: int) -> None:
+    """Refuse a model that is another one where it runs for all particles at once."""
+    if num_particles == 1:
+        return
+    choices = subsample_nodes(program.prototype)
+    drawn = program.trace(program.vectorised(guide, num_particles, choices))
+    nodes = choices | {n: d for n, d in all_nodes(drawn).items() if d["type"] == "sample"}
+    ModelAt(program, nodes, num_particles).check_vectorised()
 
 
 class _Energies(Messenger):
@@ -119,16 +186,25 @@ class _Energies(Messenger):
             self.values[msg["name"]] = energy.detach().clone()
 
 
-def _check_energies(program: Program) -> None:
+def _check_energies(program: Program, guide: Model | None) -> None:
     """Refuse an energy that changes with a latent, by drawing latents anew.
+
+    Args:
+        program: The model and its arguments.
+        guide: What the latents are drawn from at first; their prior if None.
 
     Raises:
         ValueError: If one does.
     """
-    latents = list(program.latents)
+    trace = program.prototype
+    if guide is not None:
+        drawn = all_nodes(program.trace(GivenRows()(guide)))
+        drawn = {name: node for name, node in drawn.items() if node["type"] == "sample"}
+        trace = program.trace(at_minibatch(GivenRows()(program.model), drawn))
+    others = {n: d for n, d in all_nodes(trace).items() if d["type"] == "sample"}
+    latents = [name for name, node in sample_nodes(trace).items() if not node["is_observed"]]
     if len(latents) < 2:
         return
-    others = {n: d for n, d in all_nodes(program.prototype).items() if d["type"] == "sample"}
 
     def energies(redrawn: list[str]) -> dict[str, Tensor]:
         kept = {name: node for name, node in others.items() if name not in redrawn}

@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
-from pyro_lvebm.guides import find_particles
+from pyro_lvebm.guides import find_particles, needs_rows
 from pyro_lvebm.latents import (
     ChainSettings,
     Moves,
@@ -42,6 +42,7 @@ from pyro_lvebm.training.course import BestSoFar, Course, course_of
 from pyro_lvebm.training.fit import Schedule, check_fit, endless, factor_of, half_cosine, noted
 from pyro_lvebm.training.header import SETTINGS
 from pyro_lvebm.training.history import History
+from pyro_lvebm.training.loss import Loss, add, as_numbers, check_loss, total
 from pyro_lvebm.training.optimiser import check_needs_no_closure
 from pyro_lvebm.training.penalties import Penalty, add_penalties
 from pyro_lvebm.training.progress import step_bar
@@ -82,8 +83,9 @@ class Saddle(SVI):
         model: A Pyro model.
         guide: `AutoParticles(model)`, or any Pyro guide, or an `AutoGuideList` with both.
         optim: A Pyro optimiser.
-        loss: A Pyro ELBO; by default `Trace_ELBO`, vectorised over the particles if there are
-            any. With particles its value is an energy, not an ELBO: a delta has no entropy.
+        loss: A Pyro ELBO, or a function of model, guide and arguments as in `SVI`; by default
+            `Trace_ELBO`, vectorised over the particles if there are several. With particles its
+            value is an energy, not an ELBO: a delta has no entropy.
         kernel: Langevin kernel of the positive phase; `MALA()` by default.
         num_moves: Langevin steps of the positive phase in each step.
         max_kl: Radius of the trust region, in nats; by default 0.02 max(1, √(d / 8)) for an LVEBM
@@ -95,7 +97,7 @@ class Saddle(SVI):
 
     Raises:
         ValueError: If the guide holds more than one `AutoParticles`, a number is out of range, or
-            the optimiser needs a closure, as LBFGS does.
+            the optimiser needs a closure, as LBFGS does, or the loss has no value.
 
     Source:
         Tang et al., Particle Dynamics for Latent-Variable Energy-Based Models, arXiv 2510.15447;
@@ -123,7 +125,7 @@ class Saddle(SVI):
         model: Callable[..., Any],
         guide: Callable[..., Any],
         optim: PyroOptim,
-        loss: ELBO | None = None,
+        loss: ELBO | Callable[..., Any] | None = None,
         *,
         kernel: Kernel | None = None,
         num_moves: int = 8,
@@ -136,13 +138,17 @@ class Saddle(SVI):
         if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl must be positive; got {max_kl}")
         check_needs_no_closure(optim)
+        check_loss(loss)
         self.particles = find_particles(guide)
         self._own_loss = loss is None
         if loss is None:
             count = 1 if self.particles is None else self.particles.num_particles
             loss = Trace_ELBO(num_particles=count, vectorize_particles=count > 1)
-        self.elbo = loss
+        self.elbo: Any = loss
         super().__init__(model, guide, optim, loss)
+        # Once and for all: a compiled loss knows model and guide by their identity.
+        rows = GivenRows(needed=needs_rows(guide))
+        self._guarded = rows(guide), GivenRows(needed=rows.needed)(model)
         self.kernel: Kernel = MALA() if kernel is None else kernel
         self.num_moves, self.max_kl, self.seed = num_moves, max_kl, seed
         self.penalties, self.average_decay = tuple(penalties), average_decay
@@ -175,7 +181,7 @@ class Saddle(SVI):
         """
         return self.recorder.frame()
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> Loss:
         """Move particles and pools, and take one optimiser step.
 
         Args:
@@ -183,7 +189,8 @@ class Saddle(SVI):
             kwargs: Keyword arguments of the model and the guide.
 
         Returns:
-            The loss with its penalties, in nats, scaled to all data, before the update.
+            The loss with its penalties, in nats, scaled to all data, before the update. A tuple
+            where the loss is one, as in `SVI`; penalties are then in its first part.
 
         Raises:
             ValueError: If the guide was made for another number of rows, or the loss or a
@@ -208,7 +215,7 @@ class Saddle(SVI):
         progress: bool = True,
         description: str = "Saddle",
         **kwargs: Any,
-    ) -> list[float]:
+    ) -> list[Loss]:
         """Take up to `num_steps` steps; then give the parameters their averages.
 
         With `held_out`, the log evidence of held-out data is estimated before the first step and
@@ -269,7 +276,7 @@ class Saddle(SVI):
             "held_out": held_out is not None,
         }
         course = self._course = course_of(self._course, resume, self.step_count, settings)
-        losses = self.recorder.losses(since=course.start)
+        losses: list[Loss] = [*self.recorder.losses(since=course.start)]
         if course.ended is not None:
             return losses
         done = self.step_count - course.start
@@ -345,10 +352,10 @@ class Saddle(SVI):
         self.recorder.record(self.step_count, log_evidence=value, log_evidence_se=error)
         return value
 
-    def _status(self, losses: list[float]) -> dict[str, str]:
+    def _status(self, losses: list[Loss]) -> dict[str, str]:
         """What the progress bar shows beside the number of steps."""
         recent = losses[-50:]
-        status = {"loss": f"{sum(recent) / len(recent):.4g}"}
+        status = {"loss": f"{sum(map(total, recent)) / len(recent):.4g}"}
         if self.ebms:
             pool = self.ebms[0].pool
             status["log Z"] = f"{float(pool.log_partition):.3f}"
@@ -489,7 +496,7 @@ class Saddle(SVI):
         guide: Callable[..., Any],
         optim: PyroOptim,
         *args: Any,
-        loss: ELBO | None = None,
+        loss: ELBO | Callable[..., Any] | None = None,
         kernel: Kernel | None = None,
         penalties: Sequence[Penalty] = (),
         **kwargs: Any,
@@ -573,7 +580,8 @@ class Saddle(SVI):
         """Learn the parts once, and leave the pools alone."""
         if self._anatomy is None:
             with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
-                anatomy = inspect(Program(self.model, args, kwargs), self.guide)
+                program = Program(self.model, args, kwargs)
+                anatomy = inspect(program, self.guide, self.elbo)
             check_precision(anatomy.ebms, anatomy.loose_params, self.guide)
             self._anatomy = anatomy
             if self._own_loss:
@@ -588,7 +596,7 @@ class Saddle(SVI):
 
     def scaled_step(
         self, factor: float, min_kl: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
+    ) -> Loss:
         """Take a `step` whose update is multiplied by a factor, and lengthened as in `fit`."""
         anatomy = self.prepare(args, kwargs)
         check_not_replayed(self.elbo, self.ebms, self.particles is not None)
@@ -600,7 +608,7 @@ class Saddle(SVI):
         ):
             choices = self._positive_phase(undo, args, kwargs)
 
-            def loss_and_grads() -> float:
+            def loss_and_grads() -> Loss:
                 self._negative_phase()
                 return self._loss_and_grads(choices, args, kwargs)
 
@@ -611,7 +619,7 @@ class Saddle(SVI):
             self.average.update(list(ascent.before))
             self.last_good, self.halvings = ascent.before, ascent.halvings
             self.step_count += 1
-            row = {"loss": ascent.loss, "kl": ascent.kl, "halvings": float(ascent.halvings)}
+            row = {"loss": total(ascent.loss), "kl": ascent.kl, "halvings": float(ascent.halvings)}
             row["lengthening"] = ascent.lengthening
             row |= {f"latent_acceptance_{name}": rate for name, rate in self.acceptance.items()}
             self.recorder.record_step(self.step_count, row, ascent.positive, anatomy.ebms)
@@ -653,14 +661,14 @@ class Saddle(SVI):
 
     def _loss_and_grads(
         self, choices: dict[str, Node], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
+    ) -> Loss:
         """Run model and guide on the chosen minibatch; leave gradients of loss and penalties."""
         guide, model = self._guarded
         if choices:
             guide, model = at_minibatch(guide, choices), at_minibatch(model, choices)
         with SamePlates(), self._guide_noise(self.device(args, kwargs)):
-            loss = float(self.loss_and_grads(model, guide, *args, **kwargs))
-        return loss + add_penalties(self.penalties, self.ebms)
+            loss = as_numbers(self.loss_and_grads(model, guide, *args, **kwargs))
+        return add(loss, add_penalties(self.penalties, self.ebms))
 
     def _guide_noise(self, device: torch.device) -> AbstractContextManager[None]:
         """Seed the draws of a guide that holds more than particles, the same twice in each step."""

@@ -28,6 +28,7 @@ from pyro_lvebm.model import LVEBM
 from pyro_lvebm.sites import PositivePairs, all_nodes
 from pyro_lvebm.training.averaging import ParameterAverage
 from pyro_lvebm.training.history import History
+from pyro_lvebm.training.loss import Loss
 from pyro_lvebm.training.optimiser import checked_step, optimiser_snapshot
 from pyro_lvebm.training.trust_region import TrustRegion, bounded_step, restore
 from pyro_lvebm.validation import DataError
@@ -56,7 +57,7 @@ def check_not_replayed(loss: ELBO, ebms: list[LVEBM], with_particles: bool) -> N
 class Ascent(NamedTuple):
     """What one step on the parameters did."""
 
-    loss: float  # before the update, nats
+    loss: Loss  # before the update, nats
     positive: dict[str, float]  # mean positive energy before the update, by the site of x, nats
     before: dict[Tensor, Tensor]  # the values before the update, by parameter
     halvings: int
@@ -65,7 +66,7 @@ class Ascent(NamedTuple):
 
 
 def ascend(
-    loss_and_grads: Callable[[], float],
+    loss_and_grads: Callable[[], Loss],
     optim: PyroOptim,
     ebms: list[LVEBM],
     region: TrustRegion,
@@ -107,8 +108,8 @@ def ascend(
 
 
 def _loss_of(
-    loss_and_grads: Callable[[], float], last_good: dict[Tensor, Tensor], step: int
-) -> float:
+    loss_and_grads: Callable[[], Loss], last_good: dict[Tensor, Tensor], step: int
+) -> Loss:
     """Run the loss; where the model cannot be evaluated, put parameters back first."""
     try:
         return loss_and_grads()
@@ -127,7 +128,7 @@ def _params_met(trace: poutine.Trace) -> list[Tensor]:
 
 
 def check_finite(
-    loss: float, params: list[Tensor], last_good: dict[Tensor, Tensor], step: int
+    loss: Loss, params: list[Tensor], last_good: dict[Tensor, Tensor], step: int
 ) -> None:
     """Refuse a loss or gradient that is not finite, and put parameters back first.
 
@@ -141,14 +142,21 @@ def check_finite(
         ValueError: If the loss or a gradient is NaN or infinite.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    if math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in grads):
+    parts = loss if isinstance(loss, tuple) else (loss,)
+    finite = all(map(math.isfinite, parts))
+    if finite and all(bool(torch.isfinite(_entries(g)).all()) for g in grads):
         return
     restore_last_good(last_good)
-    what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
+    what = "a gradient" if finite else f"the loss ({loss})"
     raise ValueError(
         f"{what} is not finite at step {step}; parameters are back at the last values with a "
         "finite loss. Check the data and the energy for NaN, or lower the learning rate"
     )
+
+
+def _entries(grad: Tensor) -> Tensor:
+    """Return the entries of a gradient, of a sparse one those that it has."""
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def restore_last_good(last_good: dict[Tensor, Tensor]) -> None:

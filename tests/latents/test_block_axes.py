@@ -4,7 +4,8 @@ from __future__ import annotations
 import torch
 from referee import normal
 
-from pyro_lvebm.latents.blocks import depends_on, sum_other_axes
+from pyro_lvebm.latents.blocks import sum_other_axes
+from pyro_lvebm.latents.model_at import depends_on
 
 
 def test_sum_other_axes_keeps_particles_and_own_plates() -> None:

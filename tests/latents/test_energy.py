@@ -392,20 +392,26 @@ def test_latents_of_another_guide_are_held() -> None:
     torch.testing.assert_close(constant, constant[:1, :1].expand(3, 6))
 
 
-@pytest.mark.parametrize("size", [None, 3])
-def test_a_site_outside_the_plate_must_not_depend_on_the_latent(size: int | None) -> None:
+@pytest.mark.parametrize(
+    ("size", "mixed", "message"),
+    [
+        (3, False, r"'total' depends on the latent 'scene_z' and lies outside its plate.*'data'"),
+        (None, True, r"'total' mixes the 3 particles.*z\[\.\.\., 0\]"),
+    ],
+)
+def test_sites_outside_the_plate_that_no_particles_can_follow(
+    size: int | None, mixed: bool, message: str
+) -> None:
     ebm = warm(quadratic_ebm(), 2)
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", 6, subsample_size=size) as i:
             _, z = lvebm("scene", ebm, obs=x[i])
-        total = torch.zeros(()).double()
-        pyro.sample("total", dist.Normal(z.sum(), 1.0), obs=total)
+        total = z.sum() if mixed else z.sum((-2, -1))[..., None]
+        pyro.sample("total", dist.Normal(total, 1.0), obs=torch.zeros(()).double())
 
-    (block,), _ = blocks_of(model, data_of(ebm, 6))
-    message = r"site 'total' depends on the local latent 'scene_z' but lies outside its plate"
-    with pytest.raises(ValueError, match=message + r" \['data'\]"):
-        evaluate(block, at(block))
+    with pytest.raises(ValueError, match=message):
+        blocks_of(model, data_of(ebm, 6))
 
 
 def test_a_site_outside_the_plate_may_depend_on_a_parameter() -> None:

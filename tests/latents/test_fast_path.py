@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_lvebm import LVEBM, MALA, AutoParticles, MLPEnergy, Saddle, lvebm
 from pyro_lvebm.latents import energy as local_energy
 from pyro_lvebm.latents import positive_phase as positive
-from pyro_lvebm.latents.blocks import ModelAt
+from pyro_lvebm.latents.model_at import ModelAt
 from pyro_lvebm.sampling.langevin import init_state
 from pyro_lvebm.sites.traces import frozen
 
@@ -100,8 +100,9 @@ def test_training_without_traces_is_training_with_them_bit_for_bit(
     assert losses == other_losses and losses[0] != losses[-1]
     assert same(ebm, other_ebm) and same(particles, other_particles)
     assert "particles_scene_missing" in particles or not holes
-    # One for the plates of each step; and one for what depends on z, and one for each gradient.
-    assert traces == 10 and other_traces == 10 * (1 + 1 + 5)
+    # One at the first look; one for the plates of each step; and one for what depends on z, and one
+    # for each gradient.
+    assert traces == 1 + 10 and other_traces == 1 + 10 * (1 + 1 + 5)
 
 
 @pytest.mark.parametrize(("kind", "size", "holes"), CASES)

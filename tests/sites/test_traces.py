@@ -16,8 +16,8 @@ from referee import normal
 from small_models import data_of, plate_model, quadratic_ebm, warm
 
 from pyro_lvebm import lvebm
-from pyro_lvebm.latents.blocks import ModelAt
 from pyro_lvebm.latents.minibatches import cover
+from pyro_lvebm.latents.model_at import ModelAt
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.sites.traces import (
     at_minibatch,
@@ -197,7 +197,7 @@ def test_model_at_runs_for_any_number_of_particles() -> None:
     model = plate_model(ebm, 4)
     first = trace_of(model, x)
     nodes = dict(subsample_nodes(first))
-    at = ModelAt(Program(model, (x,), {}, 1), nodes)
+    at = ModelAt(Program(model, (x,), {}, 1), nodes, 3)
     at.nodes["scene_z"] = first.nodes["scene_z"]
     z = normal((6, 4, 2), 1)
     trace = at.trace(6, scene_z=z)

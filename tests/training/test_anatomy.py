@@ -9,16 +9,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 from small_models import data_of, plate_model, quadratic_ebm
 from torch import Tensor, nn
 
 from pyro_lvebm import AutoAmortisedNormal, AutoParticles, lvebm
 from pyro_lvebm.latents.program import Program
-from pyro_lvebm.training.anatomy import inspect
+from pyro_lvebm.training.anatomy import Anatomy, inspect
 
 A, B = quadratic_ebm(3, 2, seed=1), quadratic_ebm(2, 1, seed=2)
 X, Y = data_of(A, 12), data_of(B, 12)
+
+
+def look(program: Program, guide: Any) -> Anatomy:
+    return inspect(program, guide, Trace_ELBO())
 
 
 def two(x: Tensor, y: Tensor) -> None:
@@ -32,7 +37,7 @@ def two(x: Tensor, y: Tensor) -> None:
 
 
 def test_lvebms_are_named_by_their_sites_in_order() -> None:
-    anatomy = inspect(Program(two, (X, Y), {}), AutoParticles(two, 2))
+    anatomy = look(Program(two, (X, Y), {}), AutoParticles(two, 2))
     assert list(anatomy.ebms) == ["second", "first"]
     assert anatomy.ebms["second"] is B and anatomy.ebms["first"] is A
 
@@ -43,12 +48,12 @@ def test_an_lvebm_at_several_sites_has_the_name_of_the_first() -> None:
             lvebm("left", A, obs=x)
             lvebm("right", A, obs=x + 1.0)
 
-    anatomy = inspect(Program(model, (X,), {}), AutoParticles(model, 2))
+    anatomy = look(Program(model, (X,), {}), AutoParticles(model, 2))
     assert anatomy.ebms == {"left": A}
 
 
 def test_loose_parameters_are_those_of_no_module() -> None:
-    anatomy = inspect(Program(two, (X, Y), {}), AutoNormal(two))
+    anatomy = look(Program(two, (X, Y), {}), AutoNormal(two))
     assert set(anatomy.loose_params) == {"scale", "shift"}
     for name, value in anatomy.loose_params.items():
         assert value is pyro.param(name).unconstrained() and value.requires_grad
@@ -61,7 +66,7 @@ def test_parameters_of_a_handwritten_guide_are_loose() -> None:
         with pyro.plate("data", 12, subsample_size=4) as i:
             pyro.sample("scene_z", dist.Normal(x[i] @ gain, 0.7).to_event(1))
 
-    anatomy = inspect(Program(plate_model(A, 4), (X,), {}), guide)
+    anatomy = look(Program(plate_model(A, 4), (X,), {}), guide)
     assert list(anatomy.loose_params) == ["gain"] and list(anatomy.ebms) == ["scene"]
 
 
@@ -70,7 +75,7 @@ def test_parameters_of_a_handwritten_guide_are_loose() -> None:
 )
 def test_parameters_of_a_guide_that_is_a_module_are_not(make: Callable[..., Any]) -> None:
     model = plate_model(A, 4)
-    anatomy = inspect(Program(model, (X,), {}), make(model))
+    anatomy = look(Program(model, (X,), {}), make(model))
     assert anatomy.loose_params == {} and list(anatomy.ebms) == ["scene"]
 
 
@@ -84,7 +89,7 @@ def test_a_network_that_pyro_registers_is_loose() -> None:
             _, z = lvebm("scene", A, obs=x)
             pyro.sample("t", dist.Normal(net(z).squeeze(-1), 1.0), obs=x.sum(-1))
 
-    anatomy = inspect(Program(model, (X,), {}), AutoParticles(model))
+    anatomy = look(Program(model, (X,), {}), AutoParticles(model))
     assert set(anatomy.loose_params) == {"net$$$weight", "net$$$bias"}
     assert anatomy.loose_params["net$$$weight"] is net.weight
 
@@ -94,7 +99,7 @@ def test_a_model_without_lvebm_has_none() -> None:
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(m, 1.0), obs=x)
 
-    anatomy = inspect(Program(model, (torch.tensor(1.0),), {}), AutoParticles(model))
+    anatomy = look(Program(model, (torch.tensor(1.0),), {}), AutoParticles(model))
     assert anatomy.ebms == {} and anatomy.loose_params == {} and anatomy.nesting == 0
 
 
@@ -109,7 +114,7 @@ def test_nesting_counts_batch_dimensions(depth: int, expected: int) -> None:
             for plate in reversed(plates):
                 plate.__exit__(None, None, None)
 
-    assert inspect(Program(model, (X,), {}), AutoParticles(model, 3)).nesting == expected
+    assert look(Program(model, (X,), {}), AutoParticles(model, 3)).nesting == expected
 
 
 def test_nesting_is_that_of_the_deeper_of_model_and_guide() -> None:
@@ -121,18 +126,18 @@ def test_nesting_is_that_of_the_deeper_of_model_and_guide() -> None:
             pyro.sample("aux", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    assert inspect(Program(model, (X,), {}), guide).nesting == 1
+    assert look(Program(model, (X,), {}), guide).nesting == 1
 
 
 def test_a_guide_that_cannot_work_is_refused() -> None:
     model = plate_model(A, 4)
     with pytest.raises(ValueError, match="AutoMultivariateNormal allocates parameters for the 4"):
-        inspect(Program(model, (X,), {}), AutoMultivariateNormal(model))
+        look(Program(model, (X,), {}), AutoMultivariateNormal(model))
 
 
 def test_arguments_by_name_reach_model_and_guide() -> None:
     model = plate_model(A, 4)
-    anatomy = inspect(Program(model, (), {"x": X}), AutoParticles(model))
+    anatomy = look(Program(model, (), {"x": X}), AutoParticles(model))
     assert list(anatomy.ebms) == ["scene"]
 
 
@@ -146,7 +151,7 @@ def test_a_guide_list_is_looked_through() -> None:
     guide = AutoGuideList(model)
     guide.append(AutoNormal(poutine.block(model, expose=["w"])))
     guide.append(AutoParticles(poutine.block(model, hide=["w"]), 2))
-    anatomy = inspect(Program(model, (X,), {}), guide)
+    anatomy = look(Program(model, (X,), {}), guide)
     assert anatomy.loose_params == {} and anatomy.nesting == 1
 
 
@@ -154,6 +159,6 @@ def test_looking_leaves_no_trace() -> None:
     """Neither in an enclosing trace, nor as a gradient or a refresh of the pool."""
     before = int(A.pool.refreshes)
     with poutine.trace() as outer:
-        inspect(Program(two, (X, Y), {}), AutoNormal(two))
+        look(Program(two, (X, Y), {}), AutoNormal(two))
     assert len(outer.trace.nodes) == 0
     assert int(A.pool.refreshes) == before and all(p.grad is None for p in A.parameters())
