@@ -58,6 +58,7 @@ from pyro_lvebm.pools import ContextPool, PersistentPool, TemperedPool
 from pyro_lvebm.sampling import MALA, ULA
 from pyro_lvebm.sites import lvebm
 from pyro_lvebm.training import (
+    GuideFit,
     Saddle,
     energy_l2,
     half_cosine,
@@ -82,6 +83,7 @@ __all__ = [
     "Disentanglement",
     "Dissipativity",
     "ElboTable",
+    "GuideFit",
     "ImportanceWeighted",
     "ImportanceWeightedELBO",
     "JointEnergy",

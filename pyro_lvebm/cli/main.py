@@ -90,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
             type=int,
             default=JobSettings.guide_steps,
             metavar="N",
-            help="training steps of every guide of the table (default: %(default)s)",
+            help="training steps of every guide at most; it stops where its ELBO rests "
+            "(default: %(default)s)",
         )
         command.add_argument(
             "--seed",

@@ -2,7 +2,8 @@
 """Latent particles, and restricted guides that subsample rightly."""
 
 from pyro_lvebm.guides.amortised import AutoAmortisedMultivariateNormal, AutoAmortisedNormal
-from pyro_lvebm.guides.checks import check_guide, find_particles, own_parameters
+from pyro_lvebm.guides.checks import check_guide, find_particles
+from pyro_lvebm.guides.names import claim, keep_apart, own_parameters, root_of
 from pyro_lvebm.guides.particles import AutoParticles, undo_particles
 from pyro_lvebm.guides.per_datum_gaussian import (
     AutoPerDatumLowRankMultivariateNormal,

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_lvebm.guides import check_guide
+from pyro_lvebm.guides import check_guide, claim
 from pyro_lvebm.latents import Program
 from pyro_lvebm.model import LVEBM, context_rows
 from pyro_lvebm.rng import Stream, isolated_rng
@@ -35,6 +35,20 @@ class Anatomy:
     nesting: int  # number of batch dimensions of model and guide
     ebms: dict[str, LVEBM]  # by the site of x, the first if there are several
     loose_params: dict[str, Tensor]  # unconstrained parameters outside all modules, by name
+    beside: dict[str, Tensor]  # unconstrained parameters of the model outside its LVEBMs, by name
+
+    def check_frozen(self) -> str | None:
+        """Say what trains on while all LVEBMs are frozen, if anything of the model does."""
+        if not self.ebms or not all(ebm.is_frozen for ebm in self.ebms.values()):
+            return None
+        names = sorted(name for name, p in self.beside.items() if p.requires_grad)
+        if not names:
+            return None
+        return (
+            f"ebm.frozen() holds the energy fixed, but the model's own parameters {names} train "
+            "on, so that this is another model than the one fitted before. To train a guide with "
+            "all of the model held fixed: saddle.fit_guide(guide, ...)"
+        )
 
 
 def inspect(program: Program, guide: Model) -> Anatomy:
@@ -42,7 +56,7 @@ def inspect(program: Program, guide: Model) -> Anatomy:
 
     Raises:
         ValueError: If the guide cannot work with the model, an energy depends on a latent beside
-            its own x and z, or parameters are not in Pyro's store.
+            its own x and z, or parameters are not in Pyro's store or those of another guide.
     """
     with torch.no_grad(), poutine.block(), CheapLatents():
         model_trace = program.prototype
@@ -52,6 +66,8 @@ def inspect(program: Program, guide: Model) -> Anatomy:
         with isolated_rng(0, Stream.PROBED_ENERGIES, device=program.device):
             _check_energies(program)
         guide_trace = program.trace(GivenRows()(guide))
+    claim(program.model, model_trace)
+    claim(guide, guide_trace, model_trace)
     sites = {
         id(node["fn"].ebm): name
         for name, node in reversed(all_nodes(model_trace).items())
@@ -62,14 +78,19 @@ def inspect(program: Program, guide: Model) -> Anatomy:
     if isinstance(guide, nn.Module):
         modules.append(guide)
     owned = {id(p) for module in modules for p in module.parameters()}
-    params = {
-        name: _unconstrained(name, node)
+    of_model, of_guide = (
+        {
+            name: _unconstrained(name, node)
+            for name, node in all_nodes(trace).items()
+            if node["type"] == "param"
+        }
         for trace in (model_trace, guide_trace)
-        for name, node in all_nodes(trace).items()
-        if node["type"] == "param"
-    }
+    )
+    loose = {n: p for n, p in (of_model | of_guide).items() if id(p) not in owned}
+    energies = {id(p) for ebm in ebms.values() for p in ebm.parameters()}
+    beside = {n: p for n, p in of_model.items() if id(p) not in energies}
     nesting = max(program.nesting, plate_nesting(guide_trace))
-    return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
+    return Anatomy(nesting, ebms, loose, beside)
 
 
 def _unconstrained(name: str, node: Node) -> Tensor:
