@@ -155,7 +155,8 @@ def fit_guide(
             losses, gain = _train(trainer, first, stream, kwargs, looks, max_steps, tolerance, bar)
         assign(trainer.average.values)
         elbo, error = looks.elbo()
-        theta = model_parameters(Program(model, first, kwargs))
+        with program.quiet(seed, Stream.PREPARATION):
+            theta = model_parameters(Program(model, first, kwargs))
         own = [p for p in trainer.parameters() if not any(p is other for other in theta)]
         _RECORDS[root_of(guide)] = _Record(gain.rests, _values(theta), _values(own))
     if not gain.rests:
@@ -228,7 +229,7 @@ def _train(
             return losses, _Gain(mean, error, steps, factor, rests)
         if calm:
             factor, decays = factor * _DECAY, decays + 1
-        else:
+        elif math.isfinite(mean):  # the first look has nothing to compare with
             window += window // 2
 
 

@@ -148,14 +148,16 @@ def test_families_come_to_rest_where_they_must() -> None:
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 1e-2}))
     guides = {"mean field": AutoNormal(model), "full": AutoPerDatumMultivariateNormal(model)}
     fits = {
-        name: saddle.fit_guide(g, X, optim=Adam({"lr": 0.1}), tolerance=0.01, progress=False)
+        name: saddle.fit_guide(g, X, optim=Adam({"lr": 0.1}), tolerance=0.02, progress=False)
         for name, g in guides.items()
     }
     assert all(fit.converged and fit.num_steps < 900 for fit in fits.values())
     early = AutoNormal(model)
     with pytest.warns(TrainingWarning, match=r"'early' does not rest after 3 steps.*max_steps"):
         saddle.fit_guide(early, X, max_steps=3, progress=False, description="early")
-    table = compare_elbo(model, {**guides, "early": early, "SVI": AutoNormal(model)}, X)
+    table = compare_elbo(
+        model, {**guides, "early": early, "SVI": AutoNormal(model)}, X, num_samples=32
+    )
     rows = table.rows
     gap = float(ebm.f.mean_field_gap().detach())
     for name, expected in (("mean field", gap), ("full", 0.0)):
