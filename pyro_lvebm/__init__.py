@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from pyro_lvebm.sampling import MALA, ULA
     from pyro_lvebm.sites import lvebm
     from pyro_lvebm.training import (
+        GuideFit,
         Saddle,
         energy_l2,
         half_cosine,
@@ -87,6 +88,7 @@ __all__ = [
     "Disentanglement",
     "Dissipativity",
     "ElboTable",
+    "GuideFit",
     "ImportanceWeighted",
     "ImportanceWeightedELBO",
     "JointEnergy",

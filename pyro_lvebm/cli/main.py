@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
             (
                 "--guide-steps",
                 JobSettings.guide_steps,
-                "training steps of every guide of the table",
+                "training steps of every guide at most; it stops where its ELBO rests",
             ),
         ):
             command.add_argument(

@@ -12,7 +12,7 @@ class JobSettings:
 
     z_dim: int = 2
     num_steps: int = 1500
-    guide_steps: int = 1200
+    guide_steps: int = 6000  # at most, for each guide
     batch_size: int = 512
     num_particles: int = 2
     learning_rate: float = 3e-3

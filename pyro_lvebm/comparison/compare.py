@@ -15,14 +15,21 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_lvebm.comparison.refit import refits
-from pyro_lvebm.comparison.rows import ImportanceWeighted, Posterior, RowTerms, row_terms
+from pyro_lvebm.comparison.rows import (
+    ImportanceWeighted,
+    Posterior,
+    PriorProposal,
+    RowTerms,
+    convergence,
+    row_terms,
+)
 from pyro_lvebm.comparison.table import ElboTable
 from pyro_lvebm.evidence import LogPartition, Terms, model_log_evidence, row_log_z
 from pyro_lvebm.latents import Program, Sweep
 from pyro_lvebm.rng import Stream, derive_seed, isolated_rng
 from pyro_lvebm.sites import Model, plates_of
 from pyro_lvebm.training import Saddle
-from pyro_lvebm.validation import check_at_least
+from pyro_lvebm.validation import check_at_least, warn_of_training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +64,10 @@ def compare_elbo(
     a lower bound on the space of paths (`annealed_elbo`); its gap is zero when the particles have
     converged and the path is slow enough. An `MCMC` run, such as one of NUTS, on the model with
     frozen θ and all data, gets the same with its draws in place of the particles'. Further rows
-    are `ImportanceWeighted(guide)`, `LaplaceApproximation()` and `PriorProposal()`.
+    are `ImportanceWeighted(guide)`, `LaplaceApproximation()` and `PriorProposal()`, which is
+    added as "prior" where neither it nor that name is among the posteriors: a guide that does not
+    beat it has learnt nothing about single data. Guides are measured as they are; train them by
+    `Saddle.fit_guide`, from which the table knows whether they have converged.
 
     With `theta="refit"` every posterior is a function that returns a new `Saddle`. One after
     another they train the model from the same start for `num_steps`, and are compared by the
@@ -78,8 +88,10 @@ def compare_elbo(
         A table that prints itself, best ELBO first. Its columns are elbo and kl_gap with their
         standard errors elbo_se and kl_gap_se, in nats; pareto_k, the median over data of the
         Pareto shape k̂ of the importance weights; parameters, the trained numbers or stored
-        coordinates; and seconds. With `theta="refit"` there are also held_out and held_out_se, and
-        the best held-out comes first.
+        coordinates; converged, which is True where `Saddle.fit_guide` brought the ELBO of a guide
+        to rest at this θ or nothing is trained, False where it did not or θ has changed since (a
+        `TrainingWarning`), and None where that is not known; and seconds. With `theta="refit"`
+        there are held_out and held_out_se in place of converged, and the best held-out comes first.
 
     Raises:
         ValueError: If there are no posteriors, the model's latents are not all in the same
@@ -104,6 +116,9 @@ def compare_elbo(
     with program.at_rest(seed, Stream.TABLE_PROTOTYPE):
         check_not_shared(posteriors)
         _check_observed(program)
+        posteriors = _with_prior(posteriors)
+        states = {name: convergence(posterior, program) for name, posterior in posteriors.items()}
+        _warn_of_other_theta([name for name, state in states.items() if state.other_theta])
         sweep = Sweep(program, seed)
         shift = _Shift.of(sweep)
         evidence = model_log_evidence(sweep)
@@ -114,7 +129,8 @@ def compare_elbo(
             with isolated_rng(seed, Stream.TABLE_ROWS, device=program.device):
                 found = row_terms(posterior, sweep, num_samples)
             seconds = time.perf_counter() - clock
-            rows[name] = _row(found, evidence, shift.to_upper) | {"seconds": seconds}
+            rows[name] = _row(found, evidence, shift.to_upper)
+            rows[name] |= {"converged": states[name].converged, "seconds": seconds}
             terms[name] = found.log_weights
     log_evidence, log_evidence_se = evidence.mean()
     return ElboTable(
@@ -191,7 +207,7 @@ class _Shift(NamedTuple):
         return cls(sum(z.to_upper for z in found), to_estimate, log_zs)
 
 
-def _row(found: RowTerms, evidence: Terms, shift: float) -> dict[str, float]:
+def _row(found: RowTerms, evidence: Terms, shift: float) -> dict[str, Any]:
     elbo, elbo_se = found.mean()
     log_evidence, log_evidence_se = evidence.mean()
     return {
@@ -204,18 +220,39 @@ def _row(found: RowTerms, evidence: Terms, shift: float) -> dict[str, float]:
     }
 
 
-def _frame(rows: dict[str, dict[str, float]], best: str) -> pd.DataFrame:
+def _frame(rows: dict[str, dict[str, Any]], best: str) -> pd.DataFrame:
     import pandas as pd
 
     frame = pd.DataFrame.from_dict(rows, orient="index")
+    if "converged" in frame:
+        # None would become NaN, which counts as true.
+        states = [row["converged"] for row in rows.values()]
+        frame["converged"] = pd.Series(states, index=frame.index, dtype=object)
     return frame.sort_values(best, ascending=False).rename_axis("posterior")
+
+
+def _with_prior(posteriors: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the row "prior", where the user has none of that kind or name."""
+    found = dict(posteriors)
+    if not any(isinstance(posterior, PriorProposal) for posterior in found.values()):
+        found.setdefault("prior", PriorProposal())
+    return found
+
+
+def _warn_of_other_theta(names: list[str]) -> None:
+    if names:
+        warn_of_training(
+            f"the guides {names} were trained at other parameters of the model than it has now, so "
+            "their rows show what training elsewhere has lost, too; the table marks them as not "
+            "converged. Train them again: saddle.fit_guide(guide, ...)"
+        )
 
 
 def check_not_shared(posteriors: Mapping[str, Posterior]) -> None:
     """Refuse a table in which two guides have parameters in common.
 
     Raises:
-        ValueError: If they have, as when two guides of one class were trained without
+        ValueError: If they have, as when two guides of one class were trained by `SVI` without
             `pyro.clear_param_store()` in between: Pyro's store names them by their class.
     """
     owner: dict[int, tuple[str, Any]] = {}
@@ -226,8 +263,8 @@ def check_not_shared(posteriors: Mapping[str, Posterior]) -> None:
             if its_guide is not guide:
                 raise ValueError(
                     f"the guides '{other}' and '{name}' share parameters, because Pyro's parameter "
-                    "store names guides by their class. Call pyro.clear_param_store() before "
-                    "training the second"
+                    "store names guides by their class. Train them by saddle.fit_guide, or call "
+                    "pyro.clear_param_store() before training the second"
                 )
 
 

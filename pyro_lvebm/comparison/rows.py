@@ -20,11 +20,11 @@ from pyro_lvebm.comparison.log_weights import (
 )
 from pyro_lvebm.comparison.table import mean_over_data
 from pyro_lvebm.guides import find_particles
-from pyro_lvebm.latents import LatentBlock, Sweep
+from pyro_lvebm.latents import LatentBlock, Program, Sweep
 from pyro_lvebm.rng import Stream
 from pyro_lvebm.sampling import log_mean_exp, pareto_k
 from pyro_lvebm.sites import Model
-from pyro_lvebm.training import Saddle
+from pyro_lvebm.training import GuideState, Saddle, guide_state
 from pyro_lvebm.validation import check_at_least
 
 
@@ -63,7 +63,15 @@ class LaplaceApproximation:
 
 @dataclass(frozen=True)
 class PriorProposal:
-    """A row of `compare_elbo`: the prior of the latents in place of a guide."""
+    """A row of `compare_elbo`: the prior of the latents in place of a guide.
+
+        q(z, x_m) = base_z(z) base_x(x_m | x_o)
+
+    for the latents of an LVEBM, whose sites have these laws (docs/maths.md, "Two sites"): base_z is
+    the base's law of z given x, too, as the base has x and z independent. It is not p_θ(z), which
+    has no density in closed form. Other latents have the laws that the model gives them, each
+    given those before it, in their plates. Nothing is trained.
+    """
 
 
 Posterior = (
@@ -124,6 +132,17 @@ def row_terms(posterior: Posterior, sweep: Sweep, num_samples: int) -> RowTerms:
                 "AutoParticles by itself cannot move its particles; pass the Saddle that trained it"
             )
     return RowTerms(weights, pareto_k(weights), count)
+
+
+def convergence(posterior: Posterior, program: Program) -> GuideState:
+    """Return what is known of the training of a posterior, for a model as it is now."""
+    if isinstance(posterior, LaplaceApproximation | PriorProposal):
+        return GuideState(True, False)
+    if isinstance(posterior, MCMC):
+        return GuideState(None, False)
+    if isinstance(posterior, Saddle | ImportanceWeighted):
+        return guide_state(posterior.guide, program)
+    return guide_state(posterior, program)
 
 
 def _num_parameters(guide: Model) -> int:

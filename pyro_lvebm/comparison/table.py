@@ -20,8 +20,12 @@ _HEADINGS = {
     "pareto_k": "Pareto k̂",
     "held_out": "held-out log p(x)",
     "parameters": "parameters",
+    "converged": "converged",
     "seconds": "seconds",
 }
+
+NOT_CONVERGED = "(not converged)"
+"""Mark of a row whose guide has not converged."""
 
 _LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$"})
 
@@ -81,6 +85,11 @@ class ElboTable:
         frame = pd.DataFrame.from_dict(found, orient="index", columns=["difference", "std_error"])
         return frame.rename_axis(f"minus {reference}")
 
+    def labels(self) -> dict[str, str]:
+        """Return the marked names of the rows that have not converged, by name."""
+        states = self.rows["converged"].items() if "converged" in self.rows else ()
+        return {str(name): f"{name} {NOT_CONVERGED}" for name, state in states if state is False}
+
     def to_markdown(self) -> str:
         """Return the table in Markdown, values with their standard errors."""
         names, lines = self._cells()
@@ -99,17 +108,25 @@ class ElboTable:
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         columns = [name for name in _HEADINGS if name in self.rows]
         lines = [
-            [str(name), *(_cell(row, column) for column in columns)]
+            [self.labels().get(str(name), str(name)), *(_cell(row, column) for column in columns)]
             for name, row in self.rows.iterrows()
         ]
         return ["posterior", *(_HEADINGS[name] for name in columns)], lines
 
     def __str__(self) -> str:
         what = "θ fixed (inference gap)" if self.theta == "fixed" else "θ refitted for each row"
+        shown = self.rows.rename(index=self.labels())
+        if "converged" in shown:
+            shown["converged"] = [converged_text(state) for state in shown["converged"]]
         lines = [
             f"ELBO, nats per datum, {self.num_data} data, {what}",
-            self.rows.to_string(float_format=lambda value: f"{value:.4f}"),
+            shown.to_string(float_format=lambda value: f"{value:.4f}"),
         ]
+        if self.labels():
+            lines.append(
+                f"{NOT_CONVERGED}: training has left undone a part of what this row loses, or was "
+                "at other parameters of the model; see Saddle.fit_guide"
+            )
         if self.theta == "fixed":
             lines.append(
                 f"log evidence {self.log_evidence:.4f} ± {self.log_evidence_se:.4f} "
@@ -134,7 +151,14 @@ class ElboTable:
     __repr__ = __str__
 
 
+def converged_text(state: bool | None) -> str:
+    """Return what a table shows for whether a row has converged; "-" where that is not known."""
+    return "-" if state is None else "yes" if state else "no"
+
+
 def _cell(row: pd.Series, column: str) -> str:
+    if column == "converged":
+        return converged_text(row[column])
     value = float(row[column])
     if f"{column}_se" in row:
         return f"{value:.4f} ± {float(row[f'{column}_se']):.4f}"

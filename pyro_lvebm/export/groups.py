@@ -106,7 +106,10 @@ def table_dataset(table: ElboTable) -> Any:
 
     brackets = ("estimate", "std_error", "lower", "upper")
     return xr.Dataset(
-        {name: ("posterior", column.to_numpy()) for name, column in table.rows.items()}
+        {  # converged is 1, 0, or NaN where it is not known
+            name: ("posterior", column.to_numpy(float if column.dtype == object else None))
+            for name, column in table.rows.items()
+        }
         | {
             f"log_partition_{name}": (
                 "log_partition",

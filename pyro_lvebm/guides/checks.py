@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import pyro
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoStructured
 from pyro.infer.autoguide.gaussian import AutoGaussian
-from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import nn
 
@@ -66,23 +63,3 @@ def check_guide(guide: Callable[..., Any], model_trace: Trace) -> None:
                     f"but plate '{frame.name}' of latent '{name}' has {full} rows. Use AutoNormal, "
                     "AutoPerDatumMultivariateNormal or AutoAmortisedNormal, or do not subsample"
                 )
-
-
-@contextmanager
-def own_parameters(guide: Callable[..., Any]) -> Iterator[None]:
-    """Run a guide with the parameters that it holds, whatever Pyro's store has under its name.
-
-    The store names the parameters of a guide by its class. After `pyro.clear_param_store()` and
-    another guide of that class, the store would replace the parameters of the first for good.
-    """
-    if not isinstance(guide, PyroModule):
-        yield
-        return
-    store = pyro.get_param_store()
-    prefix = f"{guide._pyro_name}."
-    kept = store.get_state()
-    for part in (kept["params"], kept["constraints"]):
-        for name in [n for n in part if n.startswith(prefix)]:
-            del part[name]
-    with store.scope(kept):
-        yield

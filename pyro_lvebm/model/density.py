@@ -46,6 +46,8 @@ class Density(nn.Module):
     base_z: GaussianBase
     context: Tensor | None  # where it is held, (*rows, *shape of one)
 
+    is_frozen = False  # whether a block of `frozen` is open
+
     def __init__(
         self,
         energy: nn.Module,
@@ -188,8 +190,12 @@ class Density(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Hold θ fixed inside the block: no gradients for it, and a pool stays where it is."""
+        """Hold θ fixed inside the block: no gradients for it, and a pool stays where it is.
+
+        Other parameters of a Pyro model train on; `Saddle.fit_guide` holds all of a model fixed.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
+        was_frozen, self.is_frozen = self.is_frozen, True
         for p in params:
             p.requires_grad_(False)
         try:
@@ -198,5 +204,6 @@ class Density(nn.Module):
                 warnings.filterwarnings("ignore", message=".*not registered in the param store")
                 yield
         finally:
+            self.is_frozen = was_frozen
             for p in params:
                 p.requires_grad_(True)

@@ -19,7 +19,8 @@ def plot_elbo(table: ElboTable, axes: Axes | None = None) -> Axes:
     """Draw a forest plot of a table: a dot for every posterior, with two standard errors.
 
     With θ fixed it shows what each posterior loses, its KL gap; with θ refitted, the held-out
-    log p(x) of each fit. The best is on top.
+    log p(x) of each fit. The best is on top. A row that has not converged is marked. The axis ends
+    before the row "prior" where its gap would hide all others.
 
     Args:
         table: What `compare_elbo` returned.
@@ -38,12 +39,18 @@ def plot_elbo(table: ElboTable, axes: Axes | None = None) -> Axes:
     column = "kl_gap" if fixed else "held_out"
     position = np.arange(len(rows))[::-1]
     axes.errorbar(rows[column], position, xerr=2 * rows[f"{column}_se"], fmt="o", capsize=3)
-    labels = [f"{name}\nELBO {value:.3f}" for name, value in rows["elbo"].items()]
+    marked = table.labels()
+    labels = [f"{marked.get(str(n), n)}\nELBO {value:.3f}" for n, value in rows["elbo"].items()]
     axes.set_yticks(position, labels, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.locator_params(axis="x", nbins=5)
     if fixed:
         axes.axvline(0.0, color="0.6", linewidth=1)
+    if fixed and "prior" in rows.index and len(rows) > 1:
+        others = rows.drop("prior")
+        right = float((others["kl_gap"] + 2 * others["kl_gap_se"]).max())
+        if float(rows["kl_gap"]["prior"]) > 5.0 * right > 0.0:
+            axes.set_xlim(right=1.5 * right)
     quantity = "KL(q ‖ p(z|x))" if fixed else "held-out log p(x)"
     axes.set_xlabel(f"{quantity}, nats per datum, ± 2 se")
     axes.set_title(f"ELBO table, θ {'fixed' if fixed else 'refitted for each row'}", fontsize=10)

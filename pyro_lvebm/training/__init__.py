@@ -3,6 +3,7 @@
 
 from pyro_lvebm.training.averaging import assign
 from pyro_lvebm.training.fit import half_cosine
+from pyro_lvebm.training.guide_fit import GuideFit, GuideState, guide_state
 from pyro_lvebm.training.ipla import ipla
 from pyro_lvebm.training.penalties import energy_l2, kl_to_base
 from pyro_lvebm.training.saddle import Saddle

@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from pyro_lvebm.guides import check_guide, find_particles, needs_rows, unbuilt_on_error
+from pyro_lvebm.guides import check_guide, claim, find_particles, needs_rows, unbuilt_on_error
 from pyro_lvebm.latents import ModelAt, Program
 from pyro_lvebm.model import LVEBM, context_rows
 from pyro_lvebm.rng import Stream, isolated_rng
@@ -44,6 +44,20 @@ class Anatomy:
     nesting: int  # number of batch dimensions of model and guide
     ebms: dict[str, LVEBM]  # by the site of x, the first if there are several
     loose_params: dict[str, Tensor]  # unconstrained parameters outside all modules, by name
+    beside: dict[str, Tensor]  # unconstrained parameters of the model outside its LVEBMs, by name
+
+    def check_frozen(self) -> str | None:
+        """Say what trains on while all LVEBMs are frozen, if anything of the model does."""
+        if not self.ebms or not all(ebm.is_frozen for ebm in self.ebms.values()):
+            return None
+        names = sorted(name for name, p in self.beside.items() if p.requires_grad)
+        if not names:
+            return None
+        return (
+            f"ebm.frozen() holds the energy fixed, but the model's own parameters {names} train "
+            "on, so that this is another model than the one fitted before. To train a guide with "
+            "all of the model held fixed: saddle.fit_guide(guide, ...)"
+        )
 
 
 def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
@@ -59,7 +73,8 @@ def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
 
     Raises:
         ValueError: If the guide or the loss cannot work with the model, an energy depends on a
-            latent beside its own x and z, or parameters are not in Pyro's store.
+            latent beside its own x and z, or parameters are not in Pyro's store or those of another
+            guide.
     """
     particles = find_particles(guide)
     with unbuilt_on_error(guide), poutine.block(), CheapLatents():
@@ -82,6 +97,8 @@ def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
             if particles is not None:
                 traces = [model_trace, program.trace(GivenRows()(guide))]
                 _check_vectorised(program, guide, particles.num_particles)
+    claim(program.model, model_trace)
+    claim(guide, traces[1], model_trace)
     sites = {
         id(node["fn"].ebm): name
         for name, node in reversed(all_nodes(model_trace).items())
@@ -92,14 +109,18 @@ def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
     if isinstance(guide, nn.Module):
         modules.append(guide)
     owned = {id(p) for module in modules for p in module.parameters()}
-    params = {
-        name: _unconstrained(name, node)
+    params = [
+        {
+            name: _unconstrained(name, node)
+            for name, node in all_nodes(trace).items()
+            if node["type"] == "param"
+        }
         for trace in traces
-        for name, node in all_nodes(trace).items()
-        if node["type"] == "param"
-    }
-    nesting = max(plate_nesting(trace) for trace in traces)
-    return Anatomy(nesting, ebms, {n: p for n, p in params.items() if id(p) not in owned})
+    ]
+    loose = {n: p for part in params for n, p in part.items() if id(p) not in owned}
+    energies = {id(p) for ebm in ebms.values() for p in ebm.parameters()}
+    beside = {n: p for n, p in params[0].items() if id(p) not in energies}
+    return Anatomy(max(plate_nesting(trace) for trace in traces), ebms, loose, beside)
 
 
 def check_precision(ebms: dict[str, LVEBM], loose_params: dict[str, Tensor], guide: Model) -> None:

@@ -47,6 +47,15 @@ def check_fit(
         _check_rows_seen(part)
     if min_kl is not None and not min_kl >= 0:
         raise ValueError(f"min_kl must not be negative; got {min_kl}")
+    check_batches(args, batches)
+
+
+def check_batches(args: tuple[Any, ...], batches: Iterable[Sequence[Any]] | None) -> None:
+    """Refuse batches beside arguments.
+
+    Raises:
+        ValueError: If there are both.
+    """
     if batches is not None and args:
         raise ValueError(
             f"give batches, or arguments of the model, and not both; got {len(args)} arguments "

@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
-from pyro_lvebm.guides import find_particles, needs_rows
+from pyro_lvebm.guides import find_particles, keep_apart, needs_rows
 from pyro_lvebm.latents import (
     ChainSettings,
     Moves,
@@ -39,7 +39,16 @@ from pyro_lvebm.training.checkpoint import (
     write_checkpoint,
 )
 from pyro_lvebm.training.course import BestSoFar, Course, course_of
-from pyro_lvebm.training.fit import Schedule, check_fit, endless, factor_of, half_cosine, noted
+from pyro_lvebm.training.fit import (
+    Schedule,
+    check_batches,
+    check_fit,
+    endless,
+    factor_of,
+    half_cosine,
+    noted,
+)
+from pyro_lvebm.training.guide_fit import GuideFit, fit_guide
 from pyro_lvebm.training.header import SETTINGS
 from pyro_lvebm.training.history import History
 from pyro_lvebm.training.loss import Loss, add, as_numbers, check_loss, total
@@ -331,6 +340,86 @@ class Saddle(SVI):
             warn_of_falling(ebm)
         return losses
 
+    def fit_guide(
+        self,
+        guide: Callable[..., Any],
+        *args: Any,
+        optim: PyroOptim | None = None,
+        loss: ELBO | None = None,
+        batches: Iterable[Sequence[Any]] | None = None,
+        max_steps: int = 20_000,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+        progress: bool = True,
+        description: str | None = None,
+        **kwargs: Any,
+    ) -> GuideFit:
+        """Train another guide for the model as it is now, until its own ELBO rests.
+
+        Every parameter of the model is held fixed: those of its LVEBMs, whose pools rest, and all
+        that Pyro knows of it besides (`pyro.param`, `pyro.module`, `PyroModule`). Steps go in
+        windows of 100, or of two passes through the data if that is more. After each, the ELBO of
+        the averaged parameters is compared with that of the last window, on the same data and
+        noise. Where it gains less than five times `tolerance` the learning rate falls to a fifth,
+        twice at most; else the windows grow by a half. At the last rate the ELBO rests if it gains
+        less than `tolerance` by two standard errors. The guide then has its averaged parameters.
+
+        Args:
+            guide: Any Pyro guide: a module, such as an autoguide, or a function with `pyro.param`.
+                It may hold `AutoParticles`, whose losses are then compared, as they move.
+            args: Arguments of the model and the guide.
+            optim: A Pyro optimiser; by default Adam, with rate 3e-3 for networks (parameters of
+                `nn.Module`s) and 3e-2 for all others.
+            loss: A Pyro ELBO. By default, that of `Saddle` for guides with particles;
+                `TraceEnum_ELBO` where sites are to be enumerated; `TraceMeanField_ELBO` where the
+                guide has the sites of the model in their order and can be reparameterised; else
+                `Trace_ELBO`. The last three take four draws under a vectorised plate, or one where
+                a plate is a loop.
+            batches: Arguments of the model for each step in turn, as in `fit`.
+            max_steps: Largest number of steps.
+            tolerance: Gain of a window, in nats per datum, below which the ELBO rests.
+            seed: Fixes every random number.
+            progress: Show a progress bar.
+            description: Name on it and in the warning; that of the guide's class by default.
+            kwargs: Keyword arguments of the model and the guide.
+
+        Returns:
+            Whether the ELBO rests, after how many steps, and the ELBO with its standard error.
+            If it does not rest there is a `TrainingWarning`, and `compare_elbo` marks the row.
+
+        Raises:
+            ValueError: If a number is out of range, or as in `step`.
+
+        Example:
+            >>> import pyro, torch
+            >>> from pyro.infer.autoguide import AutoNormal
+            >>> from pyro.optim import Adam
+            >>> from pyro_lvebm import LVEBM, AutoParticles, QuadraticEnergy, Saddle, lvebm
+            >>> x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+            >>> ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1)
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         lvebm("s", ebm, obs=x)
+            >>> saddle = Saddle(model, AutoParticles(model), Adam({"lr": 1e-2}))
+            >>> saddle.fit_guide(AutoNormal(model), x, progress=False).converged
+            True
+        """
+        check_batches(args, batches)
+        return fit_guide(
+            Saddle,
+            self.model,
+            guide,
+            optim,
+            loss,
+            lambda: itertools.repeat(args) if batches is None else endless(batches),
+            kwargs,
+            max_steps,
+            tolerance,
+            seed,
+            progress,
+            description or str(getattr(guide, "__name__", type(guide).__name__)),
+        )
+
     def _end_at_averages(self, best: BestSoFar | None) -> None:
         """Give parameters and pools the best averages, or the last where nothing was held out."""
         if best is not None:
@@ -578,6 +667,8 @@ class Saddle(SVI):
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
         """Learn the parts once, and leave the pools alone."""
+        for part in (self.model, self.guide):
+            keep_apart(part)
         if self._anatomy is None:
             with isolated_rng(self.seed, Stream.PREPARATION, device=device_of(args, kwargs)):
                 program = Program(self.model, args, kwargs)
@@ -601,6 +692,8 @@ class Saddle(SVI):
         anatomy = self.prepare(args, kwargs)
         check_not_replayed(self.elbo, self.ebms, self.particles is not None)
         device = self.device(args, kwargs)
+        if trains_on := anatomy.check_frozen():
+            self.recorder.warn("frozen", self.step_count, trains_on)
         region = TrustRegion(self.max_kl, min_kl, factor)
         with (
             isolated_rng(self.seed, Stream.MINIBATCH, self.step_count, device=device),

@@ -68,6 +68,7 @@ POSTERIORS = {
     "mean-field guide",
     "full-covariance guide",
     "amortised MLP encoder",
+    "prior",
 }
 
 
@@ -206,10 +207,13 @@ def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
 def test_summary_and_table_agree(fitted: Run) -> None:
     table = fitted.table
     assert set(table.index) == POSTERIORS
-    numbers = ["elbo", "elbo_se", "kl_gap", "kl_gap_se", "pareto_k", "parameters", "seconds"]
-    assert list(table.columns) == numbers
+    numbers = ["elbo", "elbo_se", "kl_gap", "kl_gap_se", "pareto_k", "parameters"]
+    assert list(table.columns) == [*numbers, "converged", "seconds"]
     records = pd.DataFrame(fitted.summary["elbo_table"]).set_index("posterior")
-    pd.testing.assert_frame_equal(records, table, rtol=1e-12)
+    states = records.pop("converged").to_dict()
+    pd.testing.assert_frame_equal(records, table.drop(columns="converged"), rtol=1e-12)
+    assert states.pop("Langevin particles") is None and states.pop("prior") is True
+    assert set(states.values()) == {False}  # after ten steps
     assert table["elbo"].is_monotonic_decreasing
     # After so short a fit the encoder is as good as exact, and may be first by noise.
     best, particles = table.iloc[0], table.loc["Langevin particles"]
@@ -223,8 +227,11 @@ def test_standard_output_states_the_same_numbers(fitted: Run) -> None:
     assert "160 data" in fitted.stdout
     for name, row in fitted.table.iterrows():
         (line,) = [line for line in lines if line.startswith(str(name))]
-        words = line.removeprefix(str(name)).split()
-        assert [float(w) for w in words] == [pytest.approx(v, abs=5.1e-5) for v in row]
+        assert ("(not converged)" in line) == (str(row["converged"]) == "False")
+        words = line.removeprefix(str(name)).replace("(not converged)", "").split()
+        numbers = [float(w) for w in words if w not in ("yes", "no", "-")]
+        expected = row.drop("converged").astype(float)
+        assert numbers == [pytest.approx(v, abs=5.1e-5) for v in expected]
     (held_out,) = [line for line in lines if "LVEBM (upper end of log Z)" in line]
     value, sign, error = held_out.split()[-3:]
     evidence = fitted.summary["held_out_log_evidence"]
