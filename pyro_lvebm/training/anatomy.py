@@ -161,6 +161,9 @@ def _as_the_loss(program: Program, guide: Model, loss: Any) -> list[Trace]:
         try:
             with torch.no_grad():
                 run(model, guide, *program.args, **program.kwargs)
+        except ZeroDivisionError:  # Pyro's scale of a minibatch without rows
+            program.trace(GivenRows(needed=needed)(program.model))
+            raise
         except RuntimeError:  # as where a model or a loss takes derivatives itself
             run(model, guide, *program.args, **program.kwargs)
     # A guide that is a handler runs the model itself.

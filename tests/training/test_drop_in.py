@@ -26,12 +26,19 @@ from pyro.infer import (
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.optim import Adam, PyroOptim, SparseAdam
 from referee import normal
 from small_models import data_of, plate_model, quadratic_ebm
 from torch import Tensor, nn
 
-from pyro_lvebm import AutoParticles, AutoPerDatumMultivariateNormal, Saddle
+from pyro_lvebm import (
+    AutoParticles,
+    AutoPerDatumIAFNormal,
+    AutoPerDatumLowRankMultivariateNormal,
+    AutoPerDatumMultivariateNormal,
+    Saddle,
+)
 from pyro_lvebm.rng import Stream, isolated_rng
 
 Y = normal((6,), 1, torch.float32)
@@ -258,3 +265,29 @@ def test_a_guide_that_cannot_be_built_fails_in_the_same_way_again(make: Callable
             saddle.step()
         assert not list(guide.parameters()) and not list(guide.buffers())
         assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        AutoPerDatumMultivariateNormal,
+        AutoPerDatumLowRankMultivariateNormal,
+        AutoPerDatumIAFNormal,
+    ],
+)
+def test_per_datum_guides_take_scalars_and_first_locations(make: Callable[..., Any]) -> None:
+    """As Pyro's autoguides: a scalar outside plates, and all rows of a subsampled plate."""
+
+    def model() -> None:
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=4) as i:
+            z = pyro.sample("z", dist.Normal(0.0, s))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y[i])
+
+    pyro.clear_param_store()
+    start = init_to_value(values={"s": torch.tensor(3.0), "z": torch.arange(4.0)})
+    guide = make(model, init_loc_fn=start)
+    drawn = guide()
+    assert drawn["s"].shape == () and drawn["z"].shape == (4,)
+    assert guide.locs.s.item() == pytest.approx(torch.tensor(3.0).log().item())
+    assert guide.locs.z[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]
