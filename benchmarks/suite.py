@@ -16,7 +16,7 @@ from numpy.random import Generator, SeedSequence
 from scipy.integrate import solve_ivp
 from sklearn.datasets import load_breast_cancer, load_wine, make_moons, make_swiss_roll
 
-from pyro_lvebm.cli.data import load_digits_data, split
+from pyro_lvebm.data import load_digits_data, split
 
 NUM_ROWS = 5000
 """Rows of a generated set, before the split."""

@@ -35,7 +35,7 @@ from benchmarks.peers import DOCUMENTED, TUNED, available, run_peer
 from benchmarks.suite import NAMES, DataSet, load
 from benchmarks.tables import table
 from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, Saddle, log_evidence, log_partition, lvebm
-from pyro_lvebm.cli.data import split
+from pyro_lvebm.data import split
 from pyro_lvebm.pools.tempered import TemperedPool
 from pyro_lvebm.training.fit import half_cosine
 

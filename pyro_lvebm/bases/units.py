@@ -26,6 +26,7 @@ def power_of_two(x: Tensor) -> Tensor:
     Dividing by it changes no bit of a mantissa, and neither it nor its inverse is infinite.
 
     Example:
+        >>> import torch
         >>> power_of_two(torch.tensor([3.0, -1e-30, 0.0])).log2().tolist()
         [1.0, -100.0, 0.0]
     """
@@ -42,9 +43,10 @@ def moments(x: Tensor) -> Moments:
     point numbers: squares are taken of columns whose largest entry is about 1.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
-        >>> [float(part) for part in moments(1e-300 * x)]
-        [2e-300, 1e-300, 0.0]
+        >>> [f"{float(part):.3g}" for part in moments(1e-300 * x)]
+        ['2e-300', '1e-300', '0']
     """
     size = power_of_two(x.abs().nan_to_num(nan=0.0).amax(0))
     y = x / size

@@ -21,13 +21,13 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_lvebm.cli.baselines import evaluate_baselines, evaluate_incomplete
-from pyro_lvebm.cli.data import DigitsData, Split, logit_to_levels
 from pyro_lvebm.cli.figures import Results, image_figure, informative_pairs, table_figure
 from pyro_lvebm.cli.output import OutputFolder
 from pyro_lvebm.cli.progress import Progress
 from pyro_lvebm.cli.rows import row_frame
 from pyro_lvebm.cli.settings import JobSettings
 from pyro_lvebm.comparison import ElboTable, compare_elbo
+from pyro_lvebm.data import DigitsData, Split, logit_to_levels
 from pyro_lvebm.energies import MLPEnergy
 from pyro_lvebm.evidence import LogEvidence, log_evidence
 from pyro_lvebm.export import to_arviz

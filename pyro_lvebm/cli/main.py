@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pyro_lvebm.cli.job import JobResult
-    from pyro_lvebm.cli.table import Frame, Table
+    from pyro_lvebm.data import Frame, Table
 
 OUTPUTS = {
     "model.safetensors": "the fit, to read with Saddle.load",
@@ -244,10 +244,9 @@ def _terminable() -> Iterator[None]:
 
 def _fit(args: argparse.Namespace) -> str:
     """Fit a table or the digits, and return what to print of it."""
-    from pyro_lvebm.cli.data import load_digits_data, split_of_digits, split_table
     from pyro_lvebm.cli.job import run_job
     from pyro_lvebm.cli.output import OutputFolder
-    from pyro_lvebm.cli.transforms import logit_of_levels
+    from pyro_lvebm.data import load_digits_data, logit_of_levels, split_of_digits, split_table
 
     settings = JobSettings(
         z_dim=args.z_dim, num_steps=args.steps, guide_steps=args.guide_steps, seed=args.seed
@@ -276,7 +275,7 @@ def _fit(args: argparse.Namespace) -> str:
 
 def _read(args: argparse.Namespace) -> Table:
     """Read the table, and say what was taken for what."""
-    from pyro_lvebm.cli.table import read_table
+    from pyro_lvebm.data import read_table
 
     table = read_table(args.data, _frame(args))
     if not args.quiet:
@@ -285,7 +284,7 @@ def _read(args: argparse.Namespace) -> Table:
 
 
 def _frame(args: argparse.Namespace) -> Frame:
-    from pyro_lvebm.cli.table import Frame
+    from pyro_lvebm.data import Frame
 
     return Frame(
         args.sep,
@@ -302,8 +301,7 @@ def _prepared(table: Table, args: argparse.Namespace) -> tuple[Table, list[dict[
     """Spread what is to be spread, and refuse what repeats; warnings become lines."""
     from dataclasses import replace
 
-    from pyro_lvebm.cli.repeats import check_repeats
-    from pyro_lvebm.cli.transforms import apply, dequantisation
+    from pyro_lvebm.data import apply, check_repeats, dequantisation
 
     transforms: list[dict[str, object]] = []
     if args.dequantise:

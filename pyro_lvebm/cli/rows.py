@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_lvebm.cli.data import Split
+from pyro_lvebm.data import Split
 from pyro_lvebm.evidence import LogEvidence, latent_energy, log_evidence
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, generator_for

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_lvebm.cli import transforms
 from pyro_lvebm.cli.rows import latents, scored_frame
-from pyro_lvebm.cli.table import Table
+from pyro_lvebm.data import Table, transforms
 from pyro_lvebm.evidence import log_evidence
 from pyro_lvebm.model import LVEBM, Description, read_lvebm
 from pyro_lvebm.rng import Stream, generator_for

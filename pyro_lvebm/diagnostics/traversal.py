@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_lvebm.model import LVEBM, check_unconditional, given_z
 from pyro_lvebm.rng import Stream, generator_for, isolated_rng
 from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
-from pyro_lvebm.validation import as_like, as_rows, check_at_least
+from pyro_lvebm.validation import as_rows, check_at_least
 
 _NUM_PARTICLES = 256
 
@@ -81,7 +81,7 @@ def traverse(
     """
     check_unconditional(ebm, "traverse")
     x = as_rows(x, ebm.x_shape, like=ebm.base_x.loc)
-    values = as_like("values", values, ebm.base_z.loc)
+    values = torch.as_tensor(values).to(ebm.base_z.loc)
     k = ebm.base_z.dim
     if not 0 <= dim < k:
         raise ValueError(f"dim must be an entry of z, 0 … {k - 1}; got {dim}")

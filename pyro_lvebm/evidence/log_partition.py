@@ -88,7 +88,9 @@ class LogPartition(Bracket[float]):
                 "gradients are wrong; train with base='gaussian', or a mixture of your own"
             )
         difference = self.reverse - self.forward
-        slack = max(surprise(self.num_runs) * self.std_error, _ROUNDING)
+        slack = _ROUNDING
+        if self.std_error > 0.0:
+            slack = max(slack, surprise(self.num_runs) * self.std_error)
         inside = self.lower - slack <= self.estimate <= self.upper + slack
         if self.reverse_limit < self.lower - _ROUNDING or not inside:
             return (

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,19 @@ _EMPTY = torch.Size()
 
 _MAX_MIXTURE_DIM = 128
 """Entries of x up to which "auto" looks for a mixture; beyond, fitting one takes minutes."""
+
+
+_AT_REST = ContextVar("pools are at rest", default=False)
+
+
+@contextmanager
+def pools_at_rest() -> Iterator[None]:
+    """Leave all pools where they are inside the block, for runs whose values are thrown away."""
+    token = _AT_REST.set(True)
+    try:
+        yield
+    finally:
+        _AT_REST.reset(token)
 
 
 class LVEBM(Density):
@@ -299,7 +314,7 @@ class LVEBM(Density):
         """
         if self.is_trained:
             check_not_traced()
-        if not torch.is_grad_enabled() or not self.is_trained:
+        if not torch.is_grad_enabled() or not self.is_trained or _AT_REST.get():
             return self.pool.log_partition
         self.follow(context)
         f, log_w = self.negative_residuals()

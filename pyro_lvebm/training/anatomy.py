@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.guides import check_guide, claim, find_particles, needs_rows, unbuilt_on_error
 from pyro_lvebm.latents import ModelAt, Program
-from pyro_lvebm.model import LVEBM, context_rows
+from pyro_lvebm.model import LVEBM, context_rows, pools_at_rest
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sites import (
     CheapLatents,
@@ -34,7 +34,7 @@ from pyro_lvebm.sites import (
     sample_nodes,
     subsample_nodes,
 )
-from pyro_lvebm.training.loss import check_not_compiled
+from pyro_lvebm.training.step import check_not_replayed
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
             guide.
     """
     particles = find_particles(guide)
-    with unbuilt_on_error(guide), poutine.block(), CheapLatents():
+    check_not_replayed(loss, [], particles is not None)
+    with unbuilt_on_error(guide), poutine.block(), pools_at_rest(), CheapLatents():
         if particles is None:
             traces = _as_the_loss(program, guide, loss)
             model_trace = traces[0]
@@ -86,8 +87,6 @@ def inspect(program: Program, guide: Model, loss: Any) -> Anatomy:
                 model_trace = program.prototype
         check_guide(guide, model_trace)
         found = energy_modules(model_trace)
-        if found or particles is not None:
-            check_not_compiled(loss)
         for ebm in found:
             num_sites(model_trace, ebm)
         with torch.no_grad():
@@ -150,7 +149,7 @@ class _Seen(TraceMessenger):
 
 def _as_the_loss(program: Program, guide: Model, loss: Any) -> list[Trace]:
     """Trace model and guide in an evaluation of the loss, and the parameters of all its runs."""
-    model_run, guide_run = _Seen(), _Seen()
+    model_run, guide_run, kept = _Seen(), _Seen(), guide
     needed = needs_rows(guide)
     model = model_run(GivenRows(needed=needed)(program.model))
     guide = guide_run(GivenRows(needed=needed)(guide))
@@ -164,11 +163,25 @@ def _as_the_loss(program: Program, guide: Model, loss: Any) -> list[Trace]:
         except ZeroDivisionError:  # Pyro's scale of a minibatch without rows
             program.trace(GivenRows(needed=needed)(program.model))
             raise
-        except RuntimeError:  # as where a model or a loss takes derivatives itself
+        except Exception as error:
+            _check_unsuited(program, kept)
+            if not isinstance(error, RuntimeError):
+                raise
+            # A model or a loss may take derivatives itself.
             run(model, guide, *program.args, **program.kwargs)
     # A guide that is a handler runs the model itself.
     model_trace = model_run.trace if model_run.trace.nodes else guide_run.trace
     return [model_trace, guide_run.trace, params.trace]
+
+
+def _check_unsuited(program: Program, guide: Model) -> None:
+    """Say if it is the guide that cannot work."""
+    try:
+        with torch.no_grad():
+            model_trace = program.prototype
+    except Exception:  # the model alone may not run, as with an improper prior
+        return
+    check_guide(guide, model_trace)
 
 
 def _unconstrained(name: str, node: Node) -> Tensor:

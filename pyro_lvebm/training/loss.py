@@ -6,10 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from pyro.infer import (
-    JitTrace_ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
 from pyro.infer.util import torch_item
@@ -35,9 +31,6 @@ def add(loss: Loss, penalty: float) -> Loss:
     return (loss[0] + penalty, *loss[1:]) if isinstance(loss, tuple) else loss + penalty
 
 
-_COMPILED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
-
-
 def check_loss(loss: Any) -> None:
     """Refuse a loss that has no value.
 
@@ -48,18 +41,4 @@ def check_loss(loss: Any) -> None:
         raise ValueError(
             "TraceTailAdaptive_ELBO has a gradient but no value: Pyro reports it as infinite, by "
             "which Saddle knows a step that failed. Use it in SVI, or RenyiELBO here"
-        )
-
-
-def check_not_compiled(loss: Any) -> None:
-    """Refuse a compiled loss, in which particles and pools are constants of the first step.
-
-    Raises:
-        ValueError: If the loss is one.
-    """
-    if isinstance(loss, _COMPILED):
-        name = type(loss).__name__
-        raise ValueError(
-            f"{name} compiles the first step, and with it the particles and the pools of LVEBMs "
-            f"as they were then. Use {name.removeprefix('Jit')}"
         )

@@ -15,7 +15,7 @@ from pyro_lvebm.cli.baselines import (
     gaussian,
     gaussian_mixture,
 )
-from pyro_lvebm.cli.data import load_digits_data
+from pyro_lvebm.data import load_digits_data
 
 SCALES = np.array([0.01, 30.0, 4.0])
 

@@ -39,11 +39,11 @@ from pyro_lvebm import (
     log_partition,
     lvebm,
 )
-from pyro_lvebm.cli import data as cli_data
+from pyro_lvebm import data as observations
 from pyro_lvebm.cli import job
-from pyro_lvebm.cli.data import DigitsData, dequantise_logit, read_observations, split
 from pyro_lvebm.cli.job import JobSettings
 from pyro_lvebm.cli.main import main
+from pyro_lvebm.data import DigitsData, dequantise_logit, read_observations, split
 from pyro_lvebm.evidence import annealed
 from pyro_lvebm.evidence import programs as model_evidence
 from pyro_lvebm.latents import ChainSettings
@@ -441,6 +441,15 @@ def test_the_base_is_that_of_the_training_rows_alone(
 # --- interrupts ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Interrupts are: a process in the background of a shell starts with them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_a_fit_that_goes_on(
     fitted: Run, data: Path, tmp_path: Path, quick: None, sent: int, status: int
@@ -516,7 +525,7 @@ def test_demo_is_fit_on_the_digits(
         return image_figure(*args)
 
     image_figure = job.image_figure
-    monkeypatch.setattr(cli_data, "load_digits_data", load)
+    monkeypatch.setattr(observations, "load_digits_data", load)
     monkeypatch.setattr(job, "image_figure", keep)
     short = ("--z-dim", "2", "--steps", "4", "--guide-steps", "2", "--seed", "5", "--quiet")
     demo = run("demo", *short, out=tmp_path / "demo")

@@ -13,8 +13,8 @@ import pytest
 
 from pyro_lvebm.cli.output import OutputFolder, whole
 from pyro_lvebm.cli.progress import Progress
-from pyro_lvebm.cli.table import Table
-from pyro_lvebm.cli.transforms import apply, dequantisation, logit_of_levels, undo
+from pyro_lvebm.data import Table
+from pyro_lvebm.data.transforms import apply, dequantisation, logit_of_levels, undo
 from pyro_lvebm.training.progress import step_bar
 
 

@@ -396,5 +396,5 @@ def test_saddle_trains_and_compare_elbo_compares(make_ebm: Any, loss_class: Any)
             losses = saddle.fit(x, num_steps=3, progress=False)
             assert all(math.isfinite(value) for value in losses)
     rows = compare_elbo(model, guides, x, num_samples=8).to_dataframe()
-    assert set(rows.index) == set(guides)
+    assert set(rows.index) == {*guides, "prior"}
     assert rows.kl_gap.apply(math.isfinite).all() and (rows.kl_gap > -0.5).all()

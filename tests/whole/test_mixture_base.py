@@ -428,5 +428,6 @@ def test_checkpoints_hold_the_mixture(tmp_path: Path) -> None:
     other = load_into(x, "auto")
     assert torch.equal(other.base_x.log_prob(x), ebm.base_x.log_prob(x))
     assert torch.equal(other.energy(x, x[:, :1]), ebm.energy(x, x[:, :1]))
-    with pytest.raises(ValueError, match=r"base_x.means' is only in the file"):
+    message = r"written with a mixture base of x; build with LVEBM.from_data\(base='mixture'\)"
+    with pytest.raises(ValueError, match=message):
         load_into(x, "gaussian")

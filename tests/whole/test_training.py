@@ -29,7 +29,7 @@ from pyro_lvebm import (
     lvebm,
 )
 from pyro_lvebm.cli.baselines import evaluate_baselines, gaussian_mixture
-from pyro_lvebm.cli.data import load_digits_data
+from pyro_lvebm.data import load_digits_data
 
 ALPHA = 1e-3
 

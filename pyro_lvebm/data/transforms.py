@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pyro_lvebm.cli.data import dequantise_logit, logit_to_levels
-from pyro_lvebm.cli.repeats import dequantise, resolution
-from pyro_lvebm.cli.table import Table
+from pyro_lvebm.data.observations import dequantise_logit, logit_to_levels
+from pyro_lvebm.data.repeats import dequantise, resolution
+from pyro_lvebm.data.table import Table
 
 Transforms = Sequence[Mapping[str, Any]]
 

@@ -17,16 +17,18 @@ from scipy.integrate import quad
 from scipy.special import expit
 from scipy.stats import kstest
 
-from pyro_lvebm.cli.data import (
-    SQUEEZE,
+from pyro_lvebm.data import (
+    Frame,
+    Table,
     dequantise_logit,
     load_digits_data,
     logit_to_levels,
     read_observations,
+    read_table,
     split,
 )
-from pyro_lvebm.cli.repeats import check_repeats, dequantise, find_repeats, resolution
-from pyro_lvebm.cli.table import Frame, Table, read_table
+from pyro_lvebm.data.observations import SQUEEZE
+from pyro_lvebm.data.repeats import check_repeats, dequantise, find_repeats, resolution
 
 FUZZ = settings(max_examples=60, deadline=None)
 FALSE_ALARM = 1e-6

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyro_lvebm.cli.repeats import check_repeats
-from pyro_lvebm.cli.table import Table, read_table
+from pyro_lvebm.data.repeats import check_repeats
+from pyro_lvebm.data.table import Table, read_table
 from pyro_lvebm.rng import Stream, derive_seed
 
 SQUEEZE = 0.05

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyro_lvebm.cli.table import Table
+from pyro_lvebm.data.table import Table
 from pyro_lvebm.rng import Stream, derive_seed
 
 _SHARE = 0.1
