@@ -213,24 +213,28 @@ class TwoWells(nn.Module):
     """Two modes in x of unequal weight, which chains do not leave for a long time."""
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return 0.5 * (x[..., 0] ** 2 - 4.0) ** 2 + 0.25 * x[..., 0]
+        return 0.5 * (x[..., 0] ** 2 - 4.0) ** 2 + 0.5 * x[..., 0]
 
 
 def test_chains_held_in_modes_are_told_from_fast_ones() -> None:
-    """From the base both modes get half of the chains, and keep them: a fast rate, then none.
+    """Modes keep the chains that the base has on their sides of the barrier: a fast rate, then none.
 
-    The plateau is KL between the shares of modes, at least 0.05 nats here; flows of a Gaussian, of
-    which late times are fitted or lie in the noise, have none.
+    The plateau is KL between the shares of modes, 0.31 nats here, and known to 0.02; flows of a
+    Gaussian, of which late times are fitted or lie in the noise, have none.
     """
     base = dist.Normal(torch.zeros(1).double(), 1.0).to_event(1)
     ebm = LVEBM(TwoWells(), base, base, TemperedPool(6, 100, seed=1))
-    result = convergence_rate(ebm, num_chains=300, num_replicates=4, duration=3.0, num_times=17)
+    options = {"duration": 1.2, "num_times": 25, "fit_from": 0.0}
+    result = convergence_rate(ebm, num_chains=300, num_replicates=4, **options)
     axis = torch.linspace(-6.0, 6.0, 4001, dtype=torch.float64)
     log_p = -0.5 * axis**2 - TwoWells()(axis[:, None], axis)
-    share = float(torch.softmax(log_p, 0)[axis < 0.0].sum())
-    between = -0.5 * math.log(4.0 * share * (1.0 - share))
-    assert result.rate > 4.0 and between > 0.05
-    assert abs(result.plateau - between) < 0.04
+    middle = axis.abs() < 1.0
+    barrier = float(axis[middle][log_p[middle].argmin()])
+    share = float(torch.softmax(log_p, 0)[axis < barrier].sum())
+    start = float(stats.norm.cdf(barrier))
+    between = start * math.log(start / share) + (1 - start) * math.log((1 - start) / (1 - share))
+    assert result.rate > 4.0 and between > 0.3
+    assert abs(result.plateau - between) < 0.08
     assert "then stays at" in result.verdict
     assert all(
         math.isnan(r.plateau) for name in ("translate", "stretched") for r in replicates(name)
