@@ -93,9 +93,9 @@ def convergence_rate(
     in coordinates u whitened by the base, with λ the log-Sobolev constant of the model. Chains
     start in the base N(0, I) and take unadjusted Langevin steps of size η, so k steps are the time
     t = kη. The rate is the slope of log KL on t, weighted by its precision, until KL is not clearly
-    above its noise floor, or above a KL at which it stays; half of it bounds λ from above, up to errors. "neighbours" estimates KL
-    by distances between neighbours (`free_energy`), "gaussian" by moments (`gaussian_kl`);
-    docs/diagnostics.md says where each is right.
+    above its noise floor, or above a KL at which it stays; half of it bounds λ from above, up to
+    errors. "neighbours" estimates KL by distances between neighbours (`free_energy`), "gaussian" by
+    moments (`gaussian_kl`); docs/diagnostics.md says where each is right.
 
     Args:
         ebm: The LVEBM; unchanged.

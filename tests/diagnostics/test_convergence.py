@@ -217,7 +217,7 @@ class TwoWells(nn.Module):
 
 
 def test_chains_held_in_modes_are_told_from_fast_ones() -> None:
-    """Modes keep the chains that the base has on their sides of the barrier: a fast rate, then none.
+    """Modes keep the chains that start on their sides of the barrier: a fast rate, then none.
 
     The plateau is KL between the shares of modes, 0.31 nats here, and known to 0.02; flows of a
     Gaussian, of which late times are fitted or lie in the noise, have none.

@@ -63,6 +63,8 @@ def exported(ebm: LVEBM, x: Any) -> Any:
     return to_arviz(saddle, x, num_samples=4)
 
 
+pytestmark = pytest.mark.usefixtures("coarse_brackets")
+
 NO_BRACKET = {"num_particles": 16, "num_runs": 2}
 
 DOORS: dict[str, Callable[[LVEBM, Any], Any]] = {
