@@ -64,8 +64,9 @@ def empty_param_store() -> None:
 
 @pytest.fixture
 def coarse_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cheap bracket of log Z, for tests that do not ask how near it is."""
-    for name, value in (("num_particles", 64), ("num_runs", 4), ("num_refreshes", 3)):
+    """A cheap bracket of log Z, which may be wide, for tests that do not ask how near it is."""
+    cheap = {"num_particles": 64, "num_runs": 4, "num_refreshes": 3, "max_width": 5.0}
+    for name, value in cheap.items():
         monkeypatch.setitem(log_partition.__kwdefaults__, name, value)
 
 

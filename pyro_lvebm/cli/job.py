@@ -344,6 +344,7 @@ def _of_evidence(
             "and log Z",
         },
         "log_partition": asdict(evidence.log_partition),
+        "log_partition_verdict": evidence.log_partition.verdict,
         "baselines": baselines.to_dict("records"),
         "notes": list(notes),
     }

@@ -24,7 +24,13 @@ from pyro_lvebm.comparison.rows import (
     row_terms,
 )
 from pyro_lvebm.comparison.table import ElboTable
-from pyro_lvebm.evidence import LogPartition, Terms, model_log_evidence, row_log_z
+from pyro_lvebm.evidence import (
+    LogPartition,
+    Terms,
+    model_log_evidence,
+    row_log_z,
+    warn_of_unreliable,
+)
 from pyro_lvebm.latents import Program, Sweep
 from pyro_lvebm.rng import Stream, derive_seed, isolated_rng
 from pyro_lvebm.sites import Model, plates_of
@@ -203,6 +209,7 @@ class _Shift(NamedTuple):
         """Anneal all log Z, those of conditional LVEBMs at the contexts of a sweep."""
         found = [row_log_z(sweep, ebm) for ebm in sweep.program.ebms]
         log_zs = [log_z.bracket for log_z in found]
+        warn_of_unreliable(log_zs)
         to_estimate = sum((z.correction for z in found), torch.zeros(()))
         return cls(sum(z.to_upper for z in found), to_estimate, log_zs)
 

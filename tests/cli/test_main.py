@@ -177,6 +177,7 @@ def test_summary_holds_every_number_of_the_run(fitted: Run) -> None:
         "base",
         "held_out_log_evidence",
         "log_partition",
+        "log_partition_verdict",
         "elbo_table",
         "baselines",
         "seconds",

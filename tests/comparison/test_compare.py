@@ -49,6 +49,7 @@ from pyro_lvebm import (
     LogPartition,
     MLPEnergy,
     PersistentPool,
+    PriorProposal,
     Saddle,
     TemperedPool,
     compare_elbo,
@@ -59,6 +60,7 @@ from pyro_lvebm.comparison import log_weights as LOG_WEIGHTS
 from pyro_lvebm.evidence import annealed
 from pyro_lvebm.evidence import programs as model_evidence
 from pyro_lvebm.latents import ChainSettings
+from pyro_lvebm.validation import TrainingWarning
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -71,7 +73,8 @@ N, BATCH = 230, 96  # the last of three minibatches has 38 data of its own
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cheaper bracket of log Z, which no gap depends on, and shorter chains of particles."""
-    cheap = partial(log_partition, num_particles=64, num_runs=4, num_refreshes=3)
+    settings = {"num_particles": 64, "num_runs": 4, "num_refreshes": 3, "max_width": 5.0}
+    cheap = partial(log_partition, **settings)
     monkeypatch.setattr(model_evidence, "log_partition", cheap)
     monkeypatch.setattr(log_partition_module, "_REFRESHES_PER_RUN", 2)
     run_chains = annealed.run_chains
@@ -521,6 +524,21 @@ def test_neural_energy_against_quadrature() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_log_z_that_is_not_reliable_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    ebm = make_quadratic(pool=TemperedPool(4, 32, seed=0))
+    x = draw_x(ebm, 6, 1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            lvebm("scene", ebm, obs=x)
+
+    settings = {"num_particles": 16, "num_runs": 2, "num_refreshes": 1, "max_width": 1e-6}
+    monkeypatch.setattr(model_evidence, "log_partition", partial(log_partition, **settings))
+    with pytest.warns(TrainingWarning, match="log Z of LVEBM 0 is not reliable: .* was asked"):
+        table = compare_elbo(model, {"prior": PriorProposal()}, x, num_samples=4)
+    assert "NOT RELIABLE" in str(table)
+
+
 def test_two_lvebms_in_one_model() -> None:
     """Two latents of a datum are one block: the evidence adds up; false alarm 3 · 2.7e-3."""
     first = make_quadratic(pool=TemperedPool(4, 32, num_moves=3, seed=0))

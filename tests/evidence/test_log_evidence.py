@@ -125,7 +125,6 @@ def test_mean_is_within_three_standard_errors(ebm: LVEBM, x: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("coarse_brackets")
-@pytest.mark.filterwarnings("ignore:log Z of LVEBM 0 is not reliable.*asked")
 def test_default_settings(ebm: LVEBM, x: Tensor) -> None:
     """The door without settings, over 25 rows, whose error is mostly that of log Z.
 
