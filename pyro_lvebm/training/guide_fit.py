@@ -25,6 +25,7 @@ from pyro_lvebm.rng import Stream, derive_seed, isolated_rng
 from pyro_lvebm.sites import GivenRows, Model, all_nodes, frozen, sample_nodes, will_be_enumerated
 from pyro_lvebm.training.averaging import ParameterAverage, assign
 from pyro_lvebm.training.loss import Loss, total
+from pyro_lvebm.training.progress import look_of_a_bar
 from pyro_lvebm.validation import check_at_least, warn_of_training
 
 _NUM_DRAWS = 4
@@ -152,7 +153,8 @@ def fit_guide(
         optim = Adam(_default_rates) if optim is None else optim
         trainer = make_trainer(held, guide, optim, loss, seed=seed)
         looks = _Looks(trainer, held, guide, batches, kwargs, seed, _num_data(program))
-        with tqdm(total=max_steps, disable=not progress, desc=description, unit="step") as bar:
+        options = look_of_a_bar() | {"desc": description, "unit": "step"}
+        with tqdm(total=max_steps, disable=not progress, **options) as bar:
             losses, gain = _train(trainer, first, stream, kwargs, looks, max_steps, tolerance, bar)
         assign(trainer.average.values)
         elbo, error = looks.elbo()

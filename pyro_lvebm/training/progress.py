@@ -14,15 +14,18 @@ _EVERY = 5.0
 _LINE = "{desc}: {n_fmt}/{total_fmt} steps, {elapsed} so far, {remaining} left{postfix}\n"
 
 
-def step_bar(num_steps: int, progress: bool, description: str, done: int = 0) -> Any:
-    """Return the steps done, …, num_steps − 1 as a `tqdm` iterator, which says how far it is.
+def look_of_a_bar() -> dict[str, Any]:
+    """Return options of `tqdm`: where standard error is no terminal, a line every few seconds.
 
-    Where standard error is no terminal, as in the log of a batch job, it prints a line every few
-    seconds, for a bar would fill the log.
+    A bar would fill the log of a batch job.
     """
-    options: dict[str, Any] = {}
-    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
-        options = {"bar_format": _LINE, "mininterval": _EVERY, "maxinterval": 2.0 * _EVERY}
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        return {}
+    return {"bar_format": _LINE, "mininterval": _EVERY, "maxinterval": 2.0 * _EVERY}
+
+
+def step_bar(num_steps: int, progress: bool, description: str, done: int = 0) -> Any:
+    """Return the steps done, …, num_steps − 1 as a `tqdm` iterator, which says how far it is."""
     return trange(
         done,
         num_steps,
@@ -31,5 +34,5 @@ def step_bar(num_steps: int, progress: bool, description: str, done: int = 0) ->
         disable=not progress,
         desc=description,
         unit="step",
-        **options,
+        **look_of_a_bar(),
     )
