@@ -39,10 +39,16 @@ def as_like(name: str, value: Tensor | np.ndarray, like: Tensor) -> Tensor:
     Raises:
         DataError: If a tensor has another dtype, or it is neither tensor nor array.
     """
+    if not isinstance(value, Tensor | np.ndarray):
+        raise DataError(f"{name} must be a torch.Tensor or an array; got {type(value).__name__}")
+    if isinstance(value, np.ndarray):
+        floating = np.issubdtype(value.dtype, np.floating)
+    else:
+        floating = value.is_floating_point()
+    if not floating:
+        raise DataError(f"{name} must be floating point; got {value.dtype}")
     if isinstance(value, np.ndarray):
         return torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if not isinstance(value, Tensor):
-        raise DataError(f"{name} must be a torch.Tensor or an array; got {type(value).__name__}")
     if value.dtype != like.dtype:
         raise DataError(
             f"{name} is {value.dtype} where the LVEBM is {like.dtype}; convert {name} by "

@@ -7,6 +7,7 @@ Only the standard library is imported before a command is known: torch takes sec
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -208,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(_fit(args))
             else:
                 _use(args)
+    except BrokenPipeError:  # whoever reads standard output, such as `head`, has enough
+        sys.stdout = open(os.devnull, "w")  # or Python complains again when it ends
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -318,8 +322,6 @@ def _prepared(table: Table, args: argparse.Namespace) -> tuple[Table, list[dict[
 
 def _use(args: argparse.Namespace) -> None:
     """Score, sample or impute with a saved model."""
-    import os
-
     from pyro_lvebm.cli import saved
 
     if args.out is not None and os.path.lexists(args.out) and not args.force:

@@ -124,7 +124,8 @@ def check_energy(
         with torch.no_grad(), isolated_rng(0, Stream.ENERGY_CHECK, device=x.device):
             value = energy(x, z, *context)
             again = energy(x, z, *context)
-            alone = energy(x[:2], z[:2], *(c[:2] for c in context))
+            # Others in a batch, and another place in it.
+            alone = energy(x[[3, 1]], z[[3, 1]], *(c[[3, 1]] for c in context))
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the energy cannot be called as {arguments}: {error}") from error
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -139,10 +140,10 @@ def check_energy(
         raise ValueError(
             f"{arguments} is random: two calls differ. Draw nothing in it; dropout needs .eval()"
         )
-    if not _close(value[:2], alone):
+    if not _close(value[[3, 1]], alone):
         raise ValueError(
-            f"{arguments} of a row depends on the others in its batch: on its first two rows alone "
-            f"it gives other values than on four. {_COUPLED}"
+            f"{arguments} of a row depends on the others in its batch, or on its place there: of "
+            f"two rows it gives other values than of these among four. {_COUPLED}"
         )
 
 

@@ -43,8 +43,7 @@ def check_fit(
             "held_out must be a tuple of arguments of the model, as in held_out=(x,); got "
             f"{type(held_out).__name__}"
         )
-    for part in held_out or ():
-        _check_rows_seen(part)
+    _check_rows_seen(held_out or ())
     if min_kl is not None and not min_kl >= 0:
         raise ValueError(f"min_kl must not be negative; got {min_kl}")
     check_batches(args, batches)
@@ -142,14 +141,19 @@ def half_cosine(progress: float) -> float:
     return 0.51 + 0.49 * math.cos(math.pi * progress)
 
 
-def _check_rows_seen(part: Any) -> None:
-    """Refuse held-out rows without one observed entry: log p of nothing is 0, and would count."""
-    part = torch.as_tensor(part) if isinstance(part, np.ndarray) else part
-    if not isinstance(part, Tensor) or not part.is_floating_point() or not part.dim():
-        return
-    empty = torch.nonzero(part.isnan().flatten(1).all(1) if part.dim() > 1 else part.isnan())
-    if len(empty):
-        raise DataError(
-            f"held_out has {len(empty)} rows without an observed entry, the first being row "
-            f"{int(empty[0])}; leave them out"
-        )
+def _check_rows_seen(held_out: tuple[Any, ...]) -> None:
+    """Refuse tables with rows that hold nothing: log p of nothing is 0, and would count."""
+    for part in held_out:
+        table = torch.as_tensor(part) if isinstance(part, np.ndarray) else part
+        if not isinstance(table, Tensor) or not table.is_floating_point() or not table.dim():
+            continue
+        if not len(table):
+            raise DataError("held_out has no rows; give at least one, or leave it out")
+        if table.dim() == 1:  # labels, say, of which some may be unknown
+            continue
+        empty = torch.nonzero(table.isnan().flatten(1).all(1))
+        if len(empty):
+            raise DataError(
+                f"held_out has {len(empty)} rows without an observed entry, the first being row "
+                f"{int(empty[0])}; leave them out"
+            )

@@ -163,11 +163,16 @@ def fit_guide(
         own = [p for p in trainer.parameters() if not any(p is other for other in theta)]
         _RECORDS[root_of(guide)] = _Record(gain.rests, _values(theta), _values(own))
     if not gain.rests:
+        last = (
+            f"the last {gain.steps} changed it by {gain.mean:.2g} ± {gain.error:.2g} nats per "
+            f"datum, at {gain.factor:.2g} of the learning rate"
+            if math.isfinite(gain.mean)
+            else "there were too few to compare it at two times"
+        )
         warn_of_training(
-            f"the ELBO of '{description}' does not rest after {len(losses)} steps: the last "
-            f"{gain.steps} changed it by {gain.mean:.2g} ± {gain.error:.2g} nats per datum, at "
-            f"{gain.factor:.2g} of the learning rate. What the table says it loses is in part what "
-            "training has left undone. Raise max_steps, or the learning rate"
+            f"the ELBO of '{description}' does not rest after {len(losses)} steps: {last}. What "
+            "the table says it loses is in part what training has left undone. Raise max_steps, or "
+            "the learning rate"
         )
     return GuideFit(gain.rests, len(losses), elbo, error, gain.mean, gain.error, losses)
 

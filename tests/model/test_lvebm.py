@@ -519,6 +519,8 @@ STANDARD = dist.Normal(torch.zeros(3), 1.0).to_event(1)
         (lambda x: x.sum(-1) * math.nan, "NaN at the mean of the bases"),
         (lambda x: x.sum(-1) - x.sum(), "depends on the others in its batch"),
         (lambda x: x.sum(-1).roll(1), "depends on the others in its batch"),
+        (lambda x: x.sum(-1) + x[:1].sum(), "depends on the others in its batch"),
+        (lambda x: x.sum(-1) + 0.1 * torch.arange(len(x)), "or on its place there"),
         (lambda x: x.sum(-1) + torch.rand(len(x)), "is random: two calls differ"),
     ],
 )

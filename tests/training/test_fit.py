@@ -38,7 +38,7 @@ from pyro_lvebm import (
 from pyro_lvebm.pools.base import Pool
 from pyro_lvebm.sampling.annealing import RoughEnergyError
 from pyro_lvebm.training import history
-from pyro_lvebm.training.fit import half_cosine
+from pyro_lvebm.training.fit import check_fit, half_cosine
 from pyro_lvebm.training.history import LOW_ESS, WINDOW, pool_statistics
 from pyro_lvebm.training.trust_region import default_radius
 from pyro_lvebm.validation import TrainingWarning
@@ -1179,3 +1179,13 @@ def test_held_out_rows_of_nothing_are_refused(as_array: bool) -> None:
     with pytest.raises(ValueError, match="1 rows without an observed entry, the first being row 2"):
         saddle.fit(x, num_steps=1, held_out=(rows.numpy() if as_array else rows,), progress=False)
     assert saddle.step_count == 0
+    with pytest.raises(ValueError, match="held_out has no rows"):
+        saddle.fit(x, num_steps=1, held_out=(x[:0],), progress=False)
+
+
+def test_unknown_labels_of_held_out_rows_are_welcome() -> None:
+    x, y = normal((3, 2), 0, torch.float32), torch.tensor([0.0, torch.nan, 1.0])
+    check_fit((x, y), 1, None, None, (x, y), None, 1, 1)
+    x[1] = torch.nan
+    with pytest.raises(ValueError, match="the first being row 1"):
+        check_fit((x, y), 1, None, None, (x, y), None, 1, 1)
