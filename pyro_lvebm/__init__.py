@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyro_lvebm.bases import MixtureBase
+    from pyro_lvebm.bases import GeneratorBase, MixtureBase
     from pyro_lvebm.comparison import (
         ElboTable,
         ImportanceWeighted,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         pool_diagnostics,
         traverse,
     )
-    from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
+    from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, ZeroEnergy
     from pyro_lvebm.evidence import (
         ConditionalLogPartition,
         ImportanceWeightedELBO,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         log_partition,
     )
     from pyro_lvebm.export import to_arviz
+    from pyro_lvebm.generators import ConvGenerator, MLPGenerator
     from pyro_lvebm.guides import (
         AutoAmortisedMultivariateNormal,
         AutoAmortisedNormal,
@@ -84,10 +85,12 @@ __all__ = [
     "AutoPerDatumMultivariateNormal",
     "ConditionalLogPartition",
     "ContextPool",
+    "ConvGenerator",
     "ConvergenceRate",
     "Disentanglement",
     "Dissipativity",
     "ElboTable",
+    "GeneratorBase",
     "GuideFit",
     "ImportanceWeighted",
     "ImportanceWeightedELBO",
@@ -96,6 +99,7 @@ __all__ = [
     "LogEvidence",
     "LogPartition",
     "MLPEnergy",
+    "MLPGenerator",
     "MixtureBase",
     "ParticleDiagnostics",
     "PersistentPool",
@@ -106,6 +110,7 @@ __all__ = [
     "TemperedPool",
     "TrainingWarning",
     "Traversal",
+    "ZeroEnergy",
     "check_dissipativity",
     "compare_elbo",
     "conditional_log_partition",
@@ -137,6 +142,7 @@ _FOLDERS = (
     "rng",
     "validation",
     "sampling",
+    "generators",
     "bases",
     "energies",
     "pools",

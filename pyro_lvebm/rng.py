@@ -95,6 +95,8 @@ class Stream(IntEnum):
     # Probes of energies.
     ENERGY_CHECK = auto()
     RAYS = auto()
+    # Generators.
+    GENERATOR_WEIGHTS = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

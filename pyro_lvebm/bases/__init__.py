@@ -3,6 +3,7 @@
 
 from pyro_lvebm.bases.completion import Completion, observed_entries
 from pyro_lvebm.bases.gaussian import GaussianBase
+from pyro_lvebm.bases.generator import GeneratorBase, Noise
 from pyro_lvebm.bases.joint import JointBase
 from pyro_lvebm.bases.mixture import MixtureBase
 from pyro_lvebm.bases.pairs import PairSupport

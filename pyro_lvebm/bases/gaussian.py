@@ -42,6 +42,9 @@ class GaussianBase(nn.Module):
     inverse_scale: Tensor
     support: Support
 
+    depends_on_z = False
+    """Whether the law of x varies with z, as a `GeneratorBase` has it."""
+
     def __init__(self, loc: Tensor, scale: Tensor, support: Support | None = None) -> None:
         super().__init__()
         support = Support(constraints.real, loc.shape) if support is None else support
@@ -283,6 +286,22 @@ class GaussianBase(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the normalised log density (*b,) of x (*b, *event_shape), in nats."""
         return self._log_density(x, self.law)
+
+    def log_prob_given(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the normalised log density of x (*b, *event_shape) given z (*b, *z_shape)."""
+        return self.log_prob(x)
+
+    def whiten_given(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return coordinates (*b, d) of x in which its law given z is `law`."""
+        return self.whiten(x)
+
+    def unwhiten_given(self, w: Tensor, z: Tensor) -> Tensor:
+        """Return x (*b, *event_shape) for the coordinates of `whiten_given`."""
+        return self.unwhiten(w)
+
+    def coordinates(self) -> GaussianBase:
+        """Return the base that an energy takes its coordinates from; they do not vary with z."""
+        return self
 
     def log_normal(self, x: Tensor) -> Tensor:
         """Return the log density (*b,) of x where w ~ N(0, I), whatever its law, in nats."""

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from pyro_lvebm.data import Split
 from pyro_lvebm.evidence import LogEvidence, latent_energy, log_evidence
-from pyro_lvebm.model import LVEBM
+from pyro_lvebm.model import LVEBM, anneal_to_end
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sampling import anneal, pilot, standard_normal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,14 +94,11 @@ def latents(ebm: LVEBM, x: Tensor, seed: int) -> Latents:
     with ebm.frozen(), torch.no_grad():
         for chunk, part in enumerate(x.split(_CHUNK)):
             generator = generator_for(seed, Stream.FIGURE, "rows", chunk, device=x.device)
-            f, dim, _ = latent_energy(ebm, part)
+            f, r, dim, _ = latent_energy(ebm, part)
             shape = (1, len(part), _PARTICLES, dim)
-            schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
-            start = standard_normal(shape, x, generator)
-            found = anneal(f, start, schedule, num_moves=4, generator=generator)
-            weights = torch.softmax(found.log_weights[0], -1)[..., None]
-            z = ebm.base_z.unwhiten(found.state.u[0, ..., : ebm.base_z.dim]).flatten(2)
-            mean = (weights * z).sum(1)
+            found = anneal_to_end(f, shape, x, r, generator)
+            z = ebm.base_z.unwhiten(found.u[0, ..., : ebm.base_z.dim]).flatten(2)
+            mean = z.mean(1)
             means.append(mean)
-            variances.append((weights * (z - mean[:, None]).square()).sum(1))
+            variances.append((z - mean[:, None]).square().mean(1))
     return Latents(torch.cat(means), torch.cat(variances).sqrt())

@@ -230,7 +230,8 @@ def _labels(ebm: LVEBM, modes: Tensor | Labels) -> Callable[[Tensor], Tensor]:
             raise ValueError("modes has NaN or infinite entries; expected locations in x")
         ebm.base_x.support.check(centres)
         centres = ebm.base_x.whiten(centres)
-        return lambda u: torch.cdist(u[:, : ebm.base_x.dim], centres).argmin(1)
+        d = ebm.base_x.dim
+        return lambda u: torch.cdist(ebm.coordinates(u)[:, :d], centres).argmin(1)
 
     def evaluate(u: Tensor) -> Tensor:
         labels = modes(*ebm.unwhiten(u))

@@ -103,17 +103,19 @@ def traverse(
         means, draws = (torch.cat(halves, 1) for halves in zip(*parts, strict=True))
         shape = (num_runs, len(x), len(values))
         means = means.reshape(*shape, *ebm.x_shape)
-        draws = ebm.base_x.unwhiten(draws).reshape(*shape, *ebm.x_shape)
+        draws = draws.reshape(*shape, *ebm.x_shape)
     return Traversal(z, means.mean(0), means.std(0) / math.sqrt(num_runs), draws)
 
 
 def _run(ebm: LVEBM, z: Tensor, num_runs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Means of x (runs, P, *x_shape) and draws of whitened x (runs, P, d) given z (P, *z_shape)."""
+    """Means of x (runs, P, *x_shape) and draws (runs, P, *x_shape) given z (P, *z_shape)."""
     f = given_z(ebm, ebm.base_z.whiten(z)[:, None])
     shape = (len(z), _NUM_PARTICLES, ebm.base_x.dim)
     schedule = pilot(f, standard_normal((1, *shape), z, generator), generator=generator)
     start = standard_normal((num_runs, *shape), z, generator)
     state = anneal(f, start, schedule, num_moves=4, generator=generator).state
     # On a bounded support the map to x is not linear: the mean is taken over x.
-    means = ebm.base_x.unwhiten(state.u).mean(2)
-    return means, pick_draws(state, generator)
+    w_z = ebm.base_z.whiten(z)[:, None].expand(*state.u.shape[:-1], -1)
+    means = ebm.unwhiten(torch.cat([state.u, w_z], -1))[0].mean(2)
+    drawn = torch.cat([pick_draws(state, generator), w_z[..., 0, :]], -1)
+    return means, ebm.unwhiten(drawn)[0]

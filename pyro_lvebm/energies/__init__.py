@@ -4,3 +4,4 @@
 from pyro_lvebm.energies.mlp import MLPEnergy
 from pyro_lvebm.energies.quadratic import QuadraticEnergy
 from pyro_lvebm.energies.whitened import WhitenedEnergy, check_energy
+from pyro_lvebm.energies.zero import ZeroEnergy

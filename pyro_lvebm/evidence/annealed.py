@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.latents import ChainSettings, LatentBlock, as_problems, run_chains
-from pyro_lvebm.sampling import MALA, ValueAndGrad, anneal, pilot, standard_normal
+from pyro_lvebm.sampling import (
+    MALA,
+    STANDARD_NORMAL,
+    Base,
+    Residuals,
+    ValueAndGrad,
+    anneal,
+    pilot,
+    start_near,
+)
 
 MAX_PARTICLES = 2**16
 
@@ -20,6 +29,7 @@ def anneal_latents(
     num_runs: int,
     num_moves: int,
     relative_ess: float,
+    residuals: Residuals | None = None,
     generator: torch.Generator,
 ) -> Tensor:
     """Estimate log E_{N(0,I)}[exp(−f)] of many problems, each by independent runs.
@@ -31,15 +41,27 @@ def anneal_latents(
         num_runs: Independent runs.
         num_moves: MALA steps at each temperature.
         relative_ess: Wanted ESS / n between temperatures in the pilot run.
+        residuals: r(v) on the same v with ½ |r|² the main part of ½ |v|² + f, if there is one:
+            annealing then starts at the modes of the problems too, and moves in their curvature.
         generator: Source of randomness.
 
     Returns:
         log Ĉ (num_runs, problems), nats.
     """
-    start = standard_normal((1, *shape), like, generator)
-    schedule = pilot(f, start, relative_ess=relative_ess, num_moves=num_moves, generator=generator)
-    start = standard_normal((num_runs, *shape), like, generator)
-    return anneal(f, start, schedule, num_moves=num_moves, generator=generator).log_ratio
+    base: Base = STANDARD_NORMAL
+    if residuals is not None:
+        f, base = start_near(f, residuals, shape, like, generator)
+    schedule = pilot(
+        f,
+        base.draw((1, *shape), like, generator),
+        base=base,
+        relative_ess=relative_ess,
+        num_moves=num_moves,
+        precondition=residuals is not None,
+        generator=generator,
+    )
+    start = base.draw((num_runs, *shape), like, generator)
+    return anneal(f, start, schedule, base=base, num_moves=num_moves, generator=generator).log_ratio
 
 
 def anneal_block(
@@ -48,6 +70,7 @@ def anneal_block(
     num_particles: int,
     num_runs: int,
     generator: torch.Generator,
+    residuals: Residuals | None = None,
 ) -> Tensor:
     """Estimate log E_{N(0,I)}[exp(−f)] of every datum of a block, (num_runs, *batch), in nats.
 
@@ -57,8 +80,10 @@ def anneal_block(
         num_particles: Particles of each run, for each datum.
         num_runs: Independent runs for each datum.
         generator: Source of randomness.
+        residuals: Those of the block, where f is its own.
     """
     batch, dim = block.v.shape[1:-1], block.v.shape[-1]
+    r = None if residuals is None else _residuals_of_problems(residuals, batch)
     log_c = anneal_latents(
         as_problems(f, batch),
         (batch.numel(), num_particles, dim),
@@ -66,9 +91,23 @@ def anneal_block(
         num_runs=num_runs,
         num_moves=2,
         relative_ess=0.9,
+        residuals=r,
         generator=generator,
     )
     return log_c.reshape(num_runs, *batch)
+
+
+def _residuals_of_problems(r: Residuals, batch: torch.Size) -> Residuals:
+    """Turn a block's r on v (*k, K, *B, D) into one on v (*k, runs, problems, particles, D)."""
+
+    def evaluate(v: Tensor) -> Tensor:
+        *lead, runs, problems, particles, d = v.shape
+        flat = v.transpose(-3, -2).reshape(*lead, runs * particles, *batch, d)
+        value = r(flat)
+        value = value.reshape(*lead, runs, particles, problems, value.shape[-1])
+        return value.transpose(-3, -2)
+
+    return evaluate
 
 
 def posterior_draws(block: LatentBlock, step_size: Tensor, generator: torch.Generator) -> Tensor:

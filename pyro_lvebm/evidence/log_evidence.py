@@ -26,9 +26,12 @@ from pyro_lvebm.model import (
     context_rows,
     given_observed,
     given_x,
+    log_base_of,
+    residuals_given_observed,
+    residuals_given_x,
 )
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sampling import ValueAndGrad, log_mean_exp, log_mean_std_error
+from pyro_lvebm.sampling import Residuals, ValueAndGrad, log_mean_exp, log_mean_std_error
 from pyro_lvebm.validation import as_rows
 
 
@@ -81,7 +84,7 @@ def log_evidence(
 ) -> LogEvidence:
     """Estimate log p(x_i) = log C(x_i) − log Z for every row.
 
-        C(x) = base_x(x) ∫ base_z(z) exp(−f(x, z)) dz
+        C(x) = ∫ base_x(x) base_z(z) exp(−f(x, z)) dz,    base_x(x | z) where it varies with z
 
     Entries of x that are NaN are missing: then x stands for the observed entries, and the others
     are integrated out together with z.
@@ -143,7 +146,7 @@ def log_evidence(
     with ebm.frozen(), torch.no_grad():
         for chunk, part in enumerate(x.split(rows)):
             given = None if context is None else context.split(rows)[chunk][:, None]
-            f, dim, log_base = latent_energy(ebm.given(given), part)
+            f, r, dim, log_base = latent_energy(ebm.given(given), part)
             log_c = anneal_latents(
                 f,
                 (len(part), num_particles, dim),
@@ -151,6 +154,7 @@ def log_evidence(
                 num_runs=num_runs,
                 num_moves=num_moves,
                 relative_ess=relative_ess,
+                residuals=r,
                 generator=generator_for(seed, Stream.LOG_EVIDENCE, chunk, device=x.device),
             )
             values.append(log_mean_exp(log_c, 0) + log_base)
@@ -180,8 +184,10 @@ def _check_log_z(
         )
 
 
-def latent_energy(density: Density, x: Tensor) -> tuple[ValueAndGrad, int, Tensor]:
-    """Return the residual energy of the latents of rows x, their number, and log base_x(x_o) (N,).
+def latent_energy(
+    density: Density, x: Tensor
+) -> tuple[ValueAndGrad, Residuals | None, int, Tensor]:
+    """Return the energy f of the latents of rows x, its r, their number, and log base_x(x_o) (N,).
 
     The latents of a row are whitened z and, after them, what stands for its missing entries.
 
@@ -192,8 +198,10 @@ def latent_energy(density: Density, x: Tensor) -> tuple[ValueAndGrad, int, Tenso
     observed = ~x.isnan()
     columns = torch.nonzero(~observed.flatten(1).all(0)).flatten()
     if not len(columns):
-        f = given_x(density, density.base_x.whiten(x)[:, None])
-        return f, density.base_z.dim, density.base_x.log_prob(x)
+        w_x = density.base_x.whiten(x)[:, None]
+        f, r = given_x(density, w_x), residuals_given_x(density, w_x)
+        return f, r, density.base_z.dim, log_base_of(density, x)
     completion = Completion(density.base_x, x[:, None], observed[:, None])
     f = given_observed(density, completion, columns)
-    return f, density.base_z.dim + len(columns), completion.log_base()[:, 0]
+    r = residuals_given_observed(density, completion, columns)
+    return f, r, density.base_z.dim + len(columns), completion.log_base()[:, 0]

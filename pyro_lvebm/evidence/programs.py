@@ -72,7 +72,7 @@ def model_log_evidence(sweep: Sweep, *, num_particles: int = 64, num_runs: int =
     """
 
     def estimate(block: LatentBlock, generator: torch.Generator) -> Tensor:
-        log_c = anneal_block(block, block.f, num_particles, num_runs, generator)
+        log_c = anneal_block(block, block.f, num_particles, num_runs, generator, block.residuals)
         return log_c + block.offset
 
     return Terms.of_runs(sweep.over_data(estimate, Stream.EVIDENCE))

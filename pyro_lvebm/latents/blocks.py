@@ -14,7 +14,7 @@ from torch.distributions.transforms import Transform
 from pyro_lvebm.bases import Completion, GaussianBase
 from pyro_lvebm.latents.enumeration import check_enumerated, sum_out
 from pyro_lvebm.latents.model_at import ModelAt, depends_on
-from pyro_lvebm.sampling import ValueAndGrad
+from pyro_lvebm.sampling import Residuals, ValueAndGrad
 from pyro_lvebm.sites import LatentSite, MissingSite, Node, plates_of
 
 _NO_ROWS = torch.Size()
@@ -31,7 +31,8 @@ class LatentBlock:
     offset: Tensor  # broadcasts to (K, *B), nats
     is_global: bool  # lies outside a subsampled plate, so that f is a noisy estimate
     at: ModelAt  # the model in which the other blocks are fixed, shared by all blocks
-    is_direct: bool = False  # f is that of one LVEBM, and nothing else depends on the latents
+    is_direct: bool = False  # f is that of one LVEBM on a base of x that does not vary with z
+    residuals: Residuals | None = None  # r(v) with ½ |r|² the main part of ½ |v|² + f, if known
 
     @property
     def rows(self) -> torch.Size:

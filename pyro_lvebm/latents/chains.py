@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.latents.blocks import LatentBlock
-from pyro_lvebm.latents.positive_phase import kernel_for, step_factors
-from pyro_lvebm.sampling import MALA, Kernel, ValueAndGrad, init_state, secant_root
+from pyro_lvebm.latents.positive_phase import kernel_for, particles_last, step_factors
+from pyro_lvebm.sampling import (
+    MALA,
+    Kernel,
+    gauss_newton_root,
+    init_state,
+    secant_root,
+)
 from pyro_lvebm.validation import check_at_least
 
 _MOVES_IN_TURN = 4
@@ -144,10 +150,13 @@ class _Walk:
 
     def __init__(self, block: LatentBlock, step_size: Tensor, kernel: Kernel) -> None:
         self.block, self.kernel = block, kernel_for(block, kernel)
-        self.f = _particles_last(block.f)
+        self.f = particles_last(block.f)
         self.state = init_state(self.f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
         self.steps = step_size.expand(self.state.f.shape[:-1])  # (*B,)
         self.scale: Tensor | None = None  # (*B, D, D)
+        if block.residuals is not None and isinstance(self.kernel, MALA):
+            self.scale = gauss_newton_root(block.residuals, block.v)
+            self.steps = torch.full_like(self.steps, block.v.shape[-1] ** (-1 / 3))
         self.acceptance = torch.zeros_like(self.state.f)  # (*B, K)
         self._open_window()
 
@@ -210,11 +219,3 @@ class _Walk:
     def _pairs(self) -> Tensor:
         """Positions and gradients of the energy there, (*B, K, 2 D)."""
         return torch.cat([self.state.u, self.state.u + self.state.grad], -1)
-
-
-def _particles_last(f: ValueAndGrad) -> ValueAndGrad:
-    def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = f(u.movedim(-2, 0))
-        return value.movedim(0, -1), grad.movedim(0, -2)
-
-    return evaluate

@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine import Trace
@@ -34,8 +34,14 @@ from pyro_lvebm.latents.enumeration import check_latents_held
 from pyro_lvebm.latents.masks import free_rows, hidden_prior, is_masked
 from pyro_lvebm.latents.model_at import ModelAt, check_particles_apart, depends_on
 from pyro_lvebm.latents.program import Program
-from pyro_lvebm.model import given_observed, given_x
-from pyro_lvebm.sampling import ValueAndGrad, value_and_grad
+from pyro_lvebm.model import (
+    given_observed,
+    given_x,
+    log_base_of,
+    residuals_given_observed,
+    residuals_given_x,
+)
+from pyro_lvebm.sampling import Residuals, ValueAndGrad, value_and_grad
 from pyro_lvebm.sites import (
     LatentSite,
     ObservedSite,
@@ -119,11 +125,21 @@ def _block(
         free = _free_rows(columns, at, axes, v)
         traced = True
     if traced:
-        f, offset, is_direct = _traced_energy(columns, at, axes, free), v.new_zeros(()), False
+        found = _Energy(_traced_energy(columns, at, axes, free), v.new_zeros(()))
     else:
-        f, offset, is_direct = _energy(columns, at, trace, axes)
+        found = _energy(columns, at, trace, axes)
     is_global = bool(subsampled - set(indices))
-    return LatentBlock(columns, indices, v, f, offset, is_global, at, is_direct)
+    return LatentBlock(
+        columns,
+        indices,
+        v,
+        found.f,
+        found.offset,
+        is_global,
+        at,
+        found.is_direct,
+        found.residuals,
+    )
 
 
 def _reader(columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes) -> str | None:
@@ -151,10 +167,17 @@ def _reader(columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: Block
     return None
 
 
-def _energy(
-    columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes
-) -> tuple[ValueAndGrad, Tensor, bool]:
-    """Return f, its offset, and whether f is that of an LVEBM alone.
+class _Energy(NamedTuple):
+    """What `LatentBlock` holds under the same names."""
+
+    f: ValueAndGrad
+    offset: Tensor
+    is_direct: bool = False
+    residuals: Residuals | None = None
+
+
+def _energy(columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes) -> _Energy:
+    """Return the energy of a block.
 
     The part of an LVEBM comes straight from its energy, and what else depends on the latents from
     a trace of the model. Where there is nothing else the model is not run at all: a trace at every
@@ -164,14 +187,15 @@ def _energy(
     own = _own_part(columns, at, trace)
     if own is None:
         zero = all_nodes(trace)[names[0]]["value"].new_zeros(())
-        return _traced_energy(columns, at, axes), zero, False
+        return _Energy(_traced_energy(columns, at, axes), zero)
     others = set(sample_nodes(trace)) - {*names, own.x_name}
     depending, log_rest = _split_others(names, others, at, axes)
     offset = own.log_base + log_rest / own.scale
     if not depending:
-        return own.f, offset, True
+        return _Energy(own.f, offset, own.residuals is None, own.residuals)
     log_prob = _traced_log_prob(columns, at, axes, depending)
-    return _sum(own.f, value_and_grad(lambda v: -log_prob(v))), offset, False
+    f = _sum(own.f, value_and_grad(lambda v: -log_prob(v)))
+    return _Energy(f, offset, False, own.residuals)
 
 
 @dataclass(frozen=True)
@@ -182,6 +206,7 @@ class _OwnPart:
     log_base: Tensor  # (*B), nats: with log N(v; 0, I) − f the log density, without log Z
     x_name: str
     scale: Tensor | float
+    residuals: Residuals | None  # r(v) with ½ |r|² its main part, where there is one
 
 
 def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPart | None:
@@ -208,13 +233,15 @@ def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPa
     density = fn.ebm.given(fn.context)
     if completion is None:
         x = x_node["value"]
-        f = given_x(density, fn.ebm.base_x.whiten(x))
-        log_base = fn.ebm.base_x.log_prob(x)
+        w_x = fn.ebm.base_x.whiten(x)
+        f, residuals = given_x(density, w_x), residuals_given_x(density, w_x)
+        log_base = log_base_of(density, x)
     else:
         entries = torch.arange(completion.dim, device=completion.mean.device)
         f = given_observed(density, completion, entries)
+        residuals = residuals_given_observed(density, completion, entries)
         log_base = completion.log_base()
-    return _OwnPart(f, log_base - fn.ebm.log_partition, x_name, first["scale"])
+    return _OwnPart(f, log_base - fn.ebm.log_partition, x_name, first["scale"], residuals)
 
 
 def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:

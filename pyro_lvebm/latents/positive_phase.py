@@ -15,7 +15,16 @@ from pyro_lvebm.guides import AutoParticles, undo_particles
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.energy import latent_blocks
 from pyro_lvebm.latents.program import Program
-from pyro_lvebm.sampling import MALA, Kernel, init_state
+from pyro_lvebm.sampling import (
+    MALA,
+    Kernel,
+    LangevinState,
+    ValueAndGrad,
+    gauss_newton_root,
+    init_state,
+    linearise,
+    linearised_step,
+)
 from pyro_lvebm.sites import Model, Node, subsample_nodes
 
 # With a minibatch estimate of the energy, small steps are stochastic-gradient Langevin dynamics.
@@ -87,6 +96,8 @@ def move_block(block: LatentBlock, guide: AutoParticles, moves: Moves) -> Tensor
     kernel, num_moves, generator = moves
     kernel = kernel_for(block, kernel)
     step_size = guide.step_size(block.columns[0].name)
+    if block.residuals is not None and len(block.v) > 1 and isinstance(kernel, MALA):
+        return _move_in_metric(block, guide, kernel, num_moves, generator)
     state = init_state(block.f, block.v)
     eta = step_size.clone()
     rates: list[Tensor] = []
@@ -97,11 +108,63 @@ def move_block(block: LatentBlock, guide: AutoParticles, moves: Moves) -> Tensor
         if factor == 1.0:
             eta = kernel.adapt(eta, rate)
         (rates if factor == 1.0 else shortened).append(rate)
-    block.fix(state.u)
-    for name, value in block.split(state.u).items():
-        guide.write(name, block.indices, value)
+    _store(block, guide, state.u)
     step_size.copy_(eta)
     return torch.stack(rates or shortened).mean()
+
+
+def _store(block: LatentBlock, guide: AutoParticles, v: Tensor) -> None:
+    block.fix(v)
+    for name, value in block.split(v).items():
+        guide.write(name, block.indices, value)
+
+
+def _move_in_metric(
+    block: LatentBlock,
+    guide: AutoParticles,
+    kernel: MALA,
+    num_moves: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Move the particles of a block, each half of those of a datum in the metric of the others.
+
+    The mean Gauss–Newton curvature at the other half does not vary with the half that moves, so
+    p(z | x) stays invariant. First every particle may go to the posterior that the datum would have
+    if the generator were linear: from the base it is a long way to a sharp posterior.
+
+    Returns:
+        Mean acceptance probability, a scalar, of the moves in the metric.
+    """
+    residuals, step_size = block.residuals, guide.step_size(block.columns[0].name)
+    assert residuals is not None
+    f, eta = particles_last(block.f), step_size.clone()
+    state = init_state(f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
+    state, _ = linearised_step(
+        f, state, linearise(residuals, torch.zeros_like(block.v[0])), generator
+    )
+    halves = torch.arange(len(block.v), device=block.v.device).chunk(2)
+    rates: list[Tensor] = []
+    for mine, others in (halves, halves[::-1]):
+        scale = gauss_newton_root(residuals, state.u[..., others, :].movedim(-2, 0))
+        part = LangevinState(state.u[..., mine, :], state.f[..., mine], state.grad[..., mine, :])
+        for _ in range(num_moves):
+            part, accepted = kernel.step(f, part, float(eta), scale=scale, generator=generator)
+            rates.append(accepted.mean())
+            eta = kernel.adapt(eta, rates[-1])
+        state.u[..., mine, :], state.f[..., mine], state.grad[..., mine, :] = part
+    _store(block, guide, state.u.movedim(-2, 0))
+    step_size.copy_(eta)
+    return torch.stack(rates).mean()
+
+
+def particles_last(f: ValueAndGrad) -> ValueAndGrad:
+    """Turn f on v (K, *B, D) into one on u (*B, K, D)."""
+
+    def evaluate(u: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = f(u.movedim(-2, 0))
+        return value.movedim(0, -1), grad.movedim(0, -2)
+
+    return evaluate
 
 
 def step_factors(

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LVEBM: a density, its pool, and what follows from it."""
 
-from pyro_lvebm.model.conditionals import draw_conditional, given_observed, given_x, given_z
+from pyro_lvebm.model.conditionals import (
+    anneal_to_end,
+    draw_conditional,
+    given_observed,
+    given_x,
+    given_z,
+    log_base_of,
+    residuals_given_observed,
+    residuals_given_x,
+)
 from pyro_lvebm.model.contexts import (
     as_context,
     as_context_of_rows,

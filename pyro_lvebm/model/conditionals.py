@@ -6,33 +6,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.bases import Completion
+from pyro_lvebm.bases import Completion, GeneratorBase
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.sampling import (
     STANDARD_NORMAL,
-    Schedule,
+    Base,
+    LangevinState,
+    Residuals,
     ValueAndGrad,
     anneal,
     pick_draws,
     pilot,
-    standard_normal,
+    start_near,
 )
 
 
 def given_x(density: Density, w_x: Tensor) -> ValueAndGrad:
-    """Residual energy of whitened z at fixed whitened x, with its gradient in z.
+    """Residual energy of whitened z at fixed x, with its gradient in z.
 
     Args:
         density: The joint density, at its contexts if there are any.
-        w_x: Whitened x (*b, x_dim), whose batch shape expands to that of z.
+        w_x: Coordinates of x (*b, x_dim) by `base_x.whiten`, whose batch shape expands to that of
+            z.
     """
+    f = density.at_coordinates if density.base_x.depends_on_z else density.residual_and_grad
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        u = torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1)
-        value, grad = density.residual_and_grad(u)
+        value, grad = f(torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1))
         return value, grad[..., w_x.shape[-1] :]
 
     return evaluate
+
+
+def log_base_of(density: Density, x: Tensor) -> Tensor:
+    """Log density (*b,) of x that `given_x` leaves out, in nats.
+
+    It is log base_x(x); where base_x varies with z, the density of x under the Gaussian over x.
+    """
+    base = density.base_x
+    return base.log_normal(x) if base.depends_on_z else base.log_prob(x)
 
 
 def given_observed(density: Density, completion: Completion, columns: Tensor) -> ValueAndGrad:
@@ -51,47 +63,92 @@ def given_observed(density: Density, completion: Completion, columns: Tensor) ->
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
         # A product of matrices would copy `slope` for every particle.
         x = u_x + torch.einsum("...c,...cd->...d", v[..., k:], slope)
-        value, grad = density.residual_and_grad(torch.cat([x, v[..., :k]], -1))
-        more, grad_x = _beyond_normal(density, x, grad[..., :d])
-        by_entries = torch.einsum("...cd,...d->...c", slope, grad_x)
-        return value + more, torch.cat([grad[..., d:], by_entries], -1)
+        value, grad = density.at_coordinates(torch.cat([x, v[..., :k]], -1))
+        by_entries = torch.einsum("...cd,...d->...c", slope, grad[..., :d])
+        return value, torch.cat([grad[..., d:], by_entries], -1)
 
     return evaluate
 
 
-def given_z(density: Density, w_z: Tensor) -> ValueAndGrad:
-    """Residual energy of whitened x at fixed whitened z, with its gradient in x.
+def residuals_given_x(density: Density, w_x: Tensor) -> Residuals | None:
+    """Map ζ to r = (ε, ζ), whose ½ |r|² is the energy of `given_x` but for f; None without an ε.
 
-    It is relative to N(0, I), as in `given_observed`.
+    Only a base of x that varies with z has one.
+    """
+    base = density.base_x
+    if not isinstance(base, GeneratorBase):
+        return None
+
+    def residuals(v: Tensor) -> Tensor:
+        z = density.base_z.unwhiten(v)
+        return torch.cat([base.noise_and_log_det(w_x.expand(*v.shape[:-1], -1), z)[0], v], -1)
+
+    return residuals
+
+
+def residuals_given_observed(
+    density: Density, completion: Completion, columns: Tensor
+) -> Residuals | None:
+    """Map v to (ε, ζ) and what v has at observed entries; as in `residuals_given_x`."""
+    base = density.base_x
+    if not isinstance(base, GeneratorBase):
+        return None
+    u_x, slope = completion.whitened(columns)
+    k, seen = density.base_z.dim, completion.observed[..., columns].to(u_x)
+
+    def residuals(v: Tensor) -> Tensor:
+        w_x = u_x + torch.einsum("...c,...cd->...d", v[..., k:], slope)
+        epsilon, _ = base.noise_and_log_det(w_x, density.base_z.unwhiten(v[..., :k]))
+        return torch.cat([epsilon, v[..., :k], seen * v[..., k:]], -1)
+
+    return residuals
+
+
+def given_z(density: Density, w_z: Tensor) -> ValueAndGrad:
+    """Residual energy of x in its coordinates given z, with its gradient in them.
+
+    It is relative to N(0, I), as in `given_observed`; `density.unwhiten` knows the coordinates.
 
     Args:
         density: The joint density, at its contexts if there are any.
         w_z: Whitened z (*b, z_dim), whose batch shape expands to that of x.
     """
+    f = density.residual_and_grad if density.base_x.depends_on_z else density.at_coordinates
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        u = torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1)
-        value, grad = density.residual_and_grad(u)
-        more, grad_x = _beyond_normal(density, v, grad[..., : v.shape[-1]])
-        return value + more, grad_x
+        value, grad = f(torch.cat([v, w_z.expand(*v.shape[:-1], -1)], -1))
+        return value, grad[..., : v.shape[-1]]
 
     return evaluate
 
 
-def _beyond_normal(density: Density, w_x: Tensor, grad: Tensor) -> tuple[Tensor | float, Tensor]:
-    """Return U(w_x) − ½ |w_x|² of base_x, and the gradient with that of U − ½ |w_x|² added."""
-    law = density.base_x.law
-    if law is STANDARD_NORMAL:
-        return 0.0, grad
-    energy, slope = law.energy_and_grad(w_x)
-    return energy - STANDARD_NORMAL.energy(w_x), grad + slope - w_x
-
-
 def draw_conditional(
-    f: ValueAndGrad, num_problems: int, dim: int, num_particles: int, like: Tensor
+    f: ValueAndGrad,
+    num_problems: int,
+    dim: int,
+    num_particles: int,
+    like: Tensor,
+    residuals: Residuals | None = None,
 ) -> Tensor:
     """Draw one v (num_problems, dim) of every problem by a run of its own, fixed after a pilot."""
     shape = (1, num_problems, num_particles, dim)
-    schedule: Schedule = pilot(f, standard_normal(shape, like, None))
-    start = standard_normal(shape, like, None)
-    return pick_draws(anneal(f, start, schedule, num_moves=4).state, None)[0]
+    found = anneal_to_end(f, shape, like, residuals, None)
+    return pick_draws(found, None)[0]
+
+
+def anneal_to_end(
+    f: ValueAndGrad,
+    shape: tuple[int, int, int, int],
+    like: Tensor,
+    residuals: Residuals | None,
+    generator: torch.Generator | None,
+) -> LangevinState:
+    """Return particles (1, problems, particles, dim) of runs that are fixed after a pilot."""
+    base: Base = STANDARD_NORMAL
+    if residuals is not None:
+        f, base = start_near(f, residuals, shape[1:], like, generator)
+    sharp = residuals is not None
+    start = base.draw(shape, like, generator)
+    schedule = pilot(f, start, base=base, precondition=sharp, generator=generator)
+    start = base.draw(shape, like, generator)
+    return anneal(f, start, schedule, base=base, num_moves=4, generator=generator).state

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_lvebm.bases import GaussianBase, JointBase, MixtureBase
-from pyro_lvebm.energies import WhitenedEnergy, check_energy
+from pyro_lvebm.bases import GaussianBase, GeneratorBase, JointBase, MixtureBase
+from pyro_lvebm.energies import QuadraticEnergy, WhitenedEnergy, ZeroEnergy, check_energy
 from pyro_lvebm.model.contexts import as_context, context_rows, expand_context
 from pyro_lvebm.sampling import STANDARD_NORMAL, Base, value_and_grad
 from pyro_lvebm.validation import as_like
@@ -25,7 +26,8 @@ class Density(nn.Module):
         E_θ = f_θ(x, z) − log base_x(x) − log base_z(z)
 
     In coordinates u whitened by the bases it is E = U(u) + f + const, with the base energy U, which
-    is ½ |u|² where both bases are Gaussian. With a `context_shape` f
+    is ½ |u|² where both bases are Gaussian. Where base_x is a `GeneratorBase`, it is that of x
+    given z, u = (ε, ζ) with x = x(ε, z(ζ)), and θ has its parameters too. With a `context_shape` f
     has a context c as a third argument; `given(c)` is the density at contexts, and whoever has
     that need not know of them.
 
@@ -33,7 +35,7 @@ class Density(nn.Module):
         energy: The residual energy f, any `nn.Module` that maps x (*b, *x_shape) and
             z (*b, *z_shape), and a context (*b, *context_shape) if there are any, to (*b).
         base_x: Gaussian over x, or the transform of one by the bijection to its support; or a
-            `MixtureBase`.
+            `MixtureBase` or `GeneratorBase`.
         base_z: Gaussian over z.
         context_shape: Shape of one context; None for a density without contexts.
 
@@ -61,13 +63,21 @@ class Density(nn.Module):
             raise ValueError(f"energy must be an nn.Module; got {type(energy).__name__}")
         base_x = GaussianBase.from_bounded(base_x, "base_x")
         base_z = GaussianBase.from_distribution(base_z, "base_z")
-        if isinstance(base_z, MixtureBase):
-            raise ValueError("base_z must be a Gaussian; only base_x can be a MixtureBase")
+        if isinstance(base_z, MixtureBase | GeneratorBase):
+            raise ValueError(f"base_z must be a Gaussian; got a {type(base_z).__name__}")
+        if isinstance(base_x, GeneratorBase):
+            if base_x.z_shape != base_z.event_shape:
+                raise ValueError(
+                    f"the generator takes z of shape {tuple(base_x.z_shape)}; base_z has "
+                    f"{tuple(base_z.event_shape)}"
+                )
+            if isinstance(energy, QuadraticEnergy):
+                raise ValueError("a QuadraticEnergy has closed forms on Gaussian bases only")
         if context_shape == ():
             raise ValueError("context_shape must have one axis at least, as (1,) for a number")
         shape = None if context_shape is None else torch.Size(context_shape)
         if isinstance(energy, WhitenedEnergy):
-            energy.bind(base_x, base_z)
+            energy.bind(base_x.coordinates(), base_z)
         check_energy(energy, base_x, base_z, shape)
         self._compose(energy, base_x, base_z, shape, None)
 
@@ -112,6 +122,16 @@ class Density(nn.Module):
         """Event shape of z."""
         return self.base_z.event_shape
 
+    @property
+    def is_base(self) -> bool:
+        """Whether f = 0, so that the density is that of its bases and log Z = 0 exactly."""
+        return isinstance(self.f, ZeroEnergy)
+
+    def theta(self) -> list[nn.Parameter]:
+        """Return θ: the parameters of f, and those of the bases where they have any."""
+        own = {id(p): p for part in (self.f, self.base_x) for p in part.parameters()}
+        return list(own.values())
+
     def given(self, context: Tensor | None) -> Density:
         """Return the density at contexts, with the same θ and bases; itself where there are none.
 
@@ -145,7 +165,7 @@ class Density(nn.Module):
         """Return the total energy E_θ (*b,), in nats; arguments as in `residual_of`."""
         x, z = (as_like(n, v, self.base_x.loc) for n, v in (("x", x), ("z", z)))
         f = self.residual_of(x, z, context)
-        energy: Tensor = f - self.base_x.log_prob(x) - self.base_z.log_prob(z)
+        energy: Tensor = f - self.base_x.log_prob_given(x, z) - self.base_z.log_prob(z)
         return energy
 
     def residual_of(self, x: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -167,26 +187,88 @@ class Density(nn.Module):
 
     def whiten(self, x: Tensor, z: Tensor) -> Tensor:
         """Return u (*b, dim) for x (*b, *x_shape) and z (*b, *z_shape)."""
-        return torch.cat([self.base_x.whiten(x), self.base_z.whiten(z)], -1)
+        return torch.cat([self.base_x.whiten_given(x, z), self.base_z.whiten(z)], -1)
 
     def unwhiten(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (*b, *x_shape) and z (*b, *z_shape) for u (*b, dim)."""
         k = self.base_x.dim
-        return self.base_x.unwhiten(u[..., :k]), self.base_z.unwhiten(u[..., k:])
+        z = self.base_z.unwhiten(u[..., k:])
+        return self.base_x.unwhiten_given(u[..., :k], z), z
+
+    def coordinates(self, u: Tensor) -> Tensor:
+        """Return (w_x, ζ) (*b, dim) for u (*b, dim), w_x coordinates that do not vary with z.
+
+        They are u itself unless base_x varies with z.
+        """
+        base = self.base_x
+        if not isinstance(base, GeneratorBase):
+            return u
+        epsilon, zeta = u.split([base.dim, self.base_z.dim], -1)
+        return torch.cat([base.coordinates_of(epsilon, self.base_z.unwhiten(zeta)), zeta], -1)
+
+    def base_energy(self, u: Tensor) -> Tensor:
+        """Return −log base(x, z) (*b,) at u (*b, dim), in the coordinates of the data, in nats."""
+        if self.base_x.depends_on_z:
+            x, z = self.unwhiten(u)
+            return -self.base_x.log_prob_given(x, z) - self.base_z.log_prob(z)
+        constant = 0.5 * self.dim * math.log(2 * math.pi) + self.base_z.log_det
+        log_det = self.base_x.log_abs_det(u[..., : self.base_x.dim])
+        return self.base.energy(u) + constant + log_det
 
     def residual(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Return f (*b,) at whitened coordinates u (*b, dim); contexts as in `residual_of`."""
         given = self._contexts(context, u.shape[:-1])
         if isinstance(self.f, WhitenedEnergy):
-            return self.f.whitened(u, *given)
+            return self.f.whitened(u if self.is_base else self.coordinates(u), *given)
         result: Tensor = self.f(*self.unwhiten(u), *given)
         return result
 
     def residual_and_grad(self, u: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and its gradient in u (*b, dim), without a graph."""
+        if not isinstance(self.f, WhitenedEnergy):
+            return value_and_grad(lambda u: self.residual(u, context))(u)
+        given = self._contexts(context, u.shape[:-1])
+        if not self.base_x.depends_on_z or self.is_base:
+            return self.f.value_and_grad(u, *given)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_(True)
+            w = self.coordinates(u)
+            value, by_w = self.f.value_and_grad(w.detach(), *given)
+            (grad,) = torch.autograd.grad(w, u, by_w)
+        return value, grad
+
+    def at_coordinates(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return E(x, z) − ½ |w|² + const (*b,) at w = (w_x, ζ) (*b, dim), and its gradient in w.
+
+        It is the energy relative to N(0, I) of coordinates that do not vary with z, and the
+        constant is that of log N(w; 0, I) and of the Jacobian of w: f itself on Gaussian bases.
+        Without a graph.
+        """
+        d, base = self.base_x.dim, self.base_x
+        if not isinstance(base, GeneratorBase):
+            value, grad = self.residual_and_grad(w)
+            if base.law is STANDARD_NORMAL:
+                return value, grad
+            energy, slope = base.law.energy_and_grad(w[..., :d])
+            value = value + energy - STANDARD_NORMAL.energy(w[..., :d])
+            return value, torch.cat([grad[..., :d] + slope - w[..., :d], grad[..., d:]], -1)
+
+        def beyond(w: Tensor) -> Tensor:
+            epsilon, log_det = base.noise_and_log_det(w[..., :d], self.base_z.unwhiten(w[..., d:]))
+            return 0.5 * ((epsilon * epsilon).sum(-1) - w[..., :d].square().sum(-1)) + log_det
+
+        value, grad = value_and_grad(beyond)(w)
+        if self.is_base:
+            return value, grad
         if isinstance(self.f, WhitenedEnergy):
-            return self.f.value_and_grad(u, *self._contexts(context, u.shape[:-1]))
-        return value_and_grad(lambda u: self.residual(u, context))(u)
+            f, slope = self.f.value_and_grad(w, *self._contexts(None, w.shape[:-1]))
+        else:
+            f, slope = value_and_grad(
+                lambda w: self.residual_of(
+                    base.unwhiten(w[..., :d]), self.base_z.unwhiten(w[..., d:])
+                )
+            )(w)
+        return value + f, grad + slope
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.bases import Completion, observed_entries
-from pyro_lvebm.model.conditionals import given_observed
+from pyro_lvebm.model.conditionals import (
+    anneal_to_end,
+    given_observed,
+    residuals_given_observed,
+)
 from pyro_lvebm.model.contexts import as_context_of_rows, context_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sampling import anneal, pick_draws, pilot, standard_normal
+from pyro_lvebm.sampling import pick_draws
 from pyro_lvebm.validation import as_rows, check_at_least
 
 _NUM_PARTICLES = 256
@@ -62,9 +66,8 @@ def _complete(
     shape = (1, len(x), _NUM_PARTICLES, k + len(columns))
     with density.frozen(), torch.no_grad():
         f = given_observed(density, completion, columns)
-        schedule = pilot(f, standard_normal(shape, x, generator), generator=generator)
-        start = standard_normal(shape, x, generator)
-        state = anneal(f, start, schedule, num_moves=4, generator=generator).state
+        r = residuals_given_observed(density, completion, columns)
+        state = anneal_to_end(f, shape, x, r, generator)
     v = x.new_zeros(len(x), 1, completion.dim)
     v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
     values = density.base_x.support.constrain(completion.unwhiten(v))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_lvebm.bases import GaussianBase, MixtureBase, PairSupport, Support
+from pyro_lvebm.bases import GaussianBase, GeneratorBase, MixtureBase, Noise, PairSupport, Support
 from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
 from pyro_lvebm.model.contexts import as_context, as_context_of_rows
 from pyro_lvebm.model.density import Density
@@ -126,6 +126,8 @@ class LVEBM(Density):
         support: Constraint | None = None,
         context: Tensor | np.ndarray | None = None,
         base: Literal["auto", "gaussian", "mixture"] = "auto",
+        generator: nn.Module | Literal["linear"] | None = None,
+        noise: Noise = "diagonal",
         pool: Pool | None = None,
     ) -> LVEBM:
         """Start from a law fitted to the data and a standard normal latent.
@@ -150,6 +152,10 @@ class LVEBM(Density):
             base: "mixture" or "gaussian"; "auto" is a mixture if cross-validation finds more than
                 one component, x has at most 128 entries, and the energy is not one whose closed
                 forms need a Gaussian.
+            generator: A network z → x for a `GeneratorBase`, in place of `base`: latents then carry
+                what it makes of them. It starts at the factor analysis of x, plus what the network
+                returns; "linear" is that alone.
+            noise: Of the generator; see `GeneratorBase`.
             pool: The pool of negatives; `TemperedPool()` if None, or `ContextPool()`.
 
         Raises:
@@ -170,13 +176,20 @@ class LVEBM(Density):
         check_at_least(1, z_dim=z_dim)
         x = as_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
-        base_x = GaussianBase.fit(x, None if support is None else Support(support, x.shape[1:]))
+        within = None if support is None else Support(support, x.shape[1:])
         if base not in ("auto", "gaussian", "mixture"):
             raise ValueError(f'base must be "auto", "gaussian" or "mixture"; got {base!r}')
-        wanted = base_x.dim <= _MAX_MIXTURE_DIM and not isinstance(energy, QuadraticEnergy)
-        if base == "mixture" or (base == "auto" and wanted):
-            mixture = MixtureBase.fit(x, gaussian=base_x)
-            base_x = mixture if base == "mixture" or mixture.num_components > 1 else base_x
+        if generator is not None:
+            network = _network(generator)
+            base_x: GaussianBase = GeneratorBase.from_factor_analysis(
+                x, base_z.event_shape, network, support=within, noise=noise
+            )
+        else:
+            base_x = GaussianBase.fit(x, within)
+            wanted = base_x.dim <= _MAX_MIXTURE_DIM and not isinstance(energy, QuadraticEnergy)
+            if base == "mixture" or (base == "auto" and wanted):
+                mixture = MixtureBase.fit(x, gaussian=base_x)
+                base_x = mixture if base == "mixture" or mixture.num_components > 1 else base_x
         energy.to(device=x.device, dtype=x.dtype)
         shape = None
         if context is not None:
@@ -323,8 +336,8 @@ class LVEBM(Density):
 
     @property
     def is_trained(self) -> bool:
-        """Whether any parameter of f takes gradients."""
-        return any(p.requires_grad for p in self.f.parameters())
+        """Whether any parameter of f, or of a generator base, takes gradients."""
+        return any(p.requires_grad for p in self.theta())
 
     def follow(self, context: Tensor | None = None) -> None:
         """Refresh the pool if θ can change, and has changed since it last was.
@@ -344,11 +357,11 @@ class LVEBM(Density):
 
     def pool_is_fresh(self) -> bool:
         """Return whether the pool has been refreshed under the present θ."""
-        return self.pool.is_fresh(self.f.parameters())
+        return self.pool.is_fresh(self.theta())
 
     def mark_pool(self, *, fresh: bool) -> None:
         """Record that the pool has, or has not, been refreshed under the present θ."""
-        self.pool.mark(self.f.parameters() if fresh else ())
+        self.pool.mark(self.theta() if fresh else ())
 
     def settle(self, log_z_error: float | None = None) -> None:
         """Let the pool catch up with the present θ.
@@ -431,6 +444,14 @@ class LVEBM(Density):
             (torch.Size([5, 3, 2]), False)
         """
         return impute(self, x, observed, context, num_samples=num_samples, seed=seed)
+
+
+def _network(generator: nn.Module | str) -> nn.Module | None:
+    if isinstance(generator, nn.Module):
+        return generator
+    if generator == "linear":
+        return None
+    raise ValueError(f'generator must be an nn.Module or "linear"; got {generator!r}')
 
 
 class JointEnergy(TorchDistribution):

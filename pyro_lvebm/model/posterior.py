@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_lvebm.model.conditionals import draw_conditional, given_x
+from pyro_lvebm.model.conditionals import draw_conditional, given_x, residuals_given_x
 from pyro_lvebm.model.contexts import expand_context
 from pyro_lvebm.model.density import Density
 
@@ -22,9 +22,9 @@ _EMPTY = torch.Size()
 class Posterior(TorchDistribution):
     """The conditional p_θ(z | x), sampled by annealed Langevin from base_z.
 
-    `log_prob` is the unnormalised −f(x, z) + log base_z(z); its normaliser is what
-    `log_evidence` estimates. Every draw is the outcome of a small sequential Monte Carlo run of
-    its own, so draws are independent.
+    `log_prob` is the unnormalised −f(x, z) + log base_z(z), with log base_x(x | z) where base_x
+    varies with z; its normaliser is what `log_evidence` estimates. Every draw is the outcome of a
+    small sequential Monte Carlo run of its own, so draws are independent.
 
     Args:
         density: The joint density, such as an LVEBM.
@@ -55,19 +55,30 @@ class Posterior(TorchDistribution):
         return Posterior(self.density, x, self.context, self.num_particles)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return −f(x, z) + log base_z(z) (*b,), in nats, without its normaliser."""
+        """Return the unnormalised log density (*b,) of z, in nats."""
         x = expand_events(self.x, value, self.density.x_shape, self.density.z_shape)
         z = expand_events(value, self.x, self.density.z_shape, self.density.x_shape)
-        return self.density.base_z.log_prob(value) - self.density.residual_of(x, z, self.context)
+        return log_prob_given_x(self.density, x, z, self.context)
 
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw z given x by annealed Langevin."""
         shape = torch.Size(sample_shape) + self.batch_shape
         w_x = self.density.base_x.whiten(self.x).expand(*shape, -1)
         context = as_problems(self.context, self.density, shape)
-        f = given_x(self.density.given(context), w_x.reshape(-1, 1, w_x.shape[-1]))
-        v = draw_conditional(f, shape.numel(), self.density.base_z.dim, self.num_particles, w_x)
+        density, w_x = self.density.given(context), w_x.reshape(-1, 1, w_x.shape[-1])
+        f = given_x(density, w_x)
+        r = residuals_given_x(density, w_x)
+        count, k = shape.numel(), self.density.base_z.dim
+        v = draw_conditional(f, count, k, self.num_particles, w_x, r)
         return self.density.base_z.unwhiten(v).reshape(*shape, *self.event_shape)
+
+
+def log_prob_given_x(density: Density, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+    """Return log p(z | x) (*b,) but for a term that only x is in."""
+    log_prob = density.base_z.log_prob(z) - density.residual_of(x, z, context)
+    if density.base_x.depends_on_z:
+        log_prob = log_prob + density.base_x.log_prob_given(x, z)
+    return log_prob
 
 
 def as_problems(context: Tensor | None, density: Density, shape: torch.Size) -> Tensor | None:

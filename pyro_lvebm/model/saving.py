@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_lvebm.bases import GaussianBase, MixtureBase, Support
-from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, WhitenedEnergy
+from pyro_lvebm.bases import GaussianBase, GeneratorBase, MixtureBase, Support
+from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, WhitenedEnergy, ZeroEnergy
+from pyro_lvebm.generators import ConvGenerator, MLPGenerator
 from pyro_lvebm.pools import ContextPool, PersistentPool, Pool, TemperedPool
 from pyro_lvebm.sampling import MALA, ULA
 
@@ -59,6 +60,20 @@ class Parts:
     fresh: bool
 
 
+_GENERATORS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    MLPGenerator: lambda g: {
+        "z_dim": g.z_dim,
+        "x_shape": list(g.x_shape),
+        "hidden": [layer.out_features for layer in g.hidden],
+        "scale": g.scale,
+    },
+    ConvGenerator: lambda g: {
+        "z_dim": g.z_dim,
+        "x_shape": list(g.x_shape),
+        "channels": g.channels,
+    },
+}
+
 _ENERGIES: dict[type, Callable[[Any], dict[str, Any]]] = {
     MLPEnergy: lambda f: {
         "x_dim": f.x_dim,
@@ -73,6 +88,7 @@ _ENERGIES: dict[type, Callable[[Any], dict[str, Any]]] = {
         "z_dim": f.z_dim,
         "context_dim": 0 if f.by_context is None else len(f.by_context),
     },
+    ZeroEnergy: lambda f: {"x_dim": f.x_dim, "z_dim": f.z_dim},
 }
 
 _KERNELS: dict[str, type] = {"MALA": MALA, "ULA": ULA}
@@ -168,13 +184,18 @@ def _described(
 
 
 def _describe_base(base: GaussianBase, role: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if type(base) not in (GaussianBase, MixtureBase):
+    if type(base) not in (GaussianBase, MixtureBase, GeneratorBase):
         kind = type(base)
         raise ValueError(
             f"{role} is a {kind.__module__}.{kind.__qualname__}, whose code a model file cannot "
-            "hold; use Saddle.save, or a Gaussian or a MixtureBase"
+            "hold; use Saddle.save, or a Gaussian, a MixtureBase or a GeneratorBase"
         )
-    return {
+    own: dict[str, Any] = {}
+    if isinstance(base, GeneratorBase):
+        own = {"z_shape": list(base.z_shape), "noise": base.noise, "generator": None}
+        if base.generator is not None:
+            own["generator"] = _described(base.generator, _GENERATORS, "generator")
+    return own | {
         "class": type(base).__name__,
         "event_shape": list(base.event_shape),
         "diagonal": base.diagonal,
@@ -258,7 +279,7 @@ def _parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
     energy = energies[described["energy"]["class"]](**described["energy"]["settings"])
     energy.to(dtype)
     if isinstance(energy, WhitenedEnergy):
-        energy.bind(base_x, base_z)
+        energy.bind(base_x.coordinates(), base_z)
     settings = dict(described["pool"]["settings"])
     if "kernel" in settings:
         kernel = settings["kernel"]
@@ -291,6 +312,12 @@ def _base(described: dict[str, Any], role: str, tensors: dict[str, Tensor]) -> G
     base = GaussianBase(loc.reshape(shape), scale, support)
     if described["class"] == "GaussianBase":
         return base
+    if described["class"] == "GeneratorBase":
+        network = described["generator"]
+        if network is not None:
+            kinds = {kind.__name__: kind for kind in _GENERATORS}
+            network = kinds[network["class"]](**network["settings"])
+        return GeneratorBase(base, network, torch.Size(described["z_shape"]), described["noise"])
     if described["class"] != "MixtureBase":
         raise ValueError(f"{role} is a {described['class']}")
     parts = (tensors[f"{role}.{name}"] for name in ("log_weights", "means", "trils"))

@@ -10,6 +10,14 @@ from pyro_lvebm.sampling.annealing import (
     pilot,
 )
 from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base, StandardNormal, standard_normal
+from pyro_lvebm.sampling.gauss_newton import (
+    Linearised,
+    Residuals,
+    gauss_newton_root,
+    linearise,
+    linearised_step,
+    start_near,
+)
 from pyro_lvebm.sampling.langevin import (
     MALA,
     ULA,

@@ -9,7 +9,7 @@ from pyro_lvebm.sites.given_rows import (
     find_rows,
     is_subsample,
 )
-from pyro_lvebm.sites.primitive import announce, lvebm
+from pyro_lvebm.sites.primitive import announce_theta, lvebm
 from pyro_lvebm.sites.traces import (
     PARTICLE_PLATE,
     CheapLatents,

@@ -176,12 +176,14 @@ class ObservedSite(TorchDistribution):
         context = as_problems(self.context, self.ebm, shape)
         f = given_z(self.ebm.given(context), w_z.reshape(-1, 1, w_z.shape[-1]))
         v = draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
-        return self.ebm.base_x.unwhiten(v).reshape(*shape, *self.event_shape)
+        x, _ = self.ebm.unwhiten(torch.cat([v, w_z.reshape(len(v), -1)], -1))
+        return x.reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log base_x(x) − f(x, z) − log Z (*b,), in nats."""
         x, z = self._pairs(value)
-        log_prob = self.ebm.base_x.log_prob(x) - self.ebm.residual_of(x, z, self.context)
+        base = self.ebm.base_x.log_prob_given(x, z)
+        log_prob = base - self.ebm.residual_of(x, z, self.context)
         if self.missing is not None:
             completion, entries = self.missing
             log_prob = log_prob - completion.log_prob_missing(entries)

@@ -102,13 +102,14 @@ def lvebm(
             ebm.base_x.support.check(obs)
     elif observed is not None:
         raise ValueError(f"observed says which entries of obs are observed; '{name}' has no obs")
-    _check_not_random(name, ebm.f)
+    for part in (ebm.f, ebm.base_x):
+        _check_not_random(name, part)
     pairing = Pairing()
     with _FullName() as seen:
         z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
     site = seen.name.removesuffix("_z")
     ebm.pool.belong_to(site)
-    announce(f"{site}_lvebm", ebm.f)
+    announce_theta(site, ebm)
     if completion is None:
         return pyro.sample(name, ObservedSite(ebm, z, pairing, context=context), obs=obs), z
     entries = pyro.sample(f"{name}_missing", MissingSite(completion))
@@ -174,6 +175,12 @@ def _refuse_random(name: str, param: str) -> NoReturn:
     )
 
 
+def announce_theta(site: str, ebm: LVEBM) -> None:
+    """Announce the trainable parameters of an energy and its base, as `announce` does."""
+    announce(f"{site}_lvebm", ebm.f)
+    announce(f"{site}_base", ebm.base_x)
+
+
 def announce(prefix: str, module: nn.Module) -> None:
     """Announce trainable parameters to Pyro, each under one name and as the tensor it is.
 
@@ -194,4 +201,4 @@ def announce(prefix: str, module: nn.Module) -> None:
         value: Any = pyro.param(name)
         if not hasattr(value, "unconstrained") or value.unconstrained() is not param:
             # A handler has put another tensor in its place, which the energy would not see.
-            _refuse_random(prefix.removesuffix("_lvebm"), key)
+            _refuse_random(prefix.rpartition("_")[0], key)

@@ -393,7 +393,7 @@ def model_parameters(program: Program) -> list[Tensor]:
     """Return all parameters of a model that Pyro or an LVEBM knows, unconstrained."""
     nodes = all_nodes(program.prototype).values()
     found = [node["value"].unconstrained() for node in nodes if node["type"] == "param"]
-    found += [p for ebm in program.ebms for p in ebm.f.parameters()]
+    found += [p for ebm in program.ebms for p in ebm.theta()]
     return list({id(p): p for p in found if p is not None}.values())
 
 

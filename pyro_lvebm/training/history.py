@@ -106,9 +106,8 @@ def pool_statistics(ebm: LVEBM) -> dict[str, float]:
     """
     pool = ebm.pool
     u, log_w = pool.negatives()
-    constant = 0.5 * ebm.dim * math.log(2 * math.pi)
-    energy = pool.negative_residuals() + ebm.base.energy(u) + constant
-    energy = energy + ebm.base_x.log_abs_det(u[..., : ebm.base_x.dim]) + ebm.base_z.log_det
+    with torch.no_grad():
+        energy = pool.negative_residuals() + ebm.base_energy(u)
     return {"negative_energy": float((log_w.exp() * energy).sum())} | pool.statistics()
 
 

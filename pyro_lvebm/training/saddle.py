@@ -29,7 +29,7 @@ from pyro_lvebm.latents import (
 from pyro_lvebm.model import LVEBM, warn_of_falling
 from pyro_lvebm.rng import Stream, derive_seed, device_of, generator_for, isolated_rng
 from pyro_lvebm.sampling import MALA, Kernel, RoughEnergyError
-from pyro_lvebm.sites import GivenRows, Node, SamePlates, announce, at_minibatch, frozen
+from pyro_lvebm.sites import GivenRows, Node, SamePlates, announce_theta, at_minibatch, frozen
 from pyro_lvebm.training.anatomy import Anatomy, check_precision, inspect
 from pyro_lvebm.training.averaging import ParameterAverage, assign
 from pyro_lvebm.training.checkpoint import (
@@ -625,7 +625,7 @@ class Saddle(SVI):
         with store_unchanged_on_error():
             anatomy = saddle._learn(args, kwargs)
             for site, ebm in anatomy.ebms.items():
-                announce(f"{site}_lvebm", ebm.f)  # an optimiser may have settings by name
+                announce_theta(site, ebm)  # an optimiser may have settings by name
             saddle._course = checkpoint.restore(saddle._parts(anatomy))
         saddle.step_count = settings["step_count"]
         return saddle

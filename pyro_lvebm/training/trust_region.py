@@ -150,7 +150,7 @@ def bounded_step(
     """
     before = [p.detach().clone() for p in params]
     met = {id(p) for p in params if p.requires_grad}
-    moving = [ebm for ebm in ebms if any(id(p) in met for p in ebm.f.parameters())]
+    moving = [ebm for ebm in ebms if any(id(p) in met for p in ebm.theta())]
     halvings, kl, longer = 0, 0.0, 1.0
     try:
         optim(params)
@@ -175,8 +175,10 @@ def _keep_near(
     region: TrustRegion,
 ) -> tuple[int, float, float]:
     """Shrink or lengthen the change of the energies; return halvings, KL and lengthening."""
-    own = {id(p) for ebm in ebms for p in ebm.f.parameters()}
-    energy = [i for i, p in enumerate(params) if id(p) in own]
+    own = {id(p) for ebm in ebms for p in ebm.theta()}
+    energies = {id(p) for ebm in ebms for p in ebm.f.parameters()}
+    theta = [i for i, p in enumerate(params) if id(p) in own]
+    energy = [i for i, p in enumerate(params) if id(p) in energies]
     own_radii = [region.max_kl or default_radius(e.dim) for e in ebms]
     radii = torch.tensor(own_radii, dtype=torch.float64)
     moved = torch.zeros_like(radii)
@@ -188,7 +190,6 @@ def _keep_near(
             moved.fill_(torch.nan)
         return (moved / radii).max()
 
-    own_params, own_before = [params[i] for i in energy], [before[i] for i in energy]
     least = _LEAST if region.min_kl is None else float((region.min_kl / radii).min())
     longer = 1.0
     known: list[Tensor] = []  # the divergence of the update as it is: each costs a pool
@@ -197,9 +198,18 @@ def _keep_near(
         longer = lengthening(float(known[0]), least * region.factor**2)
         if longer > 1.0:
             known.clear()
-    scale_update(own_params, own_before, longer)
-    halvings, _ = shrink_to_trust_region(
-        own_params, own_before, lambda: known.pop() if known else relative_kl(), 1.0
-    )
+
+    def shrink(part: list[int]) -> int:
+        own_params, own_before = [params[i] for i in part], [before[i] for i in part]
+        found, _ = shrink_to_trust_region(
+            own_params, own_before, lambda: known.pop() if known else relative_kl(), 1.0
+        )
+        return found
+
+    scale_update([params[i] for i in energy], [before[i] for i in energy], longer)
+    halvings = shrink(energy)
+    # A generator moves the pool with it: its update is shrunk only where that of f does not do.
+    if halvings > MAX_HALVINGS and len(theta) > len(energy):
+        halvings = shrink(theta)
     kl = float(moved.max()) if halvings <= MAX_HALVINGS else 0.0
     return halvings, kl, longer
