@@ -21,6 +21,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_lvebm.cli.baselines import evaluate_baselines, evaluate_incomplete
+from pyro_lvebm.cli.choice import Candidate, choose_base, model_of, with_energy
 from pyro_lvebm.cli.figures import Results, image_figure, informative_pairs, table_figure
 from pyro_lvebm.cli.output import OutputFolder
 from pyro_lvebm.cli.progress import Progress
@@ -28,15 +29,13 @@ from pyro_lvebm.cli.rows import row_frame
 from pyro_lvebm.cli.settings import JobSettings
 from pyro_lvebm.comparison import ElboTable, compare_elbo
 from pyro_lvebm.data import DigitsData, Split, logit_to_levels
-from pyro_lvebm.energies import MLPEnergy
 from pyro_lvebm.evidence import LogEvidence, log_evidence
 from pyro_lvebm.export import to_arviz
 from pyro_lvebm.guides import AutoAmortisedNormal, AutoParticles, AutoPerDatumMultivariateNormal
 from pyro_lvebm.model import LVEBM
 from pyro_lvebm.plots import save_figure
-from pyro_lvebm.pools import TemperedPool
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sites import Model, lvebm
+from pyro_lvebm.sites import Model
 from pyro_lvebm.training import Saddle
 from pyro_lvebm.validation import TrainingWarning
 
@@ -51,7 +50,7 @@ _EVERY = 50
 """Steps from one checkpoint to the next."""
 
 PHASES = {
-    "base": 2.0,
+    "base": 20.0,
     "fit": 40.0,
     "held-out evidence": 6.0,
     "rows": 10.0,
@@ -119,16 +118,14 @@ def run_job(
     if data.validation is not None:
         held_out = torch.as_tensor(data.validation.values, dtype=dtype)
         stopping = {"held_out": (held_out,), "patience": _PATIENCE}
-    with said.phase("base"):
+    with said.phase("base", bars=True):
         _check_varying(train, names)
-        energy = MLPEnergy(x.shape[1], settings.z_dim, seed=seed)
-        ebm = LVEBM.from_data(energy, x, z_dim=settings.z_dim, pool=TemperedPool(seed=seed))
+        chosen, compared = choose_base(
+            x, stopping["held_out"][0] if stopping else None, settings, progress=progress
+        )
+        ebm = with_energy(chosen, settings)
     out.make()
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=min(settings.batch_size, len(x))) as i:
-            lvebm("observations", ebm, obs=x[i])
-
+    model = model_of(ebm, settings.batch_size)
     pyro.clear_param_store()
     with said.phase("fit", bars=True):
         guide = AutoParticles(model, settings.num_particles)
@@ -153,7 +150,7 @@ def run_job(
                 folder = out.folder("model")
                 ebm.save(folder, columns=names, transforms=transforms, overwrite=True)
 
-    summary = _head(data, saddle, settings, transforms)
+    summary = _head(data, saddle, settings, transforms, compared)
     with said.phase("held-out evidence"):
         evidence = log_evidence(ebm, x_test, seed=seed)
         if np.isnan(train).any() or np.isnan(test).any():
@@ -307,6 +304,7 @@ def _head(
     saddle: Saddle,
     settings: JobSettings,
     transforms: Sequence[Mapping[str, Any]],
+    compared: Sequence[Candidate],
 ) -> dict[str, Any]:
     """What is known when the model is fitted."""
     rows = {"train": data.train.values.shape, "held_out": data.held_out.values.shape}
@@ -319,7 +317,11 @@ def _head(
         "transforms": [dict(transform) for transform in transforms],
         "steps": saddle.step_count,
         "settings": asdict(settings),
-        "base": {"components": saddle.ebms[0].base_x.num_components},
+        "base": {
+            "class": type(saddle.ebms[0].base_x).__name__,
+            "components": saddle.ebms[0].base_x.num_components,
+            "compared": [candidate.described() for candidate in compared],
+        },
         "seed": settings.seed,
         "versions": {
             "python": platform.python_version(),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_lvebm.cli.settings import JobSettings
+from pyro_lvebm.cli.settings import BASES, JobSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,9 +97,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="output folder (default: %(default)s)",
     )
-    for command, z_dim in ((fit, 2), (demo, 4)):
+    for command, base in ((fit, "auto"), (demo, "generator")):
+        command.add_argument(
+            "--z-dim",
+            type=_z_dim,
+            default=2,
+            metavar="N",
+            help="number of latent dimensions, or auto (default: %(default)s)",
+        )
+        command.add_argument(
+            "--base",
+            choices=BASES,
+            default=base,
+            help="what the energy stands on; auto is decided by the validation rows "
+            "(default: %(default)s)",
+        )
         for name, default, what in (
-            ("--z-dim", z_dim, "number of latent dimensions"),
             (
                 "--steps",
                 JobSettings.num_steps,
@@ -192,6 +205,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in next(csv.reader([text])) if name.strip())
 
 
+def _z_dim(text: str) -> int | None:
+    """A number, or None for "auto"."""
+    return None if text == "auto" else int(text)
+
+
 def _separator(text: str) -> str:
     return {"\\t": "\t", "tab": "\t"}.get(text, text)
 
@@ -253,7 +271,11 @@ def _fit(args: argparse.Namespace) -> str:
     from pyro_lvebm.data import load_digits_data, logit_of_levels, split_of_digits, split_table
 
     settings = JobSettings(
-        z_dim=args.z_dim, num_steps=args.steps, guide_steps=args.guide_steps, seed=args.seed
+        z_dim=args.z_dim,
+        num_steps=args.steps,
+        guide_steps=args.guide_steps,
+        seed=args.seed,
+        base=args.base,
     )
     digits, transforms = None, []
     if args.command == "demo":
