@@ -170,6 +170,12 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     frame.add_argument(
         "--drop", type=_names, default=(), metavar="NAMES", help="columns to leave out"
     )
+    frame.add_argument(
+        "--thousands", metavar="C", help="mark between thousands, as the comma of 1,234.5"
+    )
+    frame.add_argument(
+        "--comment", metavar="C", help="lines that begin so are left out, as '#'; none takes all"
+    )
     frame.add_argument("--encoding", metavar="NAME", help="encoding of the text, as latin-1")
 
 
@@ -298,6 +304,8 @@ def _frame(args: argparse.Namespace) -> Frame:
         args.columns,
         args.drop,
         args.encoding,
+        args.thousands,
+        args.comment,
     )
 
 
