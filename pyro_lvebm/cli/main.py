@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pyro_lvebm.cli.job import JobResult
+    from pyro_lvebm.cli.saved import Saved
     from pyro_lvebm.data import Frame, Table
 
 OUTPUTS = {
@@ -293,6 +294,16 @@ def _read(args: argparse.Namespace) -> Table:
     return table
 
 
+def _for_model(args: argparse.Namespace, model: Saved) -> Table:
+    """Read the table, and say which of its columns the model does not know."""
+    table = _read(args)
+    if unknown := model.unknown(table):
+        listed = ", ".join(map(repr, unknown[:12])) + ", …" * (len(unknown) > 12)
+        noun = f"columns {listed} are" if len(unknown) > 1 else f"column {listed} is"
+        print(f"warning: {noun} not in the model, and ignored", file=sys.stderr)
+    return table
+
+
 def _frame(args: argparse.Namespace) -> Frame:
     from pyro_lvebm.data import Frame
 
@@ -338,9 +349,9 @@ def _use(args: argparse.Namespace) -> None:
     if args.command == "sample":
         frame = saved.sample(model, args.number, args.seed)
     elif args.command == "score":
-        frame = saved.score(model, _read(args), args.seed)
+        frame = saved.score(model, _for_model(args, model), args.seed)
     else:
-        frame = saved.impute(model, _read(args), args.number, args.seed)
+        frame = saved.impute(model, _for_model(args, model), args.number, args.seed)
     _write(frame, args.out)
 
 

@@ -32,6 +32,12 @@ class Saved(NamedTuple):
         count = self.ebm.x_shape.numel()
         return self.description.columns or tuple(f"x[{k}]" for k in range(count))
 
+    def unknown(self, table: Table) -> list[str]:
+        """Names of the columns that the model leaves out of a table that has all of its own."""
+        if not set(self.names) <= set(table.names):
+            return []
+        return [name for name in table.names if name not in self.names]
+
 
 def load_model(path: Path) -> Saved:
     """Return the model in a folder of `LVEBM.save`, or in the output folder of a fit.

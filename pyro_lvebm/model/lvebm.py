@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase, MixtureBase, PairSupport, Support
-from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
+from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, check_at_rest
 from pyro_lvebm.model.contexts import as_context, as_context_of_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.imputation import impute
@@ -334,6 +334,7 @@ class LVEBM(Density):
         """
         # Optimisers that write through `.data` leave no trace but the values themselves.
         if self.is_trained and not self.pool_is_fresh():
+            check_at_rest(self.f)
             self.pool.refresh(self, context)
             self.mark_pool(fresh=True)
 

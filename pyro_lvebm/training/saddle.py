@@ -15,6 +15,7 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from pyro_lvebm.energies import check_at_rest
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
 from pyro_lvebm.guides import find_particles, keep_apart, needs_rows
 from pyro_lvebm.latents import (
@@ -661,6 +662,7 @@ class Saddle(SVI):
         """
         anatomy = self._learn(args, kwargs)
         for ebm in self.ebms:
+            check_at_rest(ebm.f)
             if not ebm.is_trained and not ebm.pool.refreshes:
                 ebm.settle()
         return anatomy
