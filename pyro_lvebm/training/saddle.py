@@ -43,6 +43,7 @@ from pyro_lvebm.training.course import BestSoFar, Course, course_of
 from pyro_lvebm.training.fit import (
     Schedule,
     check_batches,
+    check_columns_seen,
     check_fit,
     endless,
     factor_of,
@@ -270,7 +271,8 @@ class Saddle(SVI):
             The loss of every step, also of those before it was broken off.
 
         Raises:
-            ValueError: As in `step` and `log_evidence`; if a number is out of range, `patience`
+            ValueError: As in `step` and `log_evidence`; if an entry of x is missing in all rows and
+                θ is trained; if a number is out of range, `patience`
                 is given without `held_out`, or `batches` beside other arguments; if `batches`
                 end early or are not tuples or lists of arguments; if the schedule gives a factor
                 that is negative or not finite; if there is no fit to resume, or it had other
@@ -292,6 +294,8 @@ class Saddle(SVI):
         done = self.step_count - course.start
         stream = itertools.repeat(args) if batches is None else endless(batches)
         args = next(stream)
+        if batches is None and any(e.is_trained for e in self._learn(args, kwargs).ebms.values()):
+            check_columns_seen(args)
         stream = itertools.islice(itertools.chain([args], stream), done, None)
         if held_out is not None and course.best is None:
             value = self._evaluate(held_out, args, kwargs)
