@@ -210,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     and SIGTERM with 143, after what is fitted so far has been saved.
     """
     args = build_parser().parse_args(argv)
+    before = _written(args)
     try:
         with _terminable():
             if args.command in ("fit", "demo"):
@@ -223,11 +224,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        saved = args.command in ("fit", "demo") and (args.out / "model.safetensors").exists()
-        how = f"the fit so far is in {args.out}/, and --resume goes on" if saved else "nothing kept"
+        how, now = "nothing kept", _written(args)
+        if now is not None and (now != before or args.resume):
+            how = f"the fit so far is in {args.out}/, and --resume goes on"
+        elif now is not None:
+            how += f" of this fit; {args.out}/ is as it was"
         print(f"interrupted: {how}", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
     return 0
+
+
+def _written(args: argparse.Namespace) -> tuple[int, int] | None:
+    """What tells the fit in the output folder from another, or None if there is none."""
+    if args.command not in ("fit", "demo"):
+        return None
+    try:
+        found = (args.out / "model.safetensors").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class _Terminated(KeyboardInterrupt):

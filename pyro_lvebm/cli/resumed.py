@@ -43,7 +43,10 @@ def load_fit(
         ValueError: If the file is damaged, or of other data or settings; each that differs has a
             line of its own.
     """
-    saved = read_checkpoint(path)
+    try:
+        saved = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. --force starts anew") from error
     if other := list(_differences(saved, ebm, x, settings, stops_early)):
         raise ValueError(
             "\n  ".join([f"{path} is another fit than this command's:", *other])

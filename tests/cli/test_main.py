@@ -506,6 +506,13 @@ def test_an_interrupt_before_the_fit_keeps_nothing(
     monkeypatch.setattr(job.LVEBM, "from_data", stop)
     broken = run("fit", data, "--quiet", out=tmp_path / "out")
     assert broken.status == 130 and broken.stderr == "interrupted: nothing kept\n"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"of another fit")
+    broken = run("fit", data, "--quiet", "--force", out=tmp_path / "out")
+    said = f"interrupted: nothing kept of this fit; {tmp_path}/out/ is as it was\n"
+    assert broken.status == 130 and broken.stderr == said
+    broken = run("fit", data, "--quiet", "--resume", out=tmp_path / "out")
+    assert broken.status == 130 and "and --resume goes on" in broken.stderr
 
 
 # --- demo -----------------------------------------------------------------------------------

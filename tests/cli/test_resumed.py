@@ -66,6 +66,15 @@ def test_what_differs_has_a_line_each(
     assert all(line.startswith(f"  {text}") for line, text in zip(lines, said, strict=True))
 
 
+def test_a_damaged_fit_says_what_to_do(saved: Path, tmp_path: Path) -> None:
+    model, guide, optim, ebm = parts(X)
+    settings, path = JobSettings(z_dim=1, num_steps=2, seed=3), tmp_path / "model.safetensors"
+    for contents in (b"", b"hello", saved.read_bytes()[:-8]):
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=r"model\.safetensors' is no.* --force starts anew$"):
+            load_fit(path, model, guide, optim, ebm, X, settings, False)
+
+
 def test_the_same_command_goes_on(saved: Path) -> None:
     model, guide, optim, ebm = parts(X)
     settings = JobSettings(z_dim=1, num_steps=2, seed=3)

@@ -79,7 +79,7 @@ def test_a_trace_of_a_differentiable_loss_is_refused_by_name() -> None:
     def loss(x: Tensor) -> Tensor:
         return Trace_ELBO().differentiable_loss(model, guide, x)
 
-    with pytest.raises(ValueError, match="traced or compiled.*freeze θ first"):
+    with pytest.raises(ValueError, match=r"traced or compiled.*freeze θ first"):
         torch.jit.trace(loss, x, check_trace=False)
     ebm.requires_grad_(False)
     assert torch.allclose(torch.jit.trace(loss, x, check_trace=False)(x + 1.0), loss(x + 1.0))
