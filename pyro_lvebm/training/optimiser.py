@@ -107,49 +107,48 @@ def checked_step(optim: PyroOptim, params: list[Tensor], *, step: int) -> None:
     """
     parts = getattr(optim, "optim_objs", {})
     known = [torch_optimiser(parts[p]) for p in params if p in parts]
-    before = [_sizes(inner) for inner in known]
+    before = _sizes(known)
     optim(params)
     for p in params:
         if p in parts:
             check_state(torch_optimiser(parts[p]), step)
-    for inner, old in zip(known, before, strict=True):
-        check_growth(inner, old, step)
+    _check_growth(known, before, step)
 
 
-def _sizes(inner: Optimizer) -> dict[str, Tensor]:
-    """Return the largest entries (n,) of each kind of state of n parameters, without a sign."""
-    found: dict[str, list[Tensor]] = {}
-    for state in inner.state.values():
-        for name, value in state.items():
-            if name != "step" and isinstance(value, Tensor) and value.numel():
-                found.setdefault(name, []).append(value.detach().abs().max())
-    return {name: torch.stack(sizes) for name, sizes in found.items()}
+def _sizes(optimisers: list[Optimizer]) -> dict[tuple[int, str], Tensor]:
+    """Return the largest entry, without a sign, of every state tensor, by optimiser and name."""
+    return {
+        (i, name): torch.linalg.vector_norm(value.detach(), math.inf)
+        for i, inner in enumerate(optimisers)
+        for state in inner.state.values()
+        for name, value in state.items()
+        if name != "step" and isinstance(value, Tensor) and value.numel() and not value.is_sparse
+    }
 
 
-def check_growth(inner: Optimizer, before: dict[str, Tensor], step: int) -> None:
+def _check_growth(
+    optimisers: list[Optimizer], before: dict[tuple[int, str], Tensor], step: int
+) -> None:
     """Refuse state that one gradient has made so large that those before it no longer count.
 
-    Args:
-        inner: The optimiser after the step.
-        before: Sizes of its state before; state that was not there, or 0, may have any.
-        step: Number of this step, for messages.
-
-    Raises:
-        ValueError: If some state has grown more than `MAX_GROWTH`-fold.
+    State that was not there before, or was 0, may have any size.
     """
-    for name, now in _sizes(inner).items():
-        old = before.get(name)
-        if old is None or old.shape != now.shape:
-            continue
-        growth = torch.where(old > 0, now / old.clamp(min=1.0), 0.0).max()
-        if growth > MAX_GROWTH:
-            raise ValueError(
-                f"step {step} made the '{name}' of {type(inner).__name__} {float(growth):.0e} "
-                "times larger, next to which the gradients of all earlier steps, and of many "
-                "later ones, are nothing; it was undone, in the optimiser too. One gradient was "
-                "far too large: look at penalties and data, such as a gross outlier in this "
-                "minibatch, or bound gradients as ClippedAdam does"
-            )
+    after = _sizes(optimisers)
+    keys = [key for key in before if key in after]
+    if not keys:
+        return
+    place = before[keys[0]].device
+    old, new = (torch.stack([sizes[k].to(place) for k in keys]) for sizes in (before, after))
+    growth = torch.where(old > 0, new / old.clamp(min=1.0), 0.0)
+    if growth.max() > MAX_GROWTH:
+        index, name = keys[int(growth.argmax())]
+        raise ValueError(
+            f"step {step} made the '{name}' of {type(optimisers[index]).__name__} "
+            f"{float(growth.max()):.0e} times larger, next to which the gradients of all earlier "
+            "steps, and of many later ones, are nothing; it was undone, in the optimiser too. One "
+            "gradient was far too large: look at penalties and data, such as a gross outlier in "
+            "this minibatch, or bound gradients as ClippedAdam does"
+        )
 
 
 def check_state(inner: Optimizer, step: int) -> None:
