@@ -168,8 +168,6 @@ class Saddle(SVI):
         self.halvings = 0
         self.acceptance: dict[str, float] = {}
         self._anatomy: Anatomy | None = None
-        # The same two in every step: a loss that is traced knows them by their identity.
-        self._guarded = GivenRows()(guide), GivenRows()(model)
         self.recorder = History()
         self.last_good: dict[Tensor, Tensor] = {}  # of the parameters, should the next step fail
         self._course: Course | None = None  # of the last fit, if it can go on
