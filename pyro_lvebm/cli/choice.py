@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,12 @@ def model_of(ebm: LVEBM, batch_size: int) -> Model:
 
 
 def choose_base(
-    x: Tensor, validation: Tensor | None, settings: JobSettings, *, progress: bool = True
+    x: Tensor,
+    validation: Tensor | None,
+    settings: JobSettings,
+    *,
+    ready: Callable[[], None],
+    progress: bool = True,
 ) -> tuple[Candidate, list[Candidate]]:
     """Return the base to fit f on, and all that were compared.
 
@@ -78,6 +84,7 @@ def choose_base(
         x: Training rows (N, d), NaN where missing.
         validation: Rows that decide; without any, nothing is compared.
         settings: What to fit; a base or a number of latents that it names is not chosen.
+        ready: Called before anything is trained, when the data are known to do.
         progress: Show progress bars.
     """
     base, seed = settings.base, settings.seed
@@ -93,7 +100,7 @@ def choose_base(
         name = "Gaussian" if count == 1 else f"mixture of {count} Gaussians"
         found.append(Candidate(fitted, name, _evaluate(fitted, validation, seed)))
     if base in ("auto", "generator"):
-        found += _generators(x, validation, settings, progress)
+        found += _generators(x, validation, settings, ready, progress)
     generators = [c for c in found if isinstance(c.ebm.base_x, GeneratorBase)]
     if not generators:
         return found[0], found
@@ -116,7 +123,11 @@ def with_energy(chosen: Candidate, settings: JobSettings) -> LVEBM:
 
 
 def _generators(
-    x: Tensor, validation: Tensor | None, settings: JobSettings, progress: bool
+    x: Tensor,
+    validation: Tensor | None,
+    settings: JobSettings,
+    ready: Callable[[], None],
+    progress: bool,
 ) -> list[Candidate]:
     """Decoder models trained by particles, for each number of latents and kind of noise."""
     d, seed = x.shape[1], settings.seed
@@ -141,6 +152,7 @@ def _generators(
                 pool=TemperedPool(seed=seed),
             )
             name = f"generator, z {z_dim}-D, {noise} noise"
+            ready()
             _train(ebm, x, validation, settings, name, progress)
             found.append(Candidate(ebm, name, _evaluate(ebm, validation, seed)))
     return found

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pyro_lvebm.cli.choice import Candidate, choose_base, model_of, with_energy
 from pyro_lvebm.cli.figures import Results, image_figure, informative_pairs, table_figure
 from pyro_lvebm.cli.output import OutputFolder
 from pyro_lvebm.cli.progress import Progress
+from pyro_lvebm.cli.resumed import load_fit
 from pyro_lvebm.cli.rows import row_frame
 from pyro_lvebm.cli.settings import JobSettings
 from pyro_lvebm.comparison import ElboTable, compare_elbo
@@ -120,9 +120,8 @@ def run_job(
         stopping = {"held_out": (held_out,), "patience": _PATIENCE}
     with said.phase("base", bars=True):
         _check_varying(train, names)
-        chosen, compared = choose_base(
-            x, stopping["held_out"][0] if stopping else None, settings, progress=progress
-        )
+        validation = stopping["held_out"][0] if stopping else None
+        chosen, compared = choose_base(x, validation, settings, ready=out.make, progress=progress)
         ebm = with_energy(chosen, settings)
     out.make()
     model = model_of(ebm, settings.batch_size)
@@ -132,7 +131,7 @@ def run_job(
         optim = Adam({"lr": settings.learning_rate})
         saved = out.file("model.safetensors", keep=resume)
         if resume and saved.exists():
-            saddle = _loaded(saved, model, guide, optim, x, ebm)
+            saddle = load_fit(saved, model, guide, optim, ebm, x, settings, bool(stopping))
         else:
             saddle = Saddle(model, guide, optim, seed=seed)
         try:
@@ -192,24 +191,6 @@ def run_job(
             posterior.to_netcdf(str(path))
     _write_summary(out, summary, said)
     return JobResult(saddle, table, evidence, baselines, said.seconds, notes)
-
-
-def _loaded(
-    path: Path, model: Model, guide: AutoParticles, optim: Adam, x: Tensor, ebm: LVEBM
-) -> Saddle:
-    """Return the Saddle of a file, which must be of these data."""
-    before = [value.clone() for value in ebm.base_x.buffers()]
-    other = (
-        f"{path} is a fit of other data or settings, or of another split; --resume takes the same "
-        "command as before, and --force starts anew"
-    )
-    try:
-        saddle = Saddle.load(path, model, guide, optim, x)
-    except ValueError as error:
-        raise ValueError(f"{other} ({error})") from error
-    if not all(map(torch.equal, before, ebm.base_x.buffers())):
-        raise ValueError(other)
-    return saddle
 
 
 def choose_dtype(values: np.ndarray, names: Sequence[str]) -> tuple[torch.dtype, tuple[str, ...]]:
@@ -278,7 +259,8 @@ def _figure(
 ) -> Figure:
     generator = generator_for(seed, Stream.FIGURE)
     num_draws = 100 if digits is not None else min(len(x), 1000)
-    draws, _ = ebm.unwhiten(ebm.pool.draw(ebm, num_draws, num_moves=50, generator=generator))
+    with torch.no_grad():
+        draws, _ = ebm.unwhiten(ebm.pool.draw(ebm, num_draws, num_moves=50, generator=generator))
     if digits is None:
         data = x[:1000].numpy()
         pairs = informative_pairs(data, seed)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pyro_lvebm.cli.job import JobResult
+    from pyro_lvebm.cli.saved import Saved
     from pyro_lvebm.data import Frame, Table
 
 OUTPUTS = {
@@ -183,6 +184,12 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     frame.add_argument(
         "--drop", type=_names, default=(), metavar="NAMES", help="columns to leave out"
     )
+    frame.add_argument(
+        "--thousands", metavar="C", help="mark between thousands, as the comma of 1,234.5"
+    )
+    frame.add_argument(
+        "--comment", metavar="C", help="lines that begin so are left out, as '#'; none takes all"
+    )
     frame.add_argument("--encoding", metavar="NAME", help="encoding of the text, as latin-1")
 
 
@@ -221,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     and SIGTERM with 143, after what is fitted so far has been saved.
     """
     args = build_parser().parse_args(argv)
+    before = _written(args)
     try:
         with _terminable():
             if args.command in ("fit", "demo"):
@@ -234,11 +242,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        saved = args.command in ("fit", "demo") and (args.out / "model.safetensors").exists()
-        how = f"the fit so far is in {args.out}/, and --resume goes on" if saved else "nothing kept"
+        how, now = "nothing kept", _written(args)
+        if now is not None and (now != before or args.resume):
+            how = f"the fit so far is in {args.out}/, and --resume goes on"
+        elif now is not None:
+            how += f" of this fit; {args.out}/ is as it was"
         print(f"interrupted: {how}", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
     return 0
+
+
+def _written(args: argparse.Namespace) -> tuple[int, int] | None:
+    """What tells the fit in the output folder from another, or None if there is none."""
+    if args.command not in ("fit", "demo"):
+        return None
+    try:
+        found = (args.out / "model.safetensors").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class _Terminated(KeyboardInterrupt):
@@ -309,6 +331,16 @@ def _read(args: argparse.Namespace) -> Table:
     return table
 
 
+def _for_model(args: argparse.Namespace, model: Saved) -> Table:
+    """Read the table, and say which of its columns the model does not know."""
+    table = _read(args)
+    if unknown := model.unknown(table):
+        listed = ", ".join(map(repr, unknown[:12])) + ", …" * (len(unknown) > 12)
+        noun = f"columns {listed} are" if len(unknown) > 1 else f"column {listed} is"
+        print(f"warning: {noun} not in the model, and ignored", file=sys.stderr)
+    return table
+
+
 def _frame(args: argparse.Namespace) -> Frame:
     from pyro_lvebm.data import Frame
 
@@ -320,6 +352,8 @@ def _frame(args: argparse.Namespace) -> Frame:
         args.columns,
         args.drop,
         args.encoding,
+        args.thousands,
+        args.comment,
     )
 
 
@@ -352,9 +386,9 @@ def _use(args: argparse.Namespace) -> None:
     if args.command == "sample":
         frame = saved.sample(model, args.number, args.seed)
     elif args.command == "score":
-        frame = saved.score(model, _read(args), args.seed)
+        frame = saved.score(model, _for_model(args, model), args.seed)
     else:
-        frame = saved.impute(model, _read(args), args.number, args.seed)
+        frame = saved.impute(model, _for_model(args, model), args.number, args.seed)
     _write(frame, args.out)
 
 

@@ -15,13 +15,14 @@ class OutputFolder:
 
     Args:
         path: The folder; made at the first result.
-        names: What will be written there.
+        names: What will be written there: files, those with a suffix, and folders.
         force: Whether results of another run are replaced. A link among them is replaced itself,
             and not what it points to.
         resume: Whether these results are those of the run that goes on, and so replaced.
 
     Raises:
-        ValueError: If the path is a file, or holds one of the names and `force` is not given.
+        ValueError: If the path is a file, or holds one of the names and `force` is not given, or
+            a file where a folder is to be, or the other way round.
     """
 
     def __init__(
@@ -36,6 +37,13 @@ class OutputFolder:
                 f"{path} holds {', '.join(taken)} already; --resume goes on, --force replaces "
                 "them, or give another --out"
             )
+        for name in taken:  # told before a fit, and not after it
+            found = path / name
+            if not found.is_symlink() and found.is_dir() == bool(found.suffix):
+                there, wanted = ("folder", "file") if found.is_dir() else ("file", "folder")
+                raise ValueError(
+                    f"{found} is a {there}; a {wanted} of that name is to be written. Move it away"
+                )
 
     def make(self) -> None:
         """Make the folder, so that a fit does not end at a place that cannot be written to."""

@@ -32,6 +32,12 @@ class Saved(NamedTuple):
         count = self.ebm.x_shape.numel()
         return self.description.columns or tuple(f"x[{k}]" for k in range(count))
 
+    def unknown(self, table: Table) -> list[str]:
+        """Names of the columns that the model leaves out of a table that has all of its own."""
+        if not set(self.names) <= set(table.names):
+            return []
+        return [name for name in table.names if name not in self.names]
+
 
 def load_model(path: Path) -> Saved:
     """Return the model in a folder of `LVEBM.save`, or in the output folder of a fit.
@@ -73,7 +79,8 @@ def sample(saved: Saved, num_rows: int, seed: int) -> pd.DataFrame:
     generator = generator_for(seed, Stream.FIGURE, "sample")
     with ebm.frozen(), torch.no_grad():
         u = ebm.pool.draw(ebm, num_rows, num_moves=50, generator=generator)
-        x, _ = ebm.unwhiten(u)
+        with torch.no_grad():
+            x, _ = ebm.unwhiten(u)
     values = x.reshape(num_rows, -1).double().numpy()
     return pd.DataFrame(
         transforms.undo(saved.description.transforms, values, saved.names), columns=saved.names

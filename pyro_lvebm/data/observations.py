@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pyro_lvebm.data.reading import numbering, read_table
 from pyro_lvebm.data.repeats import check_repeats
-from pyro_lvebm.data.table import Table, read_table
+from pyro_lvebm.data.table import Table
 from pyro_lvebm.rng import Stream, derive_seed
 
 SQUEEZE = 0.05
@@ -34,7 +36,8 @@ def read_observations(path: Path) -> np.ndarray:
         ValueError: As `read_table`.
 
     Warns:
-        UserWarning: If values of a column, or whole rows, repeat, with the names of the columns.
+        UserWarning: If a named column labels rows and is left out, or one numbers them and is
+            not; if values of a column, or whole rows, repeat, with the names of the columns.
 
     Example:
         >>> import tempfile
@@ -46,6 +49,13 @@ def read_observations(path: Path) -> np.ndarray:
                [3. , 4.5]])
     """
     table = read_table(path)
+    told = "read_table(path, Frame(index=...)) says otherwise"
+    if table.label_name is not None:
+        what = f"column {table.label_name!r} labels the rows and is left out"
+        warnings.warn(f"{path}: {what}; {told}", UserWarning, stacklevel=2)
+    for name in numbering(table):
+        what = f"column {name!r} numbers the rows and is taken as a dimension"
+        warnings.warn(f"{path}: {what}; {told}", UserWarning, stacklevel=2)
     check_repeats(table, allow=True)
     return table.values
 

@@ -7,9 +7,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.energies.at_rest import COUPLED, check_at_rest
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sampling import value_and_grad
 from pyro_lvebm.validation import check_at_least
@@ -109,12 +109,7 @@ def check_energy(
         ValueError: If it cannot be called so, or returns the wrong shape or NaN; if it is random,
             or the energy of one row depends on the others in its batch.
     """
-    for name, part in energy.named_modules():
-        if isinstance(part, _BatchNorm) and part.training:
-            raise ValueError(
-                f"{type(part).__name__} '{name}' of the energy makes the energy of a row depend on "
-                f"the others in its batch, so that it is none of (x, z). {_COUPLED}"
-            )
+    check_at_rest(energy)
     rows = torch.tensor([0.0, -1.0, 0.5, 1.0])[:, None].to(base_x.loc)
     x = base_x.unwhiten(rows * base_x.loc.new_ones(base_x.dim))
     z = base_z.unwhiten(rows * base_z.loc.new_ones(base_z.dim))
@@ -143,14 +138,8 @@ def check_energy(
     if not _close(value[[3, 1]], alone):
         raise ValueError(
             f"{arguments} of a row depends on the others in its batch, or on its place there: of "
-            f"two rows it gives other values than of these among four. {_COUPLED}"
+            f"two rows it gives other values than of these among four. {COUPLED}"
         )
-
-
-_COUPLED = (
-    "Normalise within a row (LayerNorm), or call .eval() on the energy if its statistics are meant "
-    "to stay"
-)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

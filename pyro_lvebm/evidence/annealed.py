@@ -6,7 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.latents import ChainSettings, LatentBlock, as_problems, run_chains
+from pyro_lvebm.latents import (
+    ChainSettings,
+    LatentBlock,
+    as_problems,
+    residuals_of_problems,
+    run_chains,
+)
 from pyro_lvebm.sampling import (
     MALA,
     STANDARD_NORMAL,
@@ -83,7 +89,7 @@ def anneal_block(
         residuals: Those of the block, where f is its own.
     """
     batch, dim = block.v.shape[1:-1], block.v.shape[-1]
-    r = None if residuals is None else _residuals_of_problems(residuals, batch)
+    r = None if residuals is None else residuals_of_problems(residuals, batch)
     log_c = anneal_latents(
         as_problems(f, batch),
         (batch.numel(), num_particles, dim),
@@ -95,19 +101,6 @@ def anneal_block(
         generator=generator,
     )
     return log_c.reshape(num_runs, *batch)
-
-
-def _residuals_of_problems(r: Residuals, batch: torch.Size) -> Residuals:
-    """Turn a block's r on v (*k, K, *B, D) into one on v (*k, runs, problems, particles, D)."""
-
-    def evaluate(v: Tensor) -> Tensor:
-        *lead, runs, problems, particles, d = v.shape
-        flat = v.transpose(-3, -2).reshape(*lead, runs * particles, *batch, d)
-        value = r(flat)
-        value = value.reshape(*lead, runs, particles, problems, value.shape[-1])
-        return value.transpose(-3, -2)
-
-    return evaluate
 
 
 def posterior_draws(block: LatentBlock, step_size: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +26,7 @@ from pyro_lvebm.guides.plates import (
     open_plates,
     tile_to_full_size,
 )
+from pyro_lvebm.guides.quantiles import median_of, quantiles_of
 
 
 class PerDatumGuide(AutoGuide):
@@ -114,6 +115,79 @@ class PerDatumGuide(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 result[name] = _sample_on_support(name, self._law(self._keys[name]), site)
         return result
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the median of every site for all data, as Pyro's autoguides do.
+
+        It is that of every unconstrained coordinate, mapped to the support: of every entry where
+        that map goes entry by entry.
+
+        Args:
+            args: Not used; the parameters are those of all data.
+            kwargs: Not used.
+
+        Returns:
+            (*full_batch, *event_shape) for each site.
+
+        Raises:
+            ValueError: Before the first call of the guide.
+            NotImplementedError: If the family has no closed form.
+        """
+        return {name: median_of(law, site) for name, law, site in self._gaussians()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return quantiles of every entry of every site for all data, as Pyro's autoguides do.
+
+            P(z_j ≤ quantile | i) = level,    each entry j by itself
+
+        Args:
+            quantiles: The levels (Q,), each in [0, 1].
+            args: Not used; the parameters are those of all data.
+            kwargs: Not used.
+
+        Returns:
+            (Q, *full_batch, *event_shape) for each site.
+
+        Raises:
+            ValueError: If a level is out of range; before the first call of the guide; or if the
+                entries of a site depend on several unconstrained coordinates, as on a simplex.
+            NotImplementedError: If the family has no closed form.
+
+        Example:
+            >>> import pyro, torch
+            >>> import pyro.distributions as dist
+            >>> from pyro_lvebm import AutoPerDatumMultivariateNormal
+            >>> def model(x):
+            ...     with pyro.plate("data", 5, subsample_size=2) as i:
+            ...         z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+            >>> guide = AutoPerDatumMultivariateNormal(model, init_scale=0.1)
+            >>> z = guide(torch.zeros(5))
+            >>> low, high = guide.quantiles([0.05, 0.95])["z"]
+            >>> low.shape, bool((low < guide.median()["z"]).all())
+            (torch.Size([5]), True)
+        """
+        levels = torch.as_tensor(quantiles, dtype=torch.float64)
+        if levels.dim() != 1 or not bool(((levels >= 0.0) & (levels <= 1.0)).all()):
+            raise ValueError(f"quantiles must be levels between 0 and 1; got {quantiles}")
+        return {name: quantiles_of(law, site, levels) for name, law, site in self._gaussians()}
+
+    def _gaussians(self) -> Iterator[tuple[str, dist.TorchDistribution, dict[str, Any]]]:
+        """Name, law of the unconstrained coordinates, and node of every site."""
+        if self.prototype_trace is None:
+            raise ValueError(f"{type(self).__name__} has no parameters before its first call")
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            law = self._law(self._keys[name])
+            if isinstance(law, dist.TransformedDistribution):
+                raise NotImplementedError(
+                    f"medians and quantiles of {type(self).__name__} have no closed form. Take "
+                    "those of draws: pyro.infer.Predictive(model, guide=guide, num_samples=...)"
+                )
+            yield name, law, site
 
 
 def attribute_names(sites: Iterable[str]) -> dict[str, str]:

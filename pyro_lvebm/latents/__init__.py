@@ -4,7 +4,7 @@
 from pyro_lvebm.latents.blocks import LatentBlock, sum_other_axes
 from pyro_lvebm.latents.chain_draws import PosteriorDraws, draw_posterior
 from pyro_lvebm.latents.chains import ChainSettings, run_chains
-from pyro_lvebm.latents.energy import as_problems, latent_blocks
+from pyro_lvebm.latents.energy import as_problems, latent_blocks, residuals_of_problems
 from pyro_lvebm.latents.enumeration import sum_out
 from pyro_lvebm.latents.guide_draws import draw_guide
 from pyro_lvebm.latents.minibatches import Minibatch

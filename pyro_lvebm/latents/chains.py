@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from pyro_lvebm.latents.blocks import LatentBlock
+from pyro_lvebm.latents.energy import as_problems, residuals_of_problems
 from pyro_lvebm.latents.positive_phase import kernel_for, particles_last, step_factors
+from pyro_lvebm.model import anneal_to_end
 from pyro_lvebm.sampling import (
     MALA,
     Kernel,
+    Residuals,
     gauss_newton_root,
     init_state,
     secant_root,
@@ -105,7 +108,7 @@ def chain_draws(
         Seyboldt, Carlson and Carpenter (2026), Preconditioning Hamiltonian Monte Carlo by
         minimizing Fisher divergence, arXiv 2603.18845 (metric); Stan's warm-up (growing windows).
     """
-    walks = [_Walk(b, s, kernel) for b, s in zip(blocks, step_sizes, strict=True)]
+    walks = [_Walk(b, s, kernel, generator) for b, s in zip(blocks, step_sizes, strict=True)]
     ends = window_ends(settings.num_warmup)
     for step in range(1, settings.num_warmup + 1):
         _sweep(walks, generator, warming=True)
@@ -145,17 +148,51 @@ def _sweep(walks: list[_Walk], generator: torch.Generator, *, warming: bool) -> 
         walk.block.fix(walk.v)
 
 
+def _annealed(block: LatentBlock, r: Residuals, generator: torch.Generator) -> Tensor:
+    """Return starts u (*B, K, D) near p(z | x), annealed from the modes of each datum.
+
+    Between the modes of a sharp posterior chains hardly ever cross, so the starts must have their
+    shares.
+    """
+    batch, (count, dim) = block.v.shape[1:-1], (len(block.v), block.v.shape[-1])
+    n = max(count, _MIN_STARTS)
+    found = anneal_to_end(
+        as_problems(block.f, batch),
+        (1, batch.numel(), n, dim),
+        block.v,
+        residuals_of_problems(r, batch),
+        generator,
+    )
+    picked = torch.randperm(n, generator=generator, device=block.v.device)[:count]
+    return found.u[0][:, picked].reshape(*batch, count, dim)
+
+
+_MIN_STARTS = 64
+"""Particles of the annealing from which as many starts as there are chains are picked."""
+
+
 class _Walk:
     """The particles of one block on their way, with the batch before the particles."""
 
-    def __init__(self, block: LatentBlock, step_size: Tensor, kernel: Kernel) -> None:
+    def __init__(
+        self,
+        block: LatentBlock,
+        step_size: Tensor,
+        kernel: Kernel,
+        generator: torch.Generator,
+    ) -> None:
         self.block, self.kernel = block, kernel_for(block, kernel)
         self.f = particles_last(block.f)
-        self.state = init_state(self.f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
+        start = (
+            block.v.movedim(0, -2).contiguous()
+            if block.residuals is None
+            else _annealed(block, block.residuals, generator)
+        )
+        self.state = init_state(self.f, start)  # u (*B, K, D)
         self.steps = step_size.expand(self.state.f.shape[:-1])  # (*B,)
         self.scale: Tensor | None = None  # (*B, D, D)
         if block.residuals is not None and isinstance(self.kernel, MALA):
-            self.scale = gauss_newton_root(block.residuals, block.v)
+            self.scale = gauss_newton_root(block.residuals, self.v)
             self.steps = torch.full_like(self.steps, block.v.shape[-1] ** (-1 / 3))
         self.acceptance = torch.zeros_like(self.state.f)  # (*B, K)
         self._open_window()

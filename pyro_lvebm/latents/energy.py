@@ -371,3 +371,16 @@ def as_problems(f: ValueAndGrad, batch: torch.Size) -> ValueAndGrad:
         return value, grad.reshape(runs, particles, problems, d).transpose(1, 2)
 
     return evaluate
+
+
+def residuals_of_problems(r: Residuals, batch: torch.Size) -> Residuals:
+    """Turn a block's r on v (*k, K, *B, D) into one on v (*k, runs, problems, particles, D)."""
+
+    def evaluate(v: Tensor) -> Tensor:
+        *lead, runs, problems, particles, d = v.shape
+        flat = v.transpose(-3, -2).reshape(*lead, runs * particles, *batch, d)
+        value = r(flat)
+        value = value.reshape(*lead, runs, particles, problems, value.shape[-1])
+        return value.transpose(-3, -2)
+
+    return evaluate

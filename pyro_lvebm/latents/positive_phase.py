@@ -19,7 +19,10 @@ from pyro_lvebm.sampling import (
     MALA,
     Kernel,
     LangevinState,
+    Linearised,
+    Residuals,
     ValueAndGrad,
+    find_mode,
     gauss_newton_root,
     init_state,
     linearise,
@@ -30,6 +33,9 @@ from pyro_lvebm.sites import Model, Node, subsample_nodes
 # With a minibatch estimate of the energy, small steps are stochastic-gradient Langevin dynamics.
 # The test on the same minibatch hardly ever refuses those; it stops a step that is still too large.
 _NOISY_KERNEL = MALA(target_acceptance=0.95)
+
+_SEARCHES = 0.25
+"""Share of positive phases that look for modes."""
 
 
 class Moves(NamedTuple):
@@ -129,8 +135,8 @@ def _move_in_metric(
     """Move the particles of a block, each half of those of a datum in the metric of the others.
 
     The mean Gauss–Newton curvature at the other half does not vary with the half that moves, so
-    p(z | x) stays invariant. First every particle may go to the posterior that the datum would have
-    if the generator were linear: from the base it is a long way to a sharp posterior.
+    p(z | x) stays invariant. First every particle may go to a Gaussian near a mode of its datum:
+    from the base it is a long way to a sharp posterior.
 
     Returns:
         Mean acceptance probability, a scalar, of the moves in the metric.
@@ -139,9 +145,7 @@ def _move_in_metric(
     assert residuals is not None
     f, eta = particles_last(block.f), step_size.clone()
     state = init_state(f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
-    state, _ = linearised_step(
-        f, state, linearise(residuals, torch.zeros_like(block.v[0])), generator
-    )
+    state, _ = linearised_step(f, state, _proposal(block.v[0], residuals, generator), generator)
     halves = torch.arange(len(block.v), device=block.v.device).chunk(2)
     rates: list[Tensor] = []
     for mine, others in (halves, halves[::-1]):
@@ -155,6 +159,19 @@ def _move_in_metric(
     _store(block, guide, state.u.movedim(-2, 0))
     step_size.copy_(eta)
     return torch.stack(rates).mean()
+
+
+def _proposal(like: Tensor, r: Residuals, generator: torch.Generator) -> Linearised:
+    """Return a Gaussian for each datum, that does not depend on its particles.
+
+    It is the posterior that the datum would have if the generator were linear at 0; or, for one in
+    four moves, at what damped Gauss–Newton steps find from a draw of the base.
+    """
+    coin = torch.rand((), generator=generator, device=like.device)
+    if float(coin) > _SEARCHES:
+        return linearise(r, torch.zeros_like(like))
+    start = torch.empty_like(like).normal_(generator=generator)
+    return linearise(r, find_mode(r, start, num_steps=8))
 
 
 def particles_last(f: ValueAndGrad) -> ValueAndGrad:

@@ -23,3 +23,4 @@ from pyro_lvebm.model.lvebm import LVEBM, JointEnergy, pools_at_rest
 from pyro_lvebm.model.posterior import Shape, as_problems, expand_events
 from pyro_lvebm.model.rays import warn_of_falling
 from pyro_lvebm.model.saving import Description, read_lvebm
+from pyro_lvebm.model.tracing import check_not_traced

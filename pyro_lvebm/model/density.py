@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase, GeneratorBase, JointBase, MixtureBase
-from pyro_lvebm.energies import QuadraticEnergy, WhitenedEnergy, ZeroEnergy, check_energy
+from pyro_lvebm.energies import (
+    QuadraticEnergy,
+    WhitenedEnergy,
+    ZeroEnergy,
+    check_at_rest,
+    check_energy,
+)
 from pyro_lvebm.model.contexts import as_context, context_rows, expand_context
 from pyro_lvebm.sampling import STANDARD_NORMAL, Base, value_and_grad
 from pyro_lvebm.validation import as_like
@@ -276,6 +282,7 @@ class Density(nn.Module):
 
         Other parameters of a Pyro model train on; `Saddle.fit_guide` holds all of a model fixed.
         """
+        check_at_rest(self.f)
         params = [p for p in self.parameters() if p.requires_grad]
         was_frozen, self.is_frozen = self.is_frozen, True
         for p in params:

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase, GeneratorBase, MixtureBase, Noise, PairSupport, Support
-from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
+from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, check_at_rest
 from pyro_lvebm.model.contexts import as_context, as_context_of_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.model.imputation import impute
@@ -347,6 +347,7 @@ class LVEBM(Density):
         """
         # Optimisers that write through `.data` leave no trace but the values themselves.
         if self.is_trained and not self.pool_is_fresh():
+            check_at_rest(self.f)
             self.pool.refresh(self, context)
             self.mark_pool(fresh=True)
 
@@ -506,6 +507,6 @@ class JointEnergy(TorchDistribution):
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw from the pool."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        u = self.ebm.pool.draw(self.ebm, shape.numel())
-        x, z = self.ebm.unwhiten(u)
+        with torch.no_grad():
+            x, z = self.ebm.unwhiten(self.ebm.pool.draw(self.ebm, shape.numel()))
         return torch.cat([x.flatten(1), z.flatten(1)], -1).reshape(*shape, *self.event_shape)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
+from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, check_at_rest
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import standard_normal
@@ -26,7 +26,11 @@ def falling_rays(density: Density) -> Tensor:
 
     Args:
         density: The density; with contexts, that at one.
+
+    Raises:
+        ValueError: If the energy is in training mode, and another one there.
     """
+    check_at_rest(density.f)
     like = density.base_x.loc
     axes = torch.eye(density.dim).to(like)
     generator = generator_for(0, Stream.RAYS, device=like.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +34,18 @@ class Linearised(NamedTuple):
 def jacobian(r: Residuals, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return r(v) (*b, m) and J = ∂r/∂v (*b, m, k) at v (*b, k), without a graph.
 
-    By forward derivatives, of which it takes as many as v has entries.
+    k products J t of reverse mode twice, ∂(tᵀ Jᵀ c)/∂c: any network has these derivatives, and few
+    have those of forward mode.
     """
     k = v.shape[-1]
-    axes = torch.eye(k).to(v).reshape(k, *(1,) * (v.dim() - 1), k)
-    with torch.no_grad():
-        # Tangents may not share memory between entries, so both are copied for every axis.
-        primal, tangent = (t.expand(k, *v.shape).contiguous() for t in (v, axes))
-        found: Any = torch.func.jvp(r, (primal,), (tangent,))
-    value, columns = found
-    return value[0], columns.movedim(0, -1)
+    axes = torch.eye(k).to(v).reshape(k, *(1,) * (v.dim() - 1), k).expand(k, *v.shape)
+    with torch.enable_grad():
+        at = v.detach().expand(k, *v.shape).requires_grad_(True)
+        value = r(at)
+        c = torch.zeros_like(value, requires_grad=True)
+        (by_v,) = torch.autograd.grad(value, at, c, create_graph=True)
+        (columns,) = torch.autograd.grad(by_v, c, axes)
+    return value[0].detach(), columns.movedim(0, -1)
 
 
 def gauss_newton_root(r: Residuals, v: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class LatentSite(TorchDistribution):
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw the z of joint draws from the pool, and remember their x."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        x, z = self.ebm.unwhiten(self._draw(shape))
+        with torch.no_grad():
+            x, z = self.ebm.unwhiten(self._draw(shape))
         self.pairing.x = x.reshape(*shape, *self.ebm.x_shape)
         self.pairing.z = z.reshape(*shape, *self.ebm.z_shape)
         return self.pairing.z.clone()
@@ -176,7 +177,8 @@ class ObservedSite(TorchDistribution):
         context = as_problems(self.context, self.ebm, shape)
         f = given_z(self.ebm.given(context), w_z.reshape(-1, 1, w_z.shape[-1]))
         v = draw_conditional(f, shape.numel(), self.ebm.base_x.dim, 16, w_z)
-        x, _ = self.ebm.unwhiten(torch.cat([v, w_z.reshape(len(v), -1)], -1))
+        with torch.no_grad():
+            x, _ = self.ebm.unwhiten(torch.cat([v, w_z.reshape(len(v), -1)], -1))
         return x.reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pyro.poutine.runtime import _PYRO_STACK, get_plates
 from torch import Tensor, nn
 
 from pyro_lvebm.bases import Completion, observed_entries
-from pyro_lvebm.model import LVEBM, as_context, context_rows
+from pyro_lvebm.model import LVEBM, as_context, check_not_traced, context_rows
 from pyro_lvebm.sites.distributions import LatentSite, MissingSite, ObservedSite, Pairing
 from pyro_lvebm.validation import DataError, as_data
 
@@ -88,6 +88,8 @@ def lvebm(
     if not isinstance(ebm, LVEBM):
         raise ValueError(f"lvebm needs an LVEBM as its second argument; got {type(ebm).__name__}")
     completion = None
+    if obs is not None and ebm.is_trained:
+        check_not_traced()  # before θ is met, at which a trace fails with an error of its own
     if context is not None:
         context = as_context(context, ebm.base_x.loc)
         _check_no_gradient(name, context)

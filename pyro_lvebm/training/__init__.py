@@ -2,6 +2,7 @@
 """Saddle: maximum likelihood by particles, pools and an optimiser inside a trust region."""
 
 from pyro_lvebm.training.averaging import assign
+from pyro_lvebm.training.checkpoint import Checkpoint, read_checkpoint
 from pyro_lvebm.training.fit import half_cosine
 from pyro_lvebm.training.guide_fit import GuideFit, GuideState, guide_state
 from pyro_lvebm.training.ipla import ipla

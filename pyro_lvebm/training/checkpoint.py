@@ -35,6 +35,8 @@ from pyro_lvebm.training.saved_course import (
 )
 from pyro_lvebm.training.saved_optimiser import check_saved_state, kind_of
 
+_MOST_SAID = 6  # of many things that do not fit
+
 
 class Parts(NamedTuple):
     """The parts of a Saddle that have state."""
@@ -176,9 +178,11 @@ class Checkpoint:
         if not problems:
             problems = self._of_fit(targets, parts.ebms) or self._unusable(targets, parts.optim)
         if problems:
-            raise ValueError(
-                "the checkpoint does not fit this model and guide: " + "; ".join(sorted(problems))
-            )
+            # What is said of the whole comes before what is said of one tensor.
+            ordered = sorted(problems, key=lambda said: (said.startswith("'"), said))
+            said = "; ".join(ordered[:_MOST_SAID])
+            more = f"; and {len(problems) - _MOST_SAID} more" * (len(problems) > _MOST_SAID)
+            raise ValueError(f"the checkpoint does not fit this model and guide: {said}{more}")
 
     def _of_fit(self, targets: dict[str, Tensor], ebms: list[LVEBM]) -> list[str]:
         """Say what is wrong with the fit that the file was written in."""

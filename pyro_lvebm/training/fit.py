@@ -143,10 +143,7 @@ def half_cosine(progress: float) -> float:
 
 def _check_rows_seen(held_out: tuple[Any, ...]) -> None:
     """Refuse tables with rows that hold nothing: log p of nothing is 0, and would count."""
-    for part in held_out:
-        table = torch.as_tensor(part) if isinstance(part, np.ndarray) else part
-        if not isinstance(table, Tensor) or not table.is_floating_point() or not table.dim():
-            continue
+    for table in _floating(held_out):
         if not len(table):
             raise DataError("held_out has no rows; give at least one, or leave it out")
         if table.dim() == 1:  # labels, say, of which some may be unknown
@@ -157,3 +154,34 @@ def _check_rows_seen(held_out: tuple[Any, ...]) -> None:
                 f"held_out has {len(empty)} rows without an observed entry, the first being row "
                 f"{int(empty[0])}; leave them out"
             )
+
+
+def check_columns_seen(args: tuple[Any, ...]) -> None:
+    """Refuse training tables with a column that no row has: nothing is to be learnt of it.
+
+    Raises:
+        ValueError: If there is one, or none of the rows holds anything.
+    """
+    for table in _floating(args):
+        if table.dim() == 1 or not len(table):
+            continue
+        missing = table.isnan().flatten(1)
+        unseen = torch.nonzero(missing.all(0)).flatten().tolist()
+        if len(unseen) == missing.shape[1]:
+            raise DataError(
+                f"none of the {len(table)} training rows has an observed entry; give rows that do"
+            )
+        if unseen:
+            raise DataError(
+                f"no training row has entries {unseen[:12]} of x (counted from 0): nothing can be "
+                "learnt of them. Leave them out of the data and the model, or add rows that have "
+                "them"
+            )
+
+
+def _floating(parts: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The floating-point tensors and arrays among arguments, as tensors."""
+    for part in parts:
+        table = torch.as_tensor(part) if isinstance(part, np.ndarray) else part
+        if isinstance(table, Tensor) and table.is_floating_point() and table.dim():
+            yield table

@@ -15,6 +15,7 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from pyro_lvebm.energies import check_at_rest
 from pyro_lvebm.evidence import missed_log_z, model_log_evidence
 from pyro_lvebm.guides import find_particles, keep_apart, needs_rows
 from pyro_lvebm.latents import (
@@ -42,6 +43,7 @@ from pyro_lvebm.training.course import BestSoFar, Course, course_of
 from pyro_lvebm.training.fit import (
     Schedule,
     check_batches,
+    check_columns_seen,
     check_fit,
     endless,
     factor_of,
@@ -166,8 +168,6 @@ class Saddle(SVI):
         self.halvings = 0
         self.acceptance: dict[str, float] = {}
         self._anatomy: Anatomy | None = None
-        # The same two in every step: a loss that is traced knows them by their identity.
-        self._guarded = GivenRows()(guide), GivenRows()(model)
         self.recorder = History()
         self.last_good: dict[Tensor, Tensor] = {}  # of the parameters, should the next step fail
         self._course: Course | None = None  # of the last fit, if it can go on
@@ -269,7 +269,8 @@ class Saddle(SVI):
             The loss of every step, also of those before it was broken off.
 
         Raises:
-            ValueError: As in `step` and `log_evidence`; if a number is out of range, `patience`
+            ValueError: As in `step` and `log_evidence`; if an entry of x is missing in all rows and
+                θ is trained; if a number is out of range, `patience`
                 is given without `held_out`, or `batches` beside other arguments; if `batches`
                 end early or are not tuples or lists of arguments; if the schedule gives a factor
                 that is negative or not finite; if there is no fit to resume, or it had other
@@ -291,6 +292,8 @@ class Saddle(SVI):
         done = self.step_count - course.start
         stream = itertools.repeat(args) if batches is None else endless(batches)
         args = next(stream)
+        if batches is None and any(e.is_trained for e in self._learn(args, kwargs).ebms.values()):
+            check_columns_seen(args)
         stream = itertools.islice(itertools.chain([args], stream), done, None)
         if held_out is not None and course.best is None:
             value = self._evaluate(held_out, args, kwargs)
@@ -661,6 +664,7 @@ class Saddle(SVI):
         """
         anatomy = self._learn(args, kwargs)
         for ebm in self.ebms:
+            check_at_rest(ebm.f)
             if not ebm.is_trained and not ebm.pool.refreshes:
                 ebm.settle()
         return anatomy

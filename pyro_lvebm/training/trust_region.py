@@ -19,6 +19,11 @@ MAX_HALVINGS = 20
 _MAX_LENGTHENING = 8.0
 """Largest factor on an update that is too short."""
 
+_MAX_JUMP = 1e9
+"""An update that is larger than so many times the largest entry of a parameter, and 1, is refused.
+
+The first may be as large: a location that starts at 0 jumps to data in any unit."""
+
 
 @torch.no_grad()
 def scale_update(params: Sequence[Tensor], before: Sequence[Tensor], factor: float) -> None:
@@ -146,7 +151,8 @@ def bounded_step(
         largest of all LVEBMs; and the factor by which the update was lengthened.
 
     Raises:
-        ValueError: If the update made a parameter NaN or infinite; it is undone then.
+        ValueError: If the update made a parameter NaN or infinite, or was absurdly large; it is
+            undone then.
     """
     before = [p.detach().clone() for p in params]
     met = {id(p) for p in params if p.requires_grad}
@@ -162,10 +168,24 @@ def bounded_step(
                 f"the update of step {step} made a parameter NaN or infinite; it was undone. Lower "
                 "the learning rate"
             )
+        if step > 0:
+            _check_jump(params, before, step)
     except BaseException:
         restore(params, before)
         raise
     return dict(zip(params, before, strict=True)), halvings, kl, longer
+
+
+@torch.no_grad()
+def _check_jump(params: list[Tensor], before: list[Tensor], step: int) -> None:
+    """Refuse an update that leaves nothing of where a parameter was."""
+    for p, old in zip(params, before, strict=True):
+        if p.numel() and (jump := (p - old).abs().max()) > _MAX_JUMP * old.abs().max().clamp(1.0):
+            raise ValueError(
+                f"the update of step {step} moved a parameter by {float(jump):.0e}, from "
+                f"{float(old.abs().max()):.1e} at most; it was undone. Lower the learning rate, "
+                "or look at penalties and data for what made a gradient so large"
+            )
 
 
 def _keep_near(

@@ -40,7 +40,7 @@ from pyro_lvebm import (
     lvebm,
 )
 from pyro_lvebm import data as observations
-from pyro_lvebm.cli import job
+from pyro_lvebm.cli import choice, job
 from pyro_lvebm.cli.job import JobSettings
 from pyro_lvebm.cli.main import main
 from pyro_lvebm.data import DigitsData, dequantise_logit, read_observations, split
@@ -129,8 +129,8 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_evidence, "log_partition", cheap)
         patch.setattr(LOG_EVIDENCE, "log_partition", cheap)
-        patch.setattr(job, "MLPEnergy", small_energy)
-        patch.setattr(job, "TemperedPool", small_pool)
+        patch.setattr(choice, "MLPEnergy", small_energy)
+        patch.setattr(choice, "TemperedPool", small_pool)
         patch.setattr(annealed, "run_chains", shorter)
         yield
 
@@ -482,7 +482,11 @@ def test_an_interrupt_leaves_a_fit_that_goes_on(
     again = run(*options, out=tmp_path)
     assert again.status == 2 and "--resume goes on" in again.stderr
     other = run("fit", data, *short, "--validation", "0", "--seed", "4", "--resume", out=tmp_path)
-    assert other.status == 2 and "a fit of other data or settings" in other.stderr
+    assert other.status == 2 and other.stderr == (
+        f"error: {tmp_path}/model.safetensors is another fit than this command's:\n"
+        "  --seed is 4, and was 3\n"
+        "--resume takes the same data and options as before, and --force starts anew\n"
+    )
     if sent == signal.SIGTERM:
         return
     resumed = run(*options, "--resume", out=tmp_path)
@@ -502,6 +506,13 @@ def test_an_interrupt_before_the_fit_keeps_nothing(
     monkeypatch.setattr(job.LVEBM, "from_data", stop)
     broken = run("fit", data, "--quiet", out=tmp_path / "out")
     assert broken.status == 130 and broken.stderr == "interrupted: nothing kept\n"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"of another fit")
+    broken = run("fit", data, "--quiet", "--force", out=tmp_path / "out")
+    said = f"interrupted: nothing kept of this fit; {tmp_path}/out/ is as it was\n"
+    assert broken.status == 130 and broken.stderr == said
+    broken = run("fit", data, "--quiet", "--resume", out=tmp_path / "out")
+    assert broken.status == 130 and "and --resume goes on" in broken.stderr
 
 
 # --- demo -----------------------------------------------------------------------------------

@@ -29,6 +29,20 @@ def test_taken_names_are_refused_together(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_text() == "old"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.csv", "is a folder; a file"), ("b", "is a file; a folder")]
+)
+@pytest.mark.parametrize("how", ["force", "resume"])
+def test_a_file_where_a_folder_is_to_be_is_told_before_the_fit(
+    tmp_path: Path, name: str, message: str, how: str
+) -> None:
+    (tmp_path / name).mkdir() if name == "a.csv" else (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"{name} {message} of that name"):
+        OutputFolder(tmp_path, ["a.csv", "b"], **{how: True})
+    (tmp_path / name).rename(tmp_path / "away")
+    OutputFolder(tmp_path, ["a.csv", "b"], **{how: True})
+
+
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     out.mkdir()

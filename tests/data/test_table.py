@@ -295,6 +295,120 @@ def test_csv_round_trip_is_exact(x: np.ndarray, header: bool) -> None:
         np.testing.assert_array_equal(read_table(path, frame).values, x)
 
 
+@pytest.mark.parametrize(
+    ("text", "message", "told"),
+    [
+        (
+            ",,a,b\n1,1,0.5,2\n1,2,3,4\n2,1,5,6.5\n",
+            "first 2 columns have no names .*an index of 2 levels.*--index 1 --drop 2 .*--drop 1,2",
+            Frame(drop=("1", "2")),
+        ),
+        (
+            ",Unnamed: 0,Unnamed: 0.1,a,b\n0,0,0,0.5,2\n1,1,1,3,4\n2,2,2,5,6.5\n",
+            "first 3 columns have no names .*saved twice.*--index 1 --drop 2,3 ",
+            Frame(index="1", drop=("2", "3")),
+        ),
+        (
+            "# made by hand, in 2020, twice\na,b\n0.5,2\n# a pause\n3,4\n5,6.5\n",
+            r"lines \(1, 4\) begin with '#', the first being '# made by hand.*--comment '#'",
+            Frame(comment="#"),
+        ),
+        (
+            "a,b\n0.5,2\n%7,8\n3,4\n5,6.5\n",
+            r"lines \(3\) begin with '%', the first being '%7,8'",
+            Frame(comment="%"),
+        ),
+        (
+            '#7,8\na,b\n0.5,2\n"3",4\n5,6.5\n',
+            r"lines \(1\) begin with '#'",
+            Frame(comment="#"),
+        ),
+    ],
+)
+def test_what_others_write_is_named_with_the_option_that_reads_it(
+    tmp_path: Path, text: str, message: str, told: Frame
+) -> None:
+    path = write_csv(tmp_path / "x.csv", text)
+    with pytest.raises(ValueError, match=rf"x\.csv: .*{message}"):
+        read_table(path)
+    table = read_table(path, told)
+    assert table.names == ("a", "b")
+    assert table.values.tolist() == [[0.5, 2.0], [3.0, 4.0], [5.0, 6.5]]
+    assert told.comment is None or "begin with" in " ".join(table.notes)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message", "told", "sep"),
+    [
+        ('"1,234.5"', "Commas seem to mark thousands: give --thousands ','$", {}, ","),
+        ('"1,234"', "thousands: give --thousands ','; or decimals: give --decimal ','$", {}, ","),
+        ('"-1,234,567"', "Commas seem to mark thousands: give --thousands ','$", {}, ","),
+        (
+            "1.234,5",
+            r"Full stops seem to mark thousands: give --thousands '\.' --decimal ','$",
+            {"decimal": ","},
+            ";",
+        ),
+        ("1'234.5", 'Apostrophes seem to mark thousands: give --thousands "\'"$', {}, ","),
+        ("1 234.5", "Spaces seem to mark thousands: give --thousands ' '$", {}, ","),
+        (
+            "1\xa0234,5",
+            "Spaces that do not break seem to mark thousands: .* --decimal ','$",
+            {"decimal": ","},
+            ";",
+        ),
+    ],
+)
+def test_marks_between_thousands(
+    tmp_path: Path, cells: str, message: str, told: dict[str, Any], sep: str
+) -> None:
+    few = "".join(f"{k}{sep}{k}\n" for k in range(30))
+    path = write_csv(tmp_path / "x.csv", f"a{sep}b\n{few}{cells}{sep}7\n")
+    with pytest.raises(ValueError, match=rf"row 32, column 1 \(a\) .* 1 of 31 .*{message}"):
+        read_table(path, Frame(sep=sep))
+    bare = cells.strip('"')
+    mark = next(c for c in bare.lstrip("-") if not c.isdigit())
+    table = read_table(path, Frame(sep=sep, thousands=mark, **told))
+    expected = float(bare.replace(mark, "").replace(told.get("decimal", "."), "."))
+    assert table.values[-1].tolist() == [expected, 7.0]
+
+
+def test_what_is_no_group_of_three_is_no_thousand(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", 'a,b\n1,2\n"1,23",4\n')
+    with pytest.raises(ValueError, match="holds '1,23'"):
+        read_table(path, Frame(thousands=","))
+    with pytest.raises(ValueError, match="thousands and decimal are both"):
+        Frame(thousands=".")
+    with pytest.raises(ValueError, match="comment is empty"):
+        Frame(comment="")
+    with pytest.raises(ValueError, match="every line begins with 'a'"):
+        read_table(write_csv(tmp_path / "y.csv", "a,b\na,c\n"), Frame(comment="a"))
+
+
+def test_labels_may_begin_with_a_mark(tmp_path: Path) -> None:
+    table = read_table(write_csv(tmp_path / "x.csv", "id,a\n#1,0.5\n#2,1.5\n"))
+    assert table.labels == ("#1", "#2") and table.names == ("a",)
+    path = write_csv(tmp_path / "y.csv", "id,a\n#1,0.5\n2b,1.5\n")
+    with pytest.raises(ValueError, match="--comment none"):
+        read_table(path)
+    assert read_table(path, Frame(comment="none")).labels == ("#1", "2b")
+
+
+def test_columns_that_number_rows_are_said(tmp_path: Path) -> None:
+    order = np.random.default_rng(0).permutation(30)
+    path = tmp_path / "x.csv"
+    named = pd.DataFrame(NOISE, columns=["a", "b"]).assign(**{"Row": order + 1})
+    named[["Row", "a", "b"]].to_csv(path, index=False)
+    with pytest.warns(UserWarning, match=r"column 'Row' labels the rows and is left out.*index="):
+        assert read_observations(path).shape == (30, 2)
+    named.rename(columns={"Row": "patient"}).to_csv(path, index=False)
+    with pytest.warns(UserWarning, match="column 'patient' numbers the rows and is taken as a dim"):
+        assert read_observations(path).shape == (30, 3)
+    table = read_table(path)
+    assert "patient numbers the rows" in " ".join(table.notes) and table.label_name is None
+    assert read_table(path, Frame(index="patient")).label_name == "patient"
+
+
 # --- the frame of a table
 
 NOISE = np.random.default_rng(0).normal(size=(30, 2))

@@ -560,7 +560,7 @@ def test_dropout_is_refused_unless_it_is_at_rest() -> None:
     energy = Coupled()
     energy.net[1] = nn.Dropout()
     nn.init.ones_(energy.net[3].weight)
-    with pytest.raises(ValueError, match="is random: two calls differ"):
+    with pytest.raises(ValueError, match=r"Dropout 'net\.1' of the energy is random: two calls"):
         LVEBM(energy, STANDARD, base_z)
     assert LVEBM(energy.eval(), STANDARD, base_z).dim == 4
 

@@ -46,6 +46,24 @@ ONE = torch.tensor(1.0)
 Setting = tuple[Callable[..., Any], Callable[..., Any], Any]
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_a_fresh_guide_starts_elsewhere_unless_it_was_called(called: bool) -> None:
+    """What docs/pyro.md says of first values, which SVI draws inside its first step."""
+
+    def loss(algorithm: Callable[..., Any]) -> Any:
+        pyro.clear_param_store()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            guide = AutoNormal(mean)
+            if called:
+                guide()
+            algorithm = algorithm(mean, guide, Adam({"lr": 0.01}), Trace_ELBO())
+            with isolated_rng(0, Stream.MINIBATCH, 0):
+                return algorithm.step()
+
+    assert (loss(SVI) == loss(Saddle)) == called
+
+
 def mean() -> None:
     m = pyro.sample("m", dist.Normal(pyro.param("prior", torch.tensor(0.0)), 1.0))
     with pyro.plate("data", 6):

@@ -1183,6 +1183,36 @@ def test_held_out_rows_of_nothing_are_refused(as_array: bool) -> None:
         saddle.fit(x, num_steps=1, held_out=(x[:0],), progress=False)
 
 
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize(
+    ("unseen", "message"),
+    [
+        ([0, 1, 2], "none of the 12 training rows has an observed entry"),
+        ([1], r"no training row has entries \[1\] of x"),
+        ([0, 2], r"no training row has entries \[0, 2\] of x"),
+    ],
+)
+def test_training_rows_of_nothing_are_refused(
+    unseen: list[int], message: str, as_array: bool
+) -> None:
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm), data_of(ebm, 12)
+    x[:, unseen] = torch.nan
+    rows = x.numpy() if as_array else x
+    with pytest.raises(ValueError, match=message):
+        saddle.fit(rows, num_steps=1, progress=False)
+    assert saddle.step_count == 0
+    with ebm.frozen():  # particles of rows that lack the same entry
+        saddle.fit(rows, num_steps=1, progress=False)
+
+
+def test_single_training_rows_may_hold_nothing() -> None:
+    ebm = quadratic_ebm()
+    saddle, x = make(ebm), data_of(ebm, 12)
+    x[3], x[1:, 0] = torch.nan, torch.nan
+    assert math.isfinite(saddle.fit(x, num_steps=1, progress=False)[0])
+
+
 def test_unknown_labels_of_held_out_rows_are_welcome() -> None:
     x, y = normal((3, 2), 0, torch.float32), torch.tensor([0.0, torch.nan, 1.0])
     check_fit((x, y), 1, None, None, (x, y), None, 1, 1)

@@ -27,6 +27,7 @@ from pyro_lvebm import AutoParticles, Saddle
 from pyro_lvebm.training.optimiser import torch_optimiser
 
 HUGE = 1e25  # its square is beyond the largest number of single precision
+ABSURD = 1e15  # its square is finite, and would stop an Adam for tens of thousands of steps
 
 OPTIMISERS: dict[str, Callable[[], PyroOptim]] = {
     "Adam": lambda: Adam({"lr": 0.01, "amsgrad": True}),
@@ -84,10 +85,56 @@ def run(name: str, slopes: list[float], bad: float | None) -> tuple[Any, Saddle]
     return state_of(saddle.optim), saddle
 
 
+@pytest.mark.parametrize("bad", [HUGE, ABSURD, -ABSURD])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_step_that_poisons_the_optimiser_never_was(name: str) -> None:
+def test_a_step_that_poisons_the_optimiser_never_was(name: str, bad: float) -> None:
     """Parameters, moments, counts and learning rates are those of a run without it."""
-    assert run(name, [1.0], HUGE)[0] == run(name, [1.0], None)[0]
+    assert run(name, [1.0], bad)[0] == run(name, [1.0], None)[0]
+
+
+def test_momentum_is_kept_from_an_absurd_gradient() -> None:
+    slopes = [1.0]
+    saddle = Saddle(slopes_model(slopes), lambda: None, SGD({"lr": 1e-9, "momentum": 0.9}))
+    saddle.step()
+    before, slopes[0] = state_of(saddle.optim), ABSURD
+    with pytest.raises(ValueError, match=r"'momentum_buffer' of SGD 5e[+]14 times larger"):
+        saddle.step()
+    assert state_of(saddle.optim) == before and saddle.step_count == 1
+
+
+@pytest.mark.parametrize("lr", [0.01, 1.0])
+def test_a_parameter_that_jumps_away_is_put_back(lr: float) -> None:
+    """Plain SGD remembers nothing; the parameter would start anew from 1e13."""
+    slopes = [1.0]
+    saddle = Saddle(slopes_model(slopes), lambda: None, SGD({"lr": lr}))
+    saddle.step()
+    before, slopes[0] = pyro.param("b").tolist(), ABSURD
+    with pytest.raises(ValueError, match=r"the update of step 1 moved a parameter by 1e[+]1"):
+        saddle.step()
+    assert pyro.param("b").tolist() == before
+    slopes[0] = 1.0
+    assert math.isfinite(saddle.step())
+
+
+@pytest.mark.parametrize("before", [0.0, 1e-8, 1.0, 1e5])
+def test_gradients_may_grow_a_thousandfold_or_from_nothing(before: float) -> None:
+    """Any size is taken where there were no gradients, and 1,000 σ where there were."""
+
+    def model(slope: float) -> None:
+        pyro.factor("on_a", -slope * pyro.param("a", torch.ones(2)).sum())
+
+    saddle = Saddle(model, lambda slope: None, Adam({"lr": 0.01}))
+    saddle.step(before)
+    saddle.step(1e3 * before if before else ABSURD)
+    assert saddle.step_count == 2 and pyro.param("a").tolist() != [1.0, 1.0]
+
+
+def test_bounded_gradients_may_be_absurd() -> None:
+    slopes = [1.0]
+    saddle = Saddle(slopes_model(slopes), lambda: None, ClippedAdam({"lr": 0.01}))
+    saddle.step()
+    slopes[0] = ABSURD
+    assert math.isfinite(saddle.step())
 
 
 def test_momentum_is_undone_with_the_parameter_that_it_made_infinite() -> None:

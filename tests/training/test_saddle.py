@@ -571,9 +571,9 @@ def test_a_huge_learning_rate_is_survived(validation: bool) -> None:
     with pyro.validation_enabled(validation):
         saddle.step(x)
         good = state_of(saddle)
-        set_rate(1e30)
+        set_rate(1e7)
         saddle.step(x)
-        assert guide.locs.scene_z.abs().max() > 1e20
+        assert guide.locs.scene_z.abs().max() > 1e6
         with pytest.raises(ValueError, match=r"step 2"):
             saddle.step(x)
         now = state_of(saddle)

@@ -70,6 +70,21 @@ def test_a_trace_of_ones_own_loss_is_refused_too() -> None:
     assert torch.allclose(traced(x + 1.0), own_loss(ebm, x + 1.0))
 
 
+def test_a_trace_of_a_differentiable_loss_is_refused_by_name() -> None:
+    """Not by torch, which cannot hold a parameter as a constant and says no more."""
+    ebm, model, _, x = parts()
+    guide = AutoParticles(model, 1)
+    guide(x)
+
+    def loss(x: Tensor) -> Tensor:
+        return Trace_ELBO().differentiable_loss(model, guide, x)
+
+    with pytest.raises(ValueError, match=r"traced or compiled.*freeze θ first"):
+        torch.jit.trace(loss, x, check_trace=False)
+    ebm.requires_grad_(False)
+    assert torch.allclose(torch.jit.trace(loss, x, check_trace=False)(x + 1.0), loss(x + 1.0))
+
+
 def test_a_loss_that_is_being_compiled_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ebm, _, _, x = parts()
     with monkeypatch.context() as patch:
