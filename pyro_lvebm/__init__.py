@@ -34,10 +34,12 @@ if TYPE_CHECKING:
         ImportanceWeightedELBO,
         LogEvidence,
         LogPartition,
+        MutualInformation,
         conditional_log_partition,
         log_evidence,
         log_evidence_of,
         log_partition,
+        mutual_information,
     )
     from pyro_lvebm.export import to_arviz
     from pyro_lvebm.generators import ConvGenerator, MLPGenerator
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
         plot_latents,
         plot_log_partition,
         plot_pairs,
+        plot_plane,
         plot_reconstructions,
     )
     from pyro_lvebm.pools import ContextPool, PersistentPool, TemperedPool
@@ -101,6 +104,7 @@ __all__ = [
     "MLPEnergy",
     "MLPGenerator",
     "MixtureBase",
+    "MutualInformation",
     "ParticleDiagnostics",
     "PersistentPool",
     "PoolDiagnostics",
@@ -125,6 +129,7 @@ __all__ = [
     "log_evidence_of",
     "log_partition",
     "lvebm",
+    "mutual_information",
     "particle_diagnostics",
     "plot_elbo",
     "plot_energy",
@@ -132,6 +137,7 @@ __all__ = [
     "plot_latents",
     "plot_log_partition",
     "plot_pairs",
+    "plot_plane",
     "plot_reconstructions",
     "pool_diagnostics",
     "to_arviz",

@@ -173,6 +173,11 @@ def run_job(
         table = compare_elbo(model, {"Langevin particles": saddle, **guides}, x, seed=seed)
     with out.writing("elbo_table.csv") as path:
         table.to_dataframe().to_csv(path)
+    if table.carried is not None:
+        summary["mutual_information"] = asdict(table.carried) | {
+            "interval": list(table.carried.interval),
+            "units": "nats; value is low and upper is high, in expectation",
+        }
     summary["elbo_table"] = table.to_dataframe().reset_index().to_dict("records")
     _write_summary(out, summary, said)
 

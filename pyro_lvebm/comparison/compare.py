@@ -28,6 +28,7 @@ from pyro_lvebm.evidence import (
     LogPartition,
     Terms,
     model_log_evidence,
+    mutual_information_of,
     row_log_z,
     warn_of_unreliable,
 )
@@ -128,6 +129,7 @@ def compare_elbo(
         sweep = Sweep(program, seed)
         shift = _Shift.of(sweep)
         evidence = model_log_evidence(sweep)
+        carried = mutual_information_of(sweep)
         rows, terms = {}, {}
         for name, posterior in posteriors.items():
             clock = time.perf_counter()
@@ -148,6 +150,7 @@ def compare_elbo(
         len(evidence.value),
         terms,
         {},
+        carried,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyro_lvebm.evidence import LogPartition
+from pyro_lvebm.evidence import LITTLE, LogPartition, MutualInformation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +42,7 @@ class ElboTable:
     num_data: int
     terms: dict[str, Tensor]  # (draws, N) bounds; where θ was refitted, held-out log p (1, M)
     log_z_se: dict[str, float]  # error of log Z in the terms, by name; none where θ is fixed
+    carried: MutualInformation | None = None  # what the latents carry, where θ is fixed
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return the rows, indexed by name."""
@@ -134,12 +135,25 @@ class ElboTable:
             )
         lines += [
             *self._log_z_lines(),
+            *self._carried_lines(),
             "Every kl_gap is small in expectation, for its evidence is annealed from below; every "
             "elbo is low, with log Z at its upper end, if the pool's draws follow the model.",
             "± and _se are Monte Carlo standard errors over the draws, for these data"
             + (", but held_out_se is that over held-out data." if self.theta == "refit" else "."),
         ]
         return "\n".join(lines)
+
+    def _carried_lines(self) -> list[str]:
+        if self.carried is None:
+            return []
+        lines = [str(self.carried)]
+        if self.carried.interval[1] < LITTLE:
+            lines.append(
+                f"The latents carry less than {LITTLE} nats about x: every guide is nearly exact, "
+                "and a comparison of guides says nothing. LVEBM.from_data(generator=...) has "
+                "latents that carry the data."
+            )
+        return lines
 
     def _log_z_lines(self) -> list[str]:
         if self.theta == "fixed":

@@ -11,6 +11,12 @@ from pyro_lvebm.evidence.log_partition import (
     total,
     warn_of_unreliable,
 )
+from pyro_lvebm.evidence.mutual_information import (
+    LITTLE,
+    MutualInformation,
+    mutual_information,
+    mutual_information_of,
+)
 from pyro_lvebm.evidence.pointwise import marginal_likelihood
 from pyro_lvebm.evidence.programs import (
     Terms,

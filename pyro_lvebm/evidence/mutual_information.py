@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much the latents carry: the mutual information of x and z under the posterior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_lvebm.bases import Completion
+from pyro_lvebm.latents import Sweep, as_problems, latent_blocks, residuals_of_problems
+from pyro_lvebm.model import (
+    LVEBM,
+    as_context_of_rows,
+    context_rows,
+    given_x,
+    residuals_given_x,
+)
+from pyro_lvebm.rng import Stream, generator_for
+from pyro_lvebm.sampling import (
+    STANDARD_NORMAL,
+    Base,
+    Residuals,
+    ValueAndGrad,
+    anneal,
+    log_mean_exp,
+    pilot,
+    start_near,
+)
+from pyro_lvebm.validation import as_rows, check_at_least
+
+_RUNS, _PARTICLES = 4, 64
+"""Annealing runs for each row, and their particles."""
+
+_ACTIVE = 0.01
+"""Variance of posterior means, in units of base_z, from which a dimension counts as active."""
+
+_MAX_EVALUATIONS = 2**17
+
+_MAX_ROWS = 1024
+
+LITTLE = 0.1
+"""Nats below which guides have next to nothing to lose."""
+
+
+@dataclass(frozen=True)
+class MutualInformation:
+    """I(x; z) = E KL(p(z | x) ‖ p̄(z)) of rows, in nats.
+
+    Attributes:
+        value: The mean over rows, p̄ being the mean of the posteriors of these rows: at most log N,
+            and for new rows of the same kind low in expectation.
+        std_error: Standard error of `value` over rows.
+        upper: The same with each row left out of its own p̄: high in expectation.
+        num_rows: N.
+        active_dimensions: Principal axes of the posterior means, in units of base_z, along which
+            their variance is above 0.01.
+    """
+
+    value: float
+    std_error: float
+    upper: float
+    num_rows: int
+    active_dimensions: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """From `value` less two standard errors to `upper` and two standard errors, from 0 on."""
+        margin = 2.0 * self.std_error
+        return max(0.0, self.value - margin), max(0.0, self.upper + margin)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        text = f"I(x; z) = {self.value:.3f} ± {self.std_error:.3f} nats in [{low:.3f}, {high:.3f}]"
+        text += f" of {self.num_rows} rows, {self.active_dimensions} active dimensions"
+        if self.value > math.log(self.num_rows) - 0.5:
+            text += f"; more rows would show more, for it is at most log N = {_log(self):.2f}"
+        return text
+
+
+def _log(found: MutualInformation) -> float:
+    return math.log(found.num_rows)
+
+
+def mutual_information(
+    ebm: LVEBM,
+    x: Tensor | np.ndarray,
+    *,
+    context: Tensor | np.ndarray | None = None,
+    num_rows: int = 256,
+    num_draws: int = 16,
+    seed: int = 0,
+) -> MutualInformation:
+    """Estimate how much z tells of x: the distance of posteriors from their mean, in nats.
+
+        I(x; z) = 1/N Σ_i E_{p(z | x_i)}[log p(z | x_i) − log p̄(z)],    p̄ = 1/N Σ_k p(z | x_k)
+
+    Draws and normalisers of each p(z | x_i) come from annealing; each density is evaluated at all
+    draws of all rows. With the row itself in p̄ the estimate is low in expectation, without it
+    high. Where it is near 0 the posterior is the prior, every guide is exact, and a comparison of
+    guides says nothing.
+
+    Args:
+        ebm: The LVEBM; unchanged.
+        x: Observations (N, *x_shape), complete.
+        context: Contexts (N, *context_shape) of a conditional LVEBM; it is then I(x, c; z).
+        num_rows: Rows that are taken, at random where there are more.
+        num_draws: Draws of each posterior.
+        seed: Fixes every random number.
+
+    Raises:
+        ValueError: If entries of x are missing, x or context has another shape, or there are fewer
+            than two rows.
+        RuntimeError: If the energy is too rough for annealing.
+
+    Source:
+        Poole et al. (2019), On variational bounds of mutual information, sections 2.1 and 2.3;
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders (active units).
+
+    Example:
+        >>> import torch
+        >>> from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool, mutual_information
+        >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        >>> ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1, pool=TemperedPool(3, 8))
+        >>> abs(mutual_information(ebm, x).value) < 0.01  # f = 0: the posterior is the prior
+        True
+    """
+    x = as_rows(x, ebm.x_shape, like=ebm.base_x.loc)
+    ebm.base_x.support.check(x)
+    context = None if context is None else as_context_of_rows(context, x)
+    context_rows(context, ebm.context_shape)
+    check_at_least(2, rows_of_x=len(x), num_rows=num_rows)
+    check_at_least(1, num_draws=num_draws)
+    generator = generator_for(seed, Stream.MUTUAL_INFORMATION, device=x.device)
+    if len(x) > num_rows:
+        rows = torch.randperm(len(x), generator=generator, device=x.device)[:num_rows]
+        x = x[rows]
+        context = None if context is None else context[rows]
+    with ebm.frozen(), torch.no_grad():
+        at = ebm.given(None if context is None else context[:, None])
+        w_x = ebm.base_x.whiten(x)[:, None]
+        shape = (len(x), _PARTICLES, ebm.base_z.dim)
+        problem = (given_x(at, w_x), residuals_given_x(at, w_x))
+        return _estimate(*problem, shape, x, num_draws, generator)
+
+
+def mutual_information_of(sweep: Sweep, num_draws: int = 16) -> MutualInformation | None:
+    """Estimate I(x; z) of a model, for the latents of each datum of its first minibatch.
+
+    Args:
+        sweep: The model and its data, with θ frozen; its seed fixes the random numbers.
+        num_draws: Draws of each posterior.
+
+    Returns:
+        The estimate; None where the latents of a datum are not one block, entries of x are missing,
+        or there are more data than pairs of them can be compared.
+    """
+    program = sweep.program
+    _, trace = next(iter(program.traces(program.probe, program.probe.num_particles)))
+    blocks, _ = latent_blocks(program, program.probe, trace)
+    block = blocks[0]
+    batch = block.v.shape[1:-1]
+    whole = len(blocks) == 1 and not block.is_global and not block.rows
+    incomplete = any(isinstance(column.gaussian, Completion) for column in block.columns)
+    if not whole or incomplete or not 2 <= batch.numel() <= _MAX_ROWS:
+        return None
+    generator = generator_for(
+        sweep.seed, Stream.MUTUAL_INFORMATION, "program", device=block.v.device
+    )
+    r = None if block.residuals is None else residuals_of_problems(block.residuals, batch)
+    shape = (batch.numel(), _PARTICLES, block.v.shape[-1])
+    return _estimate(as_problems(block.f, batch), r, shape, block.v, num_draws, generator)
+
+
+def _estimate(
+    f: ValueAndGrad,
+    r: Residuals | None,
+    shape: tuple[int, int, int],
+    like: Tensor,
+    num_draws: int,
+    generator: torch.Generator,
+) -> MutualInformation:
+    """The estimate for rows whose latents have energies f, and r, on v (runs, N, particles, k)."""
+    draws, log_c = _posteriors(f, r, shape, like, num_draws, generator)
+    n = shape[0]
+    log_density = _log_densities(f, draws, log_c)  # (N rows k, N, S)
+    own = log_density.diagonal(dim1=0, dim2=1).T  # (N, S)
+    inside = (own - log_density.logsumexp(0) + math.log(n)).mean(1)
+    itself = torch.eye(n, dtype=torch.bool, device=like.device)[..., None]
+    others = log_density.masked_fill(itself, -torch.inf)
+    outside = (own - others.logsumexp(0) + math.log(n - 1)).mean(1)
+    return MutualInformation(
+        float(inside.mean()),
+        float(inside.std()) / math.sqrt(n),
+        float(outside.mean()),
+        n,
+        _active_dimensions(draws),
+    )
+
+
+def _posteriors(
+    f: ValueAndGrad,
+    r: Residuals | None,
+    shape: tuple[int, int, int],
+    like: Tensor,
+    num_draws: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draws v (N, S, k) of each posterior, and log C (N,), its normaliser relative to N(0, I)."""
+    base: Base = STANDARD_NORMAL
+    if r is not None:
+        f, base = start_near(f, r, shape, like, generator)
+    start = base.draw((1, *shape), like, generator)
+    schedule = pilot(f, start, base=base, precondition=r is not None, generator=generator)
+    start = base.draw((_RUNS, *shape), like, generator)
+    found = anneal(f, start, schedule, base=base, num_moves=4, generator=generator)
+    # A run counts by its weight, so that draws have the law of the posterior.
+    run = torch.multinomial(
+        torch.softmax(found.log_ratio, 0).T, num_draws, replacement=True, generator=generator
+    )
+    particle = torch.randint(_PARTICLES, run.shape, generator=generator, device=like.device)
+    rows = torch.arange(shape[0], device=like.device)[:, None]
+    return found.state.u[run, rows, particle], log_mean_exp(found.log_ratio, 0)
+
+
+def _log_densities(f: ValueAndGrad, draws: Tensor, log_c: Tensor) -> Tensor:
+    """Log p(v | x_k) / N(v; 0, I) at draws (N, S, k) of all rows, (N rows k, N, S), in float64."""
+    n, count, k = draws.shape
+    step = max(1, _MAX_EVALUATIONS // n)
+    parts = [
+        -f(part.expand(1, n, -1, -1))[0][0] - log_c[:, None]
+        for part in draws.reshape(n * count, k).split(step)
+    ]
+    return torch.cat(parts, 1).reshape(n, n, count).double()
+
+
+def _active_dimensions(draws: Tensor) -> int:
+    """Axes along which the variance of posterior means, less that of the draws, is noticeable."""
+    n, count, _ = draws.shape
+    means = draws.mean(1).double()
+    centred = draws.double() - means[:, None]
+    noise = torch.einsum("nsi,nsj->ij", centred, centred) / (n * count * max(1, count - 1))
+    covariance = torch.cov(means.T).reshape(noise.shape) - noise
+    return int((torch.linalg.eigvalsh(covariance) > _ACTIVE).sum())
