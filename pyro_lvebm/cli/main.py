@@ -36,6 +36,9 @@ OUTPUTS = {
 """Results of a fit, in the order in which they are written."""
 
 
+_DEMO_VALIDATION = 0.1
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -87,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         help="fit an LVEBM to the handwritten digits of scikit-learn",
         description="The job of `fit` on 1,797 handwritten digits (64 dimensions), dequantised "
-        "and logit-transformed; 360 of them are held out.",
+        "and logit-transformed; 360 of them are held out, and 144 decide when to stop.",
         epilog=written,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -302,7 +305,7 @@ def _fit(args: argparse.Namespace) -> str:
     digits, transforms = None, []
     if args.command == "demo":
         digits = load_digits_data(args.seed)
-        data = split_of_digits(digits, args.seed)
+        data = split_of_digits(digits, args.seed, _DEMO_VALIDATION)
         transforms = [logit_of_levels(digits.num_levels)]
     else:
         table = _read(args)

@@ -228,15 +228,25 @@ def split_table(table: Table, held_out: float, validation: float, seed: int) -> 
     return Split(table, train, test, chosen)
 
 
-def split_of_digits(digits: DigitsData, seed: int) -> Split:
-    """Return the digits as a table, with the split that `load_digits_data` made."""
+def split_of_digits(digits: DigitsData, seed: int, validation: float = 0.0) -> Split:
+    """Return the digits as a table, with the split that `load_digits_data` made.
+
+    Args:
+        digits: The digits.
+        seed: Of that split.
+        validation: Fraction of the training rows that decides when to stop; 0 for none.
+    """
     n, test = len(digits.train), len(digits.test)
     rows = np.concatenate(split(np.arange(n + test), 0.2, seed)) + 1
     height, width = digits.image_shape
     names = tuple(f"pixel[{i},{j}]" for i in range(height) for j in range(width))
     values = np.concatenate([digits.train, digits.test])
     table = Table(values, names, rows, None, ("the handwritten digits of scikit-learn",))
-    return Split(table, np.arange(n), np.arange(n, n + test))
+    train, test_rows = np.arange(n), np.arange(n, n + test)
+    if not validation:
+        return Split(table, train, test_rows)
+    train, chosen = split(train, validation, seed, Stream.VALIDATION_SPLIT)
+    return Split(table, train, test_rows, chosen)
 
 
 class DigitsData(NamedTuple):

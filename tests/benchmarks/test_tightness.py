@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.tightness import is_short, oracle
+from benchmarks.tightness import MEAN_FIELD, ORACLES, by_quadrature, is_short, oracle
+from pyro_lvebm import LVEBM, TemperedPool, ZeroEnergy
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,36 @@ from benchmarks.tightness import is_short, oracle
         (0.2, 0.09, 0.06, True),  # a gap that contradicts its closed form
     ],
 )
-def test_what_falls_short(gap: float, lead: float, off: float, short: bool) -> None:
-    assert is_short(gap, lead, 0.01, off, gap_se=0.01) is short
+def test_what_falls_short_on_an_oracle(gap: float, lead: float, off: float, short: bool) -> None:
+    row = {"data": ORACLES[0], "lead": lead, "std_error": 0.01, "kl_gap": gap, "kl_gap_se": 0.01}
+    assert is_short(row | {"closed form": gap + off}) is short
+
+
+@pytest.mark.parametrize(
+    ("guide", "lead", "below", "short"),
+    [
+        (MEAN_FIELD, 0.11, 0.0, False),
+        (MEAN_FIELD, 0.09, 0.0, True),  # too little, though well above its error
+        ("IAF", 0.09, 0.0, False),
+        ("IAF", 0.049, 0.0, True),
+        ("IAF", math.nan, 0.0, True),
+        ("IAF", 0.09, 0.06, True),  # particles far below quadrature
+        ("IAF", 0.09, math.nan, False),  # z is no plane
+    ],
+)
+def test_what_falls_short_on_data(guide: str, lead: float, below: float, short: bool) -> None:
+    row = {"data": "digits", "guide": guide, "lead": lead, "std_error": 0.01}
+    assert is_short(row | {"below exact": below}) is short
+
+
+def test_quadrature_of_a_linear_decoder_is_its_closed_form() -> None:
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    ebm = LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, generator="linear", pool=TemperedPool(2, 4))
+    base = ebm.base_x
+    tril = base.unit[:, None] * base.linear.detach()
+    noise = base.unit * (1e-3 + base.log_noise.detach().exp())
+    law = torch.distributions.LowRankMultivariateNormal(base.loc, tril, noise.square())
+    assert by_quadrature(ebm, x[:4]) == pytest.approx(float(law.log_prob(x[:4]).mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize(("x_dim", "z_dim"), [(3, 2), (6, 4)])

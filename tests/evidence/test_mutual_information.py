@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the latents carry, against closed forms and quadrature."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from referee import global_seed, normal
+from scipy import stats
+from small_models import exact_joint, quadratic_ebm, tiny_pool
+from torch import Tensor
+
+from pyro_lvebm import (
+    LVEBM,
+    MLPEnergy,
+    MLPGenerator,
+    QuadraticEnergy,
+    ZeroEnergy,
+    compare_elbo,
+    lvebm,
+    mutual_information,
+)
+
+# The function hides the room of its name.
+room: Any = import_module("pyro_lvebm.evidence.mutual_information")
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+ROWS = 60
+
+
+def exact(ebm: LVEBM) -> float:
+    """I(x; z) of a Gaussian joint, ½ log (det C_x det C_z / det C)."""
+    c = exact_joint(ebm).covariance_matrix
+    k = ebm.base_x.dim
+    parts = torch.logdet(c[:k, :k]) + torch.logdet(c[k:, k:]) - torch.logdet(c)
+    return 0.5 * float(parts)
+
+
+def coverage(num_models: int) -> list[bool]:
+    """Whether intervals hold the truth, each for a quadratic of its own and rows drawn from it."""
+    found = []
+    for seed in range(num_models):
+        ebm = quadratic_ebm(2, 1, seed=seed)
+        low, high = mutual_information(ebm, draws(ebm, seed), num_draws=8, seed=seed).interval
+        found.append(low <= exact(ebm) <= high)
+    return found
+
+
+def draws(ebm: LVEBM, seed: int) -> Tensor:
+    joint = exact_joint(ebm)
+    w = normal((ROWS, ebm.dim), seed + 100)
+    return (joint.loc + w @ joint.scale_tril.T)[:, : ebm.base_x.dim]
+
+
+def test_intervals_cover_the_closed_form_of_quadratics() -> None:
+    """40 models; with a coverage of 90 % fewer than 29 have a probability of 0.0006."""
+    assert sum(coverage(40)) >= 29
+
+
+def test_wrong_normalisers_are_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Densities of other rows without log C, as if all evidences were one."""
+    densities = room._log_densities
+
+    def without(f: Any, v: Tensor, log_c: Tensor) -> Tensor:
+        return densities(f, v, torch.zeros_like(log_c))
+
+    monkeypatch.setattr(room, "_log_densities", without)
+    covered = sum(coverage(12))
+    assert stats.binom.cdf(covered, 12, 0.9) < 1e-6
+
+
+def test_f_zero_carries_nothing() -> None:
+    ebm = LVEBM.from_data(MLPEnergy(2, 2), normal((50, 2), 1), z_dim=2, pool=tiny_pool())
+    found = mutual_information(ebm, normal((50, 2), 2))
+    assert abs(found.value) < 1e-3 and found.std_error < 1e-3 and found.active_dimensions == 0
+
+
+def bent(seed: int, num_rows: int = 80) -> tuple[LVEBM, Tensor]:
+    """A decoder from a plane to three entries, bent, and rows drawn from it."""
+    x = normal((300, 3), seed).float()
+    ebm = LVEBM.from_data(
+        ZeroEnergy(3, 2), x, z_dim=2, generator=MLPGenerator(2, (3,), (8,)), pool=tiny_pool()
+    )
+    with torch.no_grad():
+        ebm.base_x.generator.out.weight.copy_(0.8 * normal((3, 8), seed + 1))
+        ebm.base_x.log_noise.fill_(math.log(0.4))
+        rows, _ = ebm.unwhiten(normal((num_rows, 5), seed + 2).float())
+    return ebm, rows
+
+
+def by_quadrature(ebm: LVEBM, x: Tensor) -> float:
+    """The mean over rows of KL(p(z | x_i) ‖ p̄) on a grid."""
+    line = torch.linspace(-5.0, 5.0, 161)
+    z = torch.cartesian_prod(line, line)
+    with torch.no_grad():
+        log_p = torch.stack([-ebm.energy(row.expand(len(z), -1), z) for row in x]).double()
+    p = torch.softmax(log_p, 1)
+    mean = p.mean(0)
+    return float((p * (p.clamp(min=1e-300).log() - mean.clamp(min=1e-300).log())).sum(1).mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_bent_decoder_against_quadrature(seed: int) -> None:
+    """Of the same rows only Monte Carlo error is left, about a fifth of that over rows."""
+    ebm, x = bent(seed)
+    found = mutual_information(ebm, x, num_draws=32, seed=seed)
+    assert abs(found.value - by_quadrature(ebm, x)) < found.std_error
+    assert found.value <= found.upper and found.active_dimensions == 2
+    assert found.value <= math.log(len(x))
+
+
+def test_a_table_has_it_at_its_foot() -> None:
+    ebm, x = bent(3, 40)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            lvebm("s", ebm, obs=x)
+
+    pyro.clear_param_store()
+    guide = AutoNormal(model)
+    with torch.no_grad(), global_seed(0):
+        guide(x)
+    table = compare_elbo(model, {"guide": guide}, x, num_samples=4)
+    assert table.carried is not None and "I(x; z) = " in str(table)
+    assert abs(table.carried.value - by_quadrature(ebm, x)) < table.carried.std_error
+    assert "says nothing" not in str(table)
+
+
+def test_a_table_of_latents_that_carry_nothing_says_so() -> None:
+    x = normal((20, 2), 4).float()
+    ebm = LVEBM.from_data(QuadraticEnergy(2, 1), x, z_dim=1, pool=tiny_pool())
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            lvebm("s", ebm, obs=x)
+
+    pyro.clear_param_store()
+    guide = AutoNormal(model)
+    with torch.no_grad(), global_seed(0):
+        guide(x)
+    assert "a comparison of guides says nothing" in str(compare_elbo(model, {"g": guide}, x))
+
+
+def test_what_it_refuses() -> None:
+    ebm = quadratic_ebm(2, 1)
+    with pytest.raises(ValueError, match="NaN"):
+        mutual_information(ebm, torch.tensor([[0.0, torch.nan], [1.0, 2.0]]).double())
+    with pytest.raises(ValueError, match="rows_of_x must be at least 2"):
+        mutual_information(ebm, torch.zeros(1, 2).double())
+
+
+def test_few_rows_are_said_to_hide_more() -> None:
+    ebm, x = bent(0, 80)
+    with torch.no_grad():
+        ebm.base_x.log_noise.fill_(math.log(0.01))
+        x, _ = ebm.unwhiten(normal((20, 5), 9).float())
+    assert "at most log N = 3.00" in str(mutual_information(ebm, x))
