@@ -23,6 +23,7 @@ from pyro_lvebm.cli.baselines import evaluate_baselines, evaluate_incomplete
 from pyro_lvebm.cli.choice import Candidate, choose_base, model_of, with_energy
 from pyro_lvebm.cli.figures import Results, image_figure, informative_pairs, table_figure
 from pyro_lvebm.cli.output import OutputFolder
+from pyro_lvebm.cli.plane import SITE, has_plane, plane_figure
 from pyro_lvebm.cli.progress import Progress
 from pyro_lvebm.cli.resumed import load_fit
 from pyro_lvebm.cli.rows import row_frame
@@ -192,6 +193,12 @@ def run_job(
         posterior = to_arviz(
             saddle, x, num_samples=50, table=table, seed=seed, coords=labels, dims=dims
         )
+        if has_plane(ebm):
+            latents = posterior["posterior"][SITE].to_numpy()
+            latents = latents.reshape(-1, *latents.shape[2:])
+            plane = plane_figure(ebm, model, x, latents, guides, seed, digits)
+            with out.writing("latents.png") as path:
+                save_figure(plane, path)
         with out.writing("posterior.nc") as path:
             posterior.to_netcdf(str(path))
     _write_summary(out, summary, said)

@@ -31,6 +31,7 @@ OUTPUTS = {
     "rows.csv": "of every row: part, log p(x) with its standard error, posterior of z",
     "elbo_table.csv": "ELBO and KL gap of every posterior, with standard errors",
     "figure.png": "data, model draws, ELBO table, training, log Z, held-out comparison",
+    "latents.png": "E[x | z] over the latent plane with posteriors, of a generator with z in 2-D",
     "posterior.nc": "posterior draws for ArviZ",
 }
 """Results of a fit, in the order in which they are written."""
