@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         pool_diagnostics,
         traverse,
     )
-    from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
+    from pyro_lvebm.energies import ConjugateEnergy, MLPEnergy, QuadraticEnergy
     from pyro_lvebm.evidence import (
         ConditionalLogPartition,
         ImportanceWeightedELBO,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         AutoPerDatumLowRankMultivariateNormal,
         AutoPerDatumMultivariateNormal,
     )
-    from pyro_lvebm.model import LVEBM, JointEnergy
+    from pyro_lvebm.model import LVEBM, EnergyPrior, JointEnergy
     from pyro_lvebm.plots import (
         history_figure,
         plot_elbo,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     )
     from pyro_lvebm.pools import ContextPool, PersistentPool, TemperedPool
     from pyro_lvebm.sampling import MALA, ULA
-    from pyro_lvebm.sites import lvebm
+    from pyro_lvebm.sites import energy_prior, lvebm
     from pyro_lvebm.training import (
         GuideFit,
         Saddle,
@@ -83,11 +83,13 @@ __all__ = [
     "AutoPerDatumLowRankMultivariateNormal",
     "AutoPerDatumMultivariateNormal",
     "ConditionalLogPartition",
+    "ConjugateEnergy",
     "ContextPool",
     "ConvergenceRate",
     "Disentanglement",
     "Dissipativity",
     "ElboTable",
+    "EnergyPrior",
     "GuideFit",
     "ImportanceWeighted",
     "ImportanceWeightedELBO",
@@ -112,6 +114,7 @@ __all__ = [
     "convergence_rate",
     "disentanglement",
     "energy_l2",
+    "energy_prior",
     "half_cosine",
     "history_figure",
     "ipla",

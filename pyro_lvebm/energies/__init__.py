@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Residual energies f(x, z)."""
 
+from pyro_lvebm.energies.conjugate import ConjugateEnergy
 from pyro_lvebm.energies.mlp import MLPEnergy
 from pyro_lvebm.energies.quadratic import QuadraticEnergy
 from pyro_lvebm.energies.whitened import WhitenedEnergy, check_energy

@@ -36,6 +36,8 @@ def anneal_latents(
     Returns:
         log Ĉ (num_runs, problems), nats.
     """
+    if not shape[-1]:  # nothing to integrate over
+        return -f(standard_normal((num_runs, shape[0], 1, 0), like, generator))[0][..., 0]
     start = standard_normal((1, *shape), like, generator)
     schedule = pilot(f, start, relative_ess=relative_ess, num_moves=num_moves, generator=generator)
     start = standard_normal((num_runs, *shape), like, generator)
