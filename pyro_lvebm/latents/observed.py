@@ -4,26 +4,24 @@
 from __future__ import annotations
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_lvebm.latents.blocks import BlockAxes, LatentBlock
 from pyro_lvebm.latents.model_at import ModelAt
 from pyro_lvebm.latents.program import Program
-from pyro_lvebm.sites import all_nodes, sample_nodes, subsample_nodes
+from pyro_lvebm.sites import Node, sample_nodes, subsample_nodes
 
 
-def observed_block(program: Program, guide_trace: Trace) -> LatentBlock:
+def observed_block(program: Program, nodes: dict[str, Node]) -> LatentBlock:
     """Return a block without columns at a minibatch, with log p of every datum as its offset.
 
     Args:
         program: The model, which observes all its sites.
-        guide_trace: A trace of the guide; fixes the minibatch.
+        nodes: Fix the minibatch.
 
     Raises:
         ValueError: If the model has no sites.
     """
-    nodes = {n: d for n, d in all_nodes(guide_trace).items() if d["type"] == "sample"}
     at = ModelAt(program, nodes, 1)
     with torch.no_grad():
         trace = at.trace(1)
@@ -34,7 +32,8 @@ def observed_block(program: Program, guide_trace: Trace) -> LatentBlock:
     first = next(iter(sites.values()))
     batch, frames = first["fn"].batch_shape, first["cond_indep_stack"]
     v = first["log_prob"].new_zeros(1, *batch, 0)
-    offset = BlockAxes(first["name"], batch, frames, at.nesting).total_log_prob(sites, v, 1, batch)
+    axes = BlockAxes(first["name"], batch, frames, at.nesting)
+    offset = axes.total_log_prob(sites, v, 1, batch) / first["scale"]
     indices = {frame.name: choices[frame.name]["value"] for frame in frames}
     return LatentBlock([], indices, v, _zero, offset, False, at)
 

@@ -102,7 +102,7 @@ class Sweep:
             if self.program.integrated():
                 blocks, _ = latent_blocks(self.program, particles, guide_trace)
             else:
-                blocks = [observed_block(self.program, guide_trace)]
+                blocks = [observed_block(self.program, batch.nodes)]
             if len(blocks) != 1 or blocks[0].is_global:
                 groups = [[c.name for c in b.columns] for b in blocks]
                 raise ValueError(
