@@ -25,7 +25,7 @@ ARVIZ1_TESTS = $(shell grep -rlE 'arviz|plot' tests --include='test_*.py') \
 	tests/whole/test_tutorials.py::test_tutorial_runs[posterior_analysis]
 
 .PHONY: help setup setup-arviz1 test test-all test-faults test-arviz1 coverage mutants demo lint docs clean
-.PHONY: bench bench-training bench-calibration bench-tightness bench-modes
+.PHONY: bench bench-training bench-calibration bench-tightness bench-modes bench-prior
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
@@ -106,6 +106,9 @@ bench-tightness: setup ## Compare particles with restricted guides at one θ; QU
 
 bench-modes: setup ## Fit rare modes of all shares and distances; QUICK=1 for one fit.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.modes $(if $(filter-out 0,$(QUICK)),--quick,--results bench-modes.jsonl)
+
+bench-prior: setup ## Compare an energy prior with a normal one on one decoder; QUICK=1 for half a minute.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.priors $(if $(filter-out 0,$(QUICK)),--quick,--results bench-prior.jsonl)
 
 clean: ## Remove outputs and caches; keep .venv and .venv-arviz1.
 	rm -rf demo docs/_build build dist *.egg-info

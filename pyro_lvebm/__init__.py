@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         pool_diagnostics,
         traverse,
     )
-    from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, ZeroEnergy
+    from pyro_lvebm.energies import ConjugateEnergy, MLPEnergy, QuadraticEnergy, ZeroEnergy
     from pyro_lvebm.evidence import (
         ConditionalLogPartition,
         ImportanceWeightedELBO,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         AutoPerDatumLowRankMultivariateNormal,
         AutoPerDatumMultivariateNormal,
     )
-    from pyro_lvebm.model import LVEBM, JointEnergy
+    from pyro_lvebm.model import LVEBM, EnergyPrior, JointEnergy
     from pyro_lvebm.plots import (
         history_figure,
         plot_elbo,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     )
     from pyro_lvebm.pools import ContextPool, PersistentPool, TemperedPool
     from pyro_lvebm.sampling import MALA, ULA
-    from pyro_lvebm.sites import lvebm
+    from pyro_lvebm.sites import energy_prior, lvebm
     from pyro_lvebm.training import (
         GuideFit,
         Saddle,
@@ -87,12 +87,14 @@ __all__ = [
     "AutoPerDatumLowRankMultivariateNormal",
     "AutoPerDatumMultivariateNormal",
     "ConditionalLogPartition",
+    "ConjugateEnergy",
     "ContextPool",
     "ConvGenerator",
     "ConvergenceRate",
     "Disentanglement",
     "Dissipativity",
     "ElboTable",
+    "EnergyPrior",
     "GeneratorBase",
     "GuideFit",
     "ImportanceWeighted",
@@ -121,6 +123,7 @@ __all__ = [
     "convergence_rate",
     "disentanglement",
     "energy_l2",
+    "energy_prior",
     "half_cosine",
     "history_figure",
     "ipla",

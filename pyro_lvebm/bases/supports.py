@@ -219,7 +219,8 @@ def _probe(
             f"lacks an inverse or a Jacobian: {error}"
         ) from error
     exact = x.shape[1:] == event_shape and back.shape == y.shape and torch.allclose(back, y)
-    if not exact or not shape.numel() or not log_det.isfinite().all():
+    fixed = not shape.numel() and bool(event_shape.numel())  # as the only entry of a simplex
+    if not exact or fixed or not log_det.isfinite().all():
         raise ValueError(
             f"support {constraint} has no usable bijection to x of shape {tuple(event_shape)}: "
             "T⁻¹(T(y)) is not y, or shapes or the Jacobian are wrong"

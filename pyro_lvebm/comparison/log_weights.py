@@ -20,6 +20,7 @@ from pyro_lvebm.sampling import anneal, pilot, standard_normal
 from pyro_lvebm.sites import (
     LatentSite,
     Model,
+    is_prior,
     sample_nodes,
     subsample_nodes,
 )
@@ -28,13 +29,16 @@ from pyro_lvebm.sites import (
 class _FromBase(Messenger):
     """Draws the latent of an LVEBM from base_z, whose density its site has.
 
-    Without data the site itself draws from the pool, from p_θ(z).
+    Without data the site itself draws from the pool, from p_θ(z). An energy prior, whose density
+    is known up to log Z only, is replaced by its base.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], LatentSite):
-            base = msg["fn"].ebm.base_z.distribution()
-            msg["fn"] = base.expand(msg["fn"].batch_shape)
+        fn = msg["fn"]
+        if isinstance(fn, LatentSite):
+            msg["fn"] = fn.ebm.base_z.distribution().expand(fn.batch_shape)
+        elif is_prior(fn) and not msg["is_observed"]:
+            msg["fn"] = fn.ebm.base_x.distribution().expand(fn.batch_shape)
 
 
 def prior_guide(program: Program) -> Model:

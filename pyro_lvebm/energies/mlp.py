@@ -40,7 +40,8 @@ class MLPEnergy(WhitenedEnergy):
 
     Args:
         x_dim: Number of entries of x.
-        z_dim: Number of entries of z.
+        z_dim: Number of entries of z; 0 for an energy of x alone, such as that of an
+            `EnergyPrior`.
         hidden: Width of each hidden layer.
         fourier_features: Number of columns of B. None chooses 32 where x_dim + z_dim ≤ 8 and
             none above, where they overfit.
@@ -52,8 +53,8 @@ class MLPEnergy(WhitenedEnergy):
         seed: Fixes the initial weights and B.
 
     Raises:
-        ValueError: If a size is less than 1, `fourier_features` is negative, or `kl_penalty` is
-            negative or not finite.
+        ValueError: If a size is less than 1, z_dim or `fourier_features` is negative, or
+            `kl_penalty` is negative or not finite.
 
     Source:
         Rahimi and Recht (2007), Random features for large-scale kernel machines, section 3;
@@ -73,7 +74,7 @@ class MLPEnergy(WhitenedEnergy):
     def __init__(
         self,
         x_dim: int,
-        z_dim: int,
+        z_dim: int = 0,
         hidden: Sequence[int] = (128, 128),
         fourier_features: int | None = None,
         *,

@@ -25,11 +25,11 @@ class QuadraticEnergy(WhitenedEnergy):
 
     Args:
         x_dim: Number of entries of x.
-        z_dim: Number of entries of z.
+        z_dim: Number of entries of z; 0 for an energy of x alone.
         context_dim: Number of entries of a context; 0 for an energy without contexts.
 
     Raises:
-        ValueError: If a dimension is less than 1, or `context_dim` is negative.
+        ValueError: If x_dim is less than 1, or z_dim or `context_dim` is negative.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ class QuadraticEnergy(WhitenedEnergy):
 
     by_context: Tensor | None  # W (context_dim, d)
 
-    def __init__(self, x_dim: int, z_dim: int, *, context_dim: int = 0) -> None:
+    def __init__(self, x_dim: int, z_dim: int = 0, *, context_dim: int = 0) -> None:
         super().__init__(x_dim, z_dim)
         if context_dim < 0:
             raise ValueError(f"context_dim must be 0 or more; got {context_dim}")

@@ -23,17 +23,19 @@ class WhitenedEnergy(nn.Module):
 
     Args:
         x_dim: Number of entries of x, unconstrained: K − 1 on a simplex with K entries.
-        z_dim: Number of entries of z.
+        z_dim: Number of entries of z; 0 for an energy of x alone.
         kl_penalty: Strength of the `kl_to_base` that a `Saddle` adds to its loss, in nats; 0
             leaves maximum likelihood.
 
     Raises:
-        ValueError: If a dimension is less than 1, or the strength is negative or not finite.
+        ValueError: If x_dim is less than 1, z_dim negative, or the strength negative or not
+            finite.
     """
 
-    def __init__(self, x_dim: int, z_dim: int, *, kl_penalty: float = 0.0) -> None:
+    def __init__(self, x_dim: int, z_dim: int = 0, *, kl_penalty: float = 0.0) -> None:
         super().__init__()
-        check_at_least(1, x_dim=x_dim, z_dim=z_dim)
+        check_at_least(1, x_dim=x_dim)
+        check_at_least(0, z_dim=z_dim)
         if not 0 <= kl_penalty < math.inf:
             raise ValueError(f"kl_penalty must be finite and not negative; got {kl_penalty}")
         self.kl_penalty = kl_penalty

@@ -54,6 +54,8 @@ def anneal_latents(
     Returns:
         log Ĉ (num_runs, problems), nats.
     """
+    if not shape[-1]:  # nothing to integrate over
+        return -f(like.new_empty(num_runs, shape[0], 1, 0))[0][..., 0]
     base: Base = STANDARD_NORMAL
     if residuals is not None:
         f, base = start_near(f, residuals, shape, like, generator)

@@ -15,7 +15,7 @@ from pyro_lvebm.bases import Completion, GaussianBase
 from pyro_lvebm.latents.enumeration import check_enumerated, sum_out
 from pyro_lvebm.latents.model_at import ModelAt, depends_on
 from pyro_lvebm.sampling import Residuals, ValueAndGrad
-from pyro_lvebm.sites import LatentSite, MissingSite, Node, plates_of
+from pyro_lvebm.sites import LatentSite, MissingSite, Node, is_prior, plates_of
 
 _NO_ROWS = torch.Size()
 
@@ -122,6 +122,8 @@ def whitening(fn: Any, nesting: int) -> GaussianBase | Completion | None:
     """Return the Gaussian whose coordinates the values of a site take, if there is one."""
     if isinstance(fn, LatentSite):
         return fn.ebm.base_z
+    if is_prior(fn):
+        return fn.ebm.base_x if fn.ebm.base_x.support.is_real else None
     # Where latents move x, observed entries differ between particles, and so would coordinates.
     fixed = isinstance(fn, MissingSite) and len(fn.completion.batch_shape) <= nesting
     return fn.completion if fixed else None

@@ -14,6 +14,7 @@ from pyro_lvebm.guides import AutoParticles
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.energy import latent_blocks
 from pyro_lvebm.latents.minibatches import Minibatch
+from pyro_lvebm.latents.observed import observed_block
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sites import Model, Node, plates_of, sample_nodes, unvectorise
@@ -98,7 +99,10 @@ class Sweep:
         traces = self.program.traces(guide, particles.num_particles)
         values: list[Tensor] = []
         for number, (batch, guide_trace) in enumerate(traces):
-            blocks, _ = latent_blocks(self.program, particles, guide_trace)
+            if self.program.integrated():
+                blocks, _ = latent_blocks(self.program, particles, guide_trace)
+            else:
+                blocks = [observed_block(self.program, batch.nodes)]
             if len(blocks) != 1 or blocks[0].is_global:
                 groups = [[c.name for c in b.columns] for b in blocks]
                 raise ValueError(

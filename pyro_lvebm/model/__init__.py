@@ -19,6 +19,7 @@ from pyro_lvebm.model.contexts import (
     expand_context,
 )
 from pyro_lvebm.model.density import Density
+from pyro_lvebm.model.energy_prior import EnergyPrior
 from pyro_lvebm.model.lvebm import LVEBM, JointEnergy, pools_at_rest
 from pyro_lvebm.model.posterior import Shape, as_problems, expand_events
 from pyro_lvebm.model.rays import warn_of_falling

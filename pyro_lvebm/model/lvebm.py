@@ -142,7 +142,8 @@ class LVEBM(Density):
             energy: The residual energy f.
             x: Data (N, *x_shape), a floating-point tensor or array, more rows than dimensions; NaN
                 where an entry is missing. The LVEBM takes their dtype.
-            z_dim: Number of latent dimensions.
+            z_dim: Number of latent dimensions. With 0 it is an energy-based model of x alone: z is
+                (*b, 0), and `lvebm` opens one site.
             support: Where x lies, one of `torch.distributions.constraints`, such as
                 `constraints.positive`, of single entries or of the trailing axes of a row; the
                 real vectors if None. The Gaussian is then one of y = T⁻¹(x), T = `biject_to`
@@ -161,7 +162,7 @@ class LVEBM(Density):
         Raises:
             ValueError: If x is empty, infinite or not floating point, has too few rows or
                 constant columns, does not lie inside the support, or has entries missing on one
-                that ties entries together; if z_dim < 1, no bijection to the support is known, or
+                that ties entries together; if z_dim < 0, no bijection to the support is known, or
                 the energy does not fit.
 
         Example:
@@ -173,7 +174,7 @@ class LVEBM(Density):
             >>> bool((ebm.unwhiten(torch.randn(50, 3))[0] > 0).all())
             True
         """
-        check_at_least(1, z_dim=z_dim)
+        check_at_least(0, z_dim=z_dim)
         x = as_data(x, missing=True)
         base_z = GaussianBase(x.new_zeros(z_dim), x.new_ones(z_dim))
         within = None if support is None else Support(support, x.shape[1:])

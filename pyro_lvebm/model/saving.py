@@ -21,7 +21,13 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_lvebm.bases import GaussianBase, GeneratorBase, MixtureBase, Support
-from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, WhitenedEnergy, ZeroEnergy
+from pyro_lvebm.energies import (
+    ConjugateEnergy,
+    MLPEnergy,
+    QuadraticEnergy,
+    WhitenedEnergy,
+    ZeroEnergy,
+)
 from pyro_lvebm.generators import ConvGenerator, MLPGenerator
 from pyro_lvebm.pools import ContextPool, PersistentPool, Pool, TemperedPool
 from pyro_lvebm.sampling import MALA, ULA
@@ -81,6 +87,13 @@ _ENERGIES: dict[type, Callable[[Any], dict[str, Any]]] = {
         "hidden": [layer.out_features for layer in f.hidden],
         "fourier_features": f.frequencies.shape[1],
         "context_dim": f.context_dim,
+        "kl_penalty": f.kl_penalty,
+    },
+    ConjugateEnergy: lambda f: {
+        "x_dim": f.x_dim,
+        "z_dim": f.z_dim,
+        "hidden": list(f.hidden),
+        "fourier_features": f.frequencies.shape[1],
         "kl_penalty": f.kl_penalty,
     },
     QuadraticEnergy: lambda f: {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An LVEBM inside a Pyro program."""
 
-from pyro_lvebm.sites.distributions import LatentSite, MissingSite, ObservedSite
+from pyro_lvebm.sites.distributions import LatentSite, MissingSite, ObservedSite, is_prior
 from pyro_lvebm.sites.given_rows import (
     GIVEN,
     GivenRows,
@@ -9,7 +9,7 @@ from pyro_lvebm.sites.given_rows import (
     find_rows,
     is_subsample,
 )
-from pyro_lvebm.sites.primitive import announce_theta, lvebm
+from pyro_lvebm.sites.primitive import announce_theta, energy_prior, lvebm
 from pyro_lvebm.sites.traces import (
     PARTICLE_PLATE,
     CheapLatents,

@@ -82,16 +82,21 @@ class LatentSite(TorchDistribution):
         """Draw the z of joint draws from the pool, and remember their x."""
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            x, z = self.ebm.unwhiten(self._draw(shape))
-        self.pairing.x = x.reshape(*shape, *self.ebm.x_shape)
-        self.pairing.z = z.reshape(*shape, *self.ebm.z_shape)
+            self.pairing.x, self.pairing.z = _draw_pairs(self.ebm, self.context, shape)
         return self.pairing.z.clone()
 
-    def _draw(self, shape: torch.Size) -> Tensor:
-        """Draw u (n, d) for all n elements of a shape."""
-        ebm, contexts = self.ebm, as_problems(self.context, self.ebm, shape)
-        if contexts is None:
-            return ebm.pool.draw(ebm, shape.numel())
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log base_z (*b,), in nats."""
+        log_prob = self.ebm.base_z.log_prob(value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+def _draw_pairs(ebm: LVEBM, context: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Draw x (*shape, *x_shape) and z (*shape, *z_shape) from the joint."""
+    contexts = as_problems(context, ebm, shape)
+    if contexts is None:
+        u = ebm.pool.draw(ebm, shape.numel())
+    else:
         # A run for each draw would fill the memory if all ran side by side.
         runs = [
             draw_conditional(
@@ -103,12 +108,9 @@ class LatentSite(TorchDistribution):
             )
             for part in contexts.split(_MAX_RUNS)
         ]
-        return torch.cat(runs)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return log base_z (*b,), in nats."""
-        log_prob = self.ebm.base_z.log_prob(value)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        u = torch.cat(runs)
+    x, z = ebm.unwhiten(u)
+    return x.reshape(*shape, *ebm.x_shape), z.reshape(*shape, *ebm.z_shape)
 
 
 @register_kl(torch.distributions.Independent, LatentSite)  # type: ignore[untyped-decorator]
@@ -125,7 +127,8 @@ class ObservedSite(TorchDistribution):
     contributed log base_z(z). Where entries of x are missing, x is completed by the values of the
     site `{name}_missing`, and what that site has contributed is left out too. Draws are the x of
     the pool's pair where z is that of the pool, and otherwise draws of p_θ(x | z) by annealed
-    Langevin.
+    Langevin. Where z has no entries it is the one site of an LVEBM, latent in `energy_prior`, and
+    draws come from the pool.
 
     Args:
         ebm: The LVEBM.
@@ -169,6 +172,8 @@ class ObservedSite(TorchDistribution):
     def sample(self, sample_shape: Shape = _EMPTY) -> Tensor:
         """Draw x given z."""
         z = self.z.detach().expand(*sample_shape, *self.z.shape)
+        if not self.ebm.base_z.dim:
+            return _draw_pairs(self.ebm, self.context, z.shape[:-1])[0]
         paired_z, paired_x = self.pairing.z, self.pairing.x
         if paired_z is not None and paired_x is not None and _equal(paired_z, z):
             return paired_x.clone()
@@ -201,6 +206,11 @@ class ObservedSite(TorchDistribution):
             value = completion.complete(entries, value)
         x = expand_events(value, self.z, self.ebm.x_shape, self.ebm.z_shape)
         return x, expand_events(self.z, value, self.ebm.z_shape, self.ebm.x_shape)
+
+
+def is_prior(fn: object) -> bool:
+    """Return whether a distribution is that of an LVEBM over one vector, as in `energy_prior`."""
+    return isinstance(fn, ObservedSite) and not fn.ebm.base_z.dim
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

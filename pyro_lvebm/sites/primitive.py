@@ -46,6 +46,8 @@ def lvebm(
     log Z carries the pool's value and gradient, so any Pyro ELBO over these sites trains θ. The
     parameters of the energy are announced to Pyro's parameter store.
 
+    Where z has no entries there is no z site, and `{name}` has the density of x alone.
+
     Args:
         name: Name of the x site.
         ebm: The LVEBM.
@@ -108,17 +110,87 @@ def lvebm(
         _check_not_random(name, part)
     pairing = Pairing()
     with _FullName() as seen:
-        z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
-    site = seen.name.removesuffix("_z")
+        if ebm.base_z.dim:
+            z = pyro.sample(f"{name}_z", LatentSite(ebm, pairing, context=context))
+        else:
+            rows = context_rows(context, ebm.context_shape)
+            rows = rows if completion is None else completion.batch_shape
+            z = ebm.base_z.loc.expand(*rows, 0)
+            x = _sample_x(name, ebm, z, pairing, obs, completion, context)
+            z = z.expand(*x.shape[: x.dim() - len(ebm.x_shape)], 0)
+    site = seen.name.removesuffix("_z") if ebm.base_z.dim else seen.name
     ebm.pool.belong_to(site)
     announce_theta(site, ebm)
+    if ebm.base_z.dim:
+        x = _sample_x(name, ebm, z, pairing, obs, completion, context)
+    return x, z
+
+
+def energy_prior(name: str, prior: LVEBM) -> Tensor:
+    """Open the sample site of an energy prior, a latent z with the density p_θ(z).
+
+        log p_θ(z) = log base(z) − f_θ(z) − log Z_θ
+
+    It is one site of Pyro, with any likelihood after it. log Z carries the value and the gradient
+    of the pool, so any Pyro ELBO over the model trains the prior; a `Saddle` moves its pool and
+    keeps its updates in the trust region, and `log_evidence_of`, `compare_elbo` and `to_arviz`
+    bracket its log Z. Draws come from the pool.
+
+    Args:
+        name: Name of the site.
+        prior: An `EnergyPrior`, or an `LVEBM` with z_dim = 0.
+
+    Returns:
+        z (*b, *z_shape), with the rows of the plates around the call.
+
+    Raises:
+        ValueError: If the prior is no such `LVEBM`, or is conditional; if a parameter of the energy
+            is a sample site.
+
+    Source:
+        Pang et al. (2020), Learning latent space energy-based prior model.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_lvebm import EnergyPrior, MLPEnergy, energy_prior
+        >>> prior = EnergyPrior(MLPEnergy(1, hidden=(16,)), z_dim=1)
+        >>> def model(counts):
+        ...     with pyro.plate("data", len(counts), subsample_size=20) as i:
+        ...         z = energy_prior("z", prior)
+        ...         pyro.sample("n", dist.Poisson(z.exp()).to_event(1), obs=counts[i])
+        ...     return z
+        >>> model(torch.ones(50, 3)).shape
+        torch.Size([20, 1])
+    """
+    if not isinstance(prior, LVEBM):
+        raise ValueError(f"energy_prior needs an EnergyPrior; got {type(prior).__name__}")
+    if prior.base_z.dim or prior.context_shape is not None:
+        raise ValueError(
+            "energy_prior needs an energy-based density of one vector: an EnergyPrior, or an LVEBM "
+            "with z_dim=0 and without contexts. Sites of a pair (x, z) are opened by lvebm(...)"
+        )
+    return lvebm(name, prior)[0]
+
+
+def _sample_x(
+    name: str,
+    ebm: LVEBM,
+    z: Tensor,
+    pairing: Pairing,
+    obs: Tensor | None,
+    completion: Completion | None,
+    context: Tensor | None,
+) -> Tensor:
+    """Open the x site, and that of the missing entries; return x, completed."""
     if completion is None:
-        return pyro.sample(name, ObservedSite(ebm, z, pairing, context=context), obs=obs), z
+        x: Tensor = pyro.sample(name, ObservedSite(ebm, z, pairing, context=context), obs=obs)
+        return x
     entries = pyro.sample(f"{name}_missing", MissingSite(completion))
     fn = ObservedSite(ebm, z, pairing, missing=(completion, entries), context=context)
     x = pyro.sample(name, fn, obs=obs)
     # A replicate of x, as under `uncondition`, is complete.
-    return (completion.complete(entries, x) if x is obs else x), z
+    return completion.complete(entries, x) if x is obs else x
 
 
 class _FullName(Messenger):

@@ -17,7 +17,7 @@ from referee import normal
 from small_models import same, snapshot, tiny_pool
 from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, ContextPool, MLPEnergy, QuadraticEnergy
+from pyro_lvebm import LVEBM, ConjugateEnergy, ContextPool, MLPEnergy, QuadraticEnergy
 from pyro_lvebm.energies import WhitenedEnergy
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.sampling import value_and_grad
@@ -59,6 +59,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "MLP of one layer": lambda: MLPEnergy(X, Z, (5,), 3, seed=2),
     "MLP of three layers": lambda: MLPEnergy(X, Z, (8, 9, 7), 1, seed=3),
     "MLP without features": lambda: MLPEnergy(X, Z, (8, 6), 0, seed=1),
+    "conjugate": lambda: ConjugateEnergy(X, Z, (8, 6), seed=1),
     "quadratic": lambda: QuadraticEnergy(X, Z),
     "a user's": Users,
     "a user's, whitened": UsersWhitened,

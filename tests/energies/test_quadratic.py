@@ -253,5 +253,5 @@ def test_a_linear_term_of_another_shape_changes_nothing(linear: Tensor) -> None:
 
 
 def test_sizes_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="z_dim must be at least 1; got 0"):
-        QuadraticEnergy(2, 0)
+    with pytest.raises(ValueError, match="z_dim must be at least 0; got -1"):
+        QuadraticEnergy(2, -1)

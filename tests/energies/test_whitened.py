@@ -211,7 +211,7 @@ def test_the_seed_fixes_weights_and_frequencies() -> None:
     ("arguments", "message"),
     [
         ({"x_dim": 0, "z_dim": 1}, "x_dim must be at least 1; got 0"),
-        ({"x_dim": 1, "z_dim": -2}, "z_dim must be at least 1; got -2"),
+        ({"x_dim": 1, "z_dim": -2}, "z_dim must be at least 0; got -2"),
         ({"x_dim": 2, "z_dim": 1, "hidden": ()}, r"hidden .* got \(\)"),
         ({"x_dim": 2, "z_dim": 1, "hidden": (8, 0)}, r"hidden .* got \(8, 0\)"),
         ({"x_dim": 2, "z_dim": 1, "fourier_features": -1}, "fourier_features .* got -1"),

@@ -18,6 +18,7 @@ from torch.distributions import constraints
 from pyro_lvebm import (
     LVEBM,
     MALA,
+    ConjugateEnergy,
     ContextPool,
     MLPEnergy,
     PersistentPool,
@@ -49,6 +50,10 @@ CASES: dict[str, Callable[[], LVEBM]] = {
     "mixture": lambda: fit(mlp(fourier_features=5), TWO, base="mixture"),
     "double": lambda: fit(mlp(kl_penalty=0.0), X.double()),
     "quadratic": lambda: fit(QuadraticEnergy(2, 1), X, pool=PersistentPool(8, kernel=MALA(0.7))),
+    "conjugate": lambda: fit(
+        ConjugateEnergy(2, 1, hidden=(5, 4), fourier_features=3, kl_penalty=1.0), TWO
+    ),
+    "without z": lambda: fit(MLPEnergy(2, hidden=(4,)), X, z_dim=0),
     "missing": lambda: fit(mlp(), HOLES, base="gaussian"),
     "positive": lambda: fit(mlp(), X.exp(), support=constraints.positive),
     "by column": lambda: fit(mlp(), X.sigmoid(), support=by_column),

@@ -48,6 +48,7 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
         "posterior_analysis",
         "particle_maximum_likelihood",
         "regression_with_missing_inputs",
+        "energy_prior",
         "lorenz63",
         "when_training_goes_wrong",
     ],
