@@ -149,9 +149,9 @@ print(f"annealed minus quadrature: {float(error.mean()):.4f}")
 # ## Guides
 #
 # The ELBO table works as with any LVEBM: particles, a Gaussian of each datum's own, and, as the row
-# "prior", the base of the energy prior. Few counts leave posteriors with two modes, of which one
-# Gaussian has one. The row of the particles anneals from a Gaussian to both in 32 temperatures,
-# and loses what that leaves.
+# "prior", the base of the energy prior. Few counts leave posteriors with two modes. A Gaussian
+# that starts in the lesser one stays there, and so does a particle, as Langevin moves do not cross
+# what lies between; the annealing behind the row of the particles repairs most of it.
 
 # %%
 saddle = saddles["energy"]

@@ -58,8 +58,9 @@ def warn_of_falling(density: Density) -> None:
     points = falling_rays(density)
     if len(points):
         x, z = density.unwhiten(points[:1])
+        place = f"x = {x[0].tolist()}" + (f", z = {z[0].tolist()}" if z.numel() else "")
         warn_of_training(
-            f"the energy falls from x = {x[0].tolist()}, z = {z[0].tolist()} outwards, so Z may be "
+            f"the energy falls from {place} outwards, so Z may be "
             "infinite, and chains may run away. Make f bounded or Lipschitz: bound its inputs, "
             "drop powers above the first, or add a penalty that grows faster; "
             "check_dissipativity(ebm) tells more"

@@ -30,6 +30,7 @@ from pyro_lvebm import (
     log_partition,
 )
 from pyro_lvebm.bases import GaussianBase
+from pyro_lvebm.evidence import programs
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -130,10 +131,13 @@ def exact_guide(ebm: LVEBM, batch: int | None = None) -> Any:
     return guide
 
 
-def test_as_a_guide_it_loses_nothing_and_others_what_the_closed_form_says() -> None:
+def test_as_a_guide_it_loses_nothing_and_others_what_the_closed_form_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Every draw of its ELBO is log p(x); base_z as a guide loses ½ |h|²."""
     ebm = neural()
     x, model = draw_x(ebm, 30), make_model(ebm)
+    monkeypatch.setattr(programs, "log_partition", lambda *_, **__: bracket(0.0))
     with ebm.frozen(), torch.random.fork_rng():
         loss = Trace_ELBO().loss(model, exact_guide(ebm), x)
         rows = {"exact": exact_guide(ebm), "prior": PriorProposal()}
@@ -158,7 +162,7 @@ def variance_of_posterior_means(energy: Any) -> float:
     conjugate = isinstance(energy, ConjugateEnergy)
     guide = exact_guide(ebm, 128) if conjugate else AutoParticles(model, 1)
     saddle = Saddle(model, guide, Adam({"lr": 3e-2}), num_moves=4)
-    saddle.fit(x, num_steps=60, progress=False)
+    saddle.fit(x, num_steps=45, progress=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         z = ebm.posterior(x[:60]).sample((20,))

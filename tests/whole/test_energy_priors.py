@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import Adam
-from referee import ALPHA, normal
+from referee import ALPHA, bracket, normal
 from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -35,6 +35,7 @@ from pyro_lvebm import (
     log_evidence_of,
     to_arviz,
 )
+from pyro_lvebm.evidence import programs
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -164,20 +165,22 @@ def test_draws_have_the_law_of_the_prior() -> None:
     assert y.mean(1).abs().max() < 4 / 128**0.5 and (y.var(1) - 1).abs().max() < 0.4
 
 
-def test_rows_of_the_elbo_table_and_arviz() -> None:
+def test_rows_of_the_elbo_table_and_arviz(monkeypatch: pytest.MonkeyPatch) -> None:
     """Particles reach the evidence; a guide loses what it loses; the base is the prior's row."""
     prior, (of_z, of_x) = quadratic_prior(), exact_joint(False)
-    model = model_of(prior, factor_analysis, 8)
+    model = model_of(prior, factor_analysis)
     x = of_x.mean + normal((12, 3), 5) @ of_x.scale_tril.T
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 1e-3}), seed=0)
+    exact = bracket(float(prior.f.log_partition().detach()))
+    monkeypatch.setattr(programs, "log_partition", lambda *_, **__: exact)
     with prior.frozen():
-        for _ in range(30):
+        for _ in range(10):
             saddle.step(x)
         prior.settle()
         guide = AutoPerDatumMultivariateNormal(model)
         rows = {"particles": saddle, "guide": guide, "base": PriorProposal()}
         table = compare_elbo(model, rows, x, num_samples=64).rows
-        data = to_arviz(saddle, x, num_samples=20)
+        data = to_arviz(saddle, x, num_samples=20, num_warmup=10)
     noise = LOADINGS @ LOADINGS.T / SD**2
     precision = PRECISION + noise
     mean = ((x - MEAN) @ LOADINGS.T / SD**2 - LINEAR) @ torch.linalg.inv(precision)
@@ -229,11 +232,11 @@ def test_particles_train_prior_and_decoder_and_go_on_from_a_file(tmp_path: Path)
     x = bimodal()
     model = decoder_model(*untrained())
     saddle = Saddle(model, AutoParticles(model, 1), Adam({"lr": 3e-2}), num_moves=3, seed=0)
-    losses = saddle.fit(x, num_steps=120, progress=False)
+    losses = saddle.fit(x, num_steps=70, progress=False)
     assert (saddle.history["kl"] > 0).any() and saddle.halvings >= 0
-    found = log_evidence_of(model, x[:40], num_particles=64)
+    found, error = saddle.log_evidence(x[:40])
     normal_best = dist.Normal(x.mean(), x.std()).log_prob(x[:40]).mean()  # of all linear decoders
-    assert found.mean > float(normal_best) + 0.3 and len(losses) == 120
+    assert found > float(normal_best) + 0.3 + 3 * error and len(losses) == 70
     saddle.save(tmp_path / "fit.pt")
     prior, decoder = untrained()
     again = decoder_model(prior, decoder)
