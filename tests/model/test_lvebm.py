@@ -603,8 +603,8 @@ X = normal((9, 3), 0)
 @pytest.mark.parametrize(
     ("x", "z_dim", "message"),
     [
-        (X, 0, "z_dim must be at least 1; got 0"),
-        (X, -2, "z_dim must be at least 1; got -2"),
+        (X, -1, "z_dim must be at least 0; got -1"),
+        (X, -2, "z_dim must be at least 0; got -2"),
         (X.long(), 2, r"floating point; got torch\.int64"),
         (X > 0, 2, r"floating point; got torch\.bool"),
         (X * torch.tensor([1.0, math.nan, 1.0]), 2, r"columns \[1\] of x are .* never seen"),
