@@ -150,6 +150,7 @@ __all__ = [
 _FOLDERS = (
     "rng",
     "validation",
+    "data",
     "sampling",
     "generators",
     "bases",
