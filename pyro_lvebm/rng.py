@@ -97,6 +97,7 @@ class Stream(IntEnum):
     RAYS = auto()
     # Generators.
     GENERATOR_WEIGHTS = auto()
+    GENERATOR_CHECK = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

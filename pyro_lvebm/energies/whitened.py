@@ -7,12 +7,16 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sampling import value_and_grad
-from pyro_lvebm.validation import check_at_least
+from pyro_lvebm.validation import (
+    COUPLED,
+    batch_norm_in_training,
+    check_at_least,
+    close_up_to_rounding,
+)
 
 
 class WhitenedEnergy(nn.Module):
@@ -109,12 +113,12 @@ def check_energy(
         ValueError: If it cannot be called so, or returns the wrong shape or NaN; if it is random,
             or the energy of one row depends on the others in its batch.
     """
-    for name, part in energy.named_modules():
-        if isinstance(part, _BatchNorm) and part.training:
-            raise ValueError(
-                f"{type(part).__name__} '{name}' of the energy makes the energy of a row depend on "
-                f"the others in its batch, so that it is none of (x, z). {_COUPLED}"
-            )
+    coupled = COUPLED.format("energy")
+    if name := batch_norm_in_training(energy):
+        raise ValueError(
+            f"{name} of the energy makes the energy of a row depend on the others in its batch, so "
+            f"that it is none of (x, z). {coupled}"
+        )
     rows = torch.tensor([0.0, -1.0, 0.5, 1.0])[:, None].to(base_x.loc)
     x = base_x.unwhiten(rows * base_x.loc.new_ones(base_x.dim))
     z = base_z.unwhiten(rows * base_z.loc.new_ones(base_z.dim))
@@ -136,24 +140,12 @@ def check_energy(
         )
     if torch.isnan(value[0]):
         raise ValueError(f"{arguments} is NaN at the mean of the bases")
-    if not _close(value, again):
+    if not close_up_to_rounding(value, again):
         raise ValueError(
             f"{arguments} is random: two calls differ. Draw nothing in it; dropout needs .eval()"
         )
-    if not _close(value[[3, 1]], alone):
+    if not close_up_to_rounding(value[[3, 1]], alone):
         raise ValueError(
             f"{arguments} of a row depends on the others in its batch, or on its place there: of "
-            f"two rows it gives other values than of these among four. {_COUPLED}"
+            f"two rows it gives other values than of these among four. {coupled}"
         )
-
-
-_COUPLED = (
-    "Normalise within a row (LayerNorm), or call .eval() on the energy if its statistics are meant "
-    "to stay"
-)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether values agree up to rounding, which differs with the size of a batch."""
-    scale = float(a.abs().nan_to_num(posinf=0.0).max())
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale + 1e-6, equal_nan=True)

@@ -20,6 +20,7 @@ from pyro_lvebm.sampling import (
     Kernel,
     LangevinState,
     ValueAndGrad,
+    find_mode,
     gauss_newton_root,
     init_state,
     linearise,
@@ -30,6 +31,9 @@ from pyro_lvebm.sites import Model, Node, subsample_nodes
 # With a minibatch estimate of the energy, small steps are stochastic-gradient Langevin dynamics.
 # The test on the same minibatch hardly ever refuses those; it stops a step that is still too large.
 _NOISY_KERNEL = MALA(target_acceptance=0.95)
+
+_STEPS_TO_MODE = 8
+"""Gauss–Newton steps from z = 0 to where the metric of a single particle is taken."""
 
 
 class Moves(NamedTuple):
@@ -96,7 +100,7 @@ def move_block(block: LatentBlock, guide: AutoParticles, moves: Moves) -> Tensor
     kernel, num_moves, generator = moves
     kernel = kernel_for(block, kernel)
     step_size = guide.step_size(block.columns[0].name)
-    if block.residuals is not None and len(block.v) > 1 and isinstance(kernel, MALA):
+    if block.residuals is not None:
         return _move_in_metric(block, guide, kernel, num_moves, generator)
     state = init_state(block.f, block.v)
     eta = step_size.clone()
@@ -122,15 +126,16 @@ def _store(block: LatentBlock, guide: AutoParticles, v: Tensor) -> None:
 def _move_in_metric(
     block: LatentBlock,
     guide: AutoParticles,
-    kernel: MALA,
+    kernel: Kernel,
     num_moves: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Move the particles of a block, each half of those of a datum in the metric of the others.
 
     The mean Gauss–Newton curvature at the other half does not vary with the half that moves, so
-    p(z | x) stays invariant. First every particle may go to the posterior that the datum would have
-    if the generator were linear: from the base it is a long way to a sharp posterior.
+    p(z | x) stays invariant. One particle has no others, and takes the curvature near a mode, which
+    costs more. First every particle may go to the posterior that the datum would have if the
+    generator were linear: from the base it is a long way to a sharp posterior.
 
     Returns:
         Mean acceptance probability, a scalar, of the moves in the metric.
@@ -139,13 +144,17 @@ def _move_in_metric(
     assert residuals is not None
     f, eta = particles_last(block.f), step_size.clone()
     state = init_state(f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
-    state, _ = linearised_step(
-        f, state, linearise(residuals, torch.zeros_like(block.v[0])), generator
-    )
+    centre = torch.zeros_like(block.v[0])
+    if len(block.v) == 1:
+        centre = find_mode(residuals, centre, _STEPS_TO_MODE)
+    law = linearise(residuals, centre)
+    state, _ = linearised_step(f, state, law, generator)
     halves = torch.arange(len(block.v), device=block.v.device).chunk(2)
     rates: list[Tensor] = []
-    for mine, others in (halves, halves[::-1]):
-        scale = gauss_newton_root(residuals, state.u[..., others, :].movedim(-2, 0))
+    for mine, others in zip(halves, halves[::-1], strict=True):
+        scale = law.tril
+        if others is not mine:
+            scale = gauss_newton_root(residuals, state.u[..., others, :].movedim(-2, 0))
         part = LangevinState(state.u[..., mine, :], state.f[..., mine], state.grad[..., mine, :])
         for _ in range(num_moves):
             part, accepted = kernel.step(f, part, float(eta), scale=scale, generator=generator)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy
+from pyro_lvebm.energies import MLPEnergy, QuadraticEnergy, ZeroEnergy
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import standard_normal
@@ -42,7 +42,7 @@ def falling_rays(density: Density) -> Tensor:
 
 def warn_of_falling(density: Density) -> None:
     """Warn if a user's energy falls without a bound; the package's own are known to rise."""
-    own = isinstance(density.f, MLPEnergy | QuadraticEnergy)
+    own = isinstance(density.f, MLPEnergy | QuadraticEnergy | ZeroEnergy)
     if own or density.context_shape is not None:
         return
     points = falling_rays(density)

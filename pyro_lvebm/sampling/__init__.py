@@ -13,7 +13,9 @@ from pyro_lvebm.sampling.base import STANDARD_NORMAL, Base, StandardNormal, stan
 from pyro_lvebm.sampling.gauss_newton import (
     Linearised,
     Residuals,
+    find_mode,
     gauss_newton_root,
+    jacobian,
     linearise,
     linearised_step,
     start_near,

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ def jacobian(r: Residuals, v: Tensor) -> tuple[Tensor, Tensor]:
 
     By forward derivatives, of which it takes as many as v has entries.
     """
+    _load_forward_rules()
     k = v.shape[-1]
     axes = torch.eye(k).to(v).reshape(k, *(1,) * (v.dim() - 1), k)
     with torch.no_grad():
@@ -44,6 +47,14 @@ def jacobian(r: Residuals, v: Tensor) -> tuple[Tensor, Tensor]:
         found: Any = torch.func.jvp(r, (primal,), (tangent,))
     value, columns = found
     return value[0], columns.movedim(0, -1)
+
+
+@cache
+def _load_forward_rules() -> None:
+    """Let torch load its rules of forward derivatives, which warns of its own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
 
 
 def gauss_newton_root(r: Residuals, v: Tensor) -> Tensor:
@@ -85,7 +96,9 @@ def find_mode(r: Residuals, v: Tensor, num_steps: int = 20) -> Tensor:
             damping.double()[..., None] * metric.diagonal(dim1=-2, dim2=-1)
         )
         slope = (j.mT @ value[..., None]).double()
-        step = torch.cholesky_solve(slope, torch.linalg.cholesky(metric)).squeeze(-1).to(v)
+        factor, failed = torch.linalg.cholesky_ex(metric)  # a metric may be NaN far out
+        step = torch.cholesky_solve(slope, factor).squeeze(-1).to(v)
+        step = torch.where((failed == 0)[..., None], step, 0.0)
         new_value, new_j = jacobian(r, v - step)
         better = new_value.square().sum(-1) < value.square().sum(-1)  # false where NaN
         v = torch.where(better[..., None], v - step, v)

@@ -40,7 +40,7 @@ def test_chains_adapt_to_each_datum_in_the_warm_up_only() -> None:
     with frozen([ebm]):
         short, long, none = run(2, 6), run(5, 6), run(1, 0)
         u = block.v.movedim(0, -2).contiguous()
-        f = chains._particles_last(block.f)
+        f = chains.particles_last(block.f)
         state, _ = MALA().step(f, init_state(f, u), 0.1, generator=seeded(3))
     assert short.v.shape == (2, 2, 10, 2) and long.energy.shape == (5, 2, 10)
     assert torch.equal(short.v, long.v[:2]) and torch.equal(short.energy, long.energy[:2])
