@@ -175,7 +175,8 @@ def step_p_value(wrong: bool) -> float:
     u = torch.from_numpy(np.interp(p.numpy(), cdf.numpy(), grid.numpy()))
     f = value_and_grad(lambda v: target(v[..., 0]) - 0.5 * v.square().sum(-1))
     state = init_state(f, u[None, :, None])
-    proposal = linearise(line, torch.zeros(1, 1).double())
+    narrow = linearise(line, torch.zeros(1, 1).double())
+    proposal = Linearised(narrow.mean, 2.0 * narrow.tril, 0.5 * narrow.inverse)
     if wrong:  # without the density of the way back
         proposal = proposal._replace(inverse=0.0 * proposal.inverse)
     generator = seeded(5)
