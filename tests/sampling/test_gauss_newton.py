@@ -176,7 +176,7 @@ def step_p_value(wrong: bool) -> float:
     f = value_and_grad(lambda v: target(v[..., 0]) - 0.5 * v.square().sum(-1))
     state = init_state(f, u[None, :, None])
     narrow = linearise(line, torch.zeros(1, 1).double())
-    proposal = Linearised(narrow.mean, 2.0 * narrow.tril, 0.5 * narrow.inverse)
+    proposal = Linearised(narrow.mean, 0.6 * narrow.tril, narrow.inverse / 0.6)
     if wrong:  # without the density of the way back
         proposal = proposal._replace(inverse=0.0 * proposal.inverse)
     generator = seeded(5)
