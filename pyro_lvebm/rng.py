@@ -98,6 +98,7 @@ class Stream(IntEnum):
     # Generators.
     GENERATOR_WEIGHTS = auto()
     MUTUAL_INFORMATION = auto()
+    GENERATOR_CHECK = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

@@ -8,7 +8,14 @@ import warnings
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+COUPLED = (
+    "Normalise within a row (LayerNorm), or call .eval() on the {} if its statistics are meant to "
+    "stay"
+)
+"""What to do where a network couples the rows of its batch."""
 
 
 class DataError(ValueError):
@@ -127,3 +134,17 @@ def check_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def batch_norm_in_training(module: nn.Module) -> str:
+    """Return the kind and name of a part that couples the rows of a batch; empty if none does."""
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and part.training:
+            return f"{type(part).__name__} '{name}'"
+    return ""
+
+
+def close_up_to_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether values agree up to rounding, which differs with the size of a batch."""
+    scale = float(a.abs().nan_to_num(posinf=0.0).max())
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale + 1e-6, equal_nan=True)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pyro_lvebm.bases.factor_analysis import factor_analysis, rows_with_covariance
 from pyro_lvebm.bases.gaussian import GaussianBase
+from pyro_lvebm.bases.generator_check import check_generator
 from pyro_lvebm.bases.supports import Support
-from pyro_lvebm.bases.units import moments
+from pyro_lvebm.bases.units import moments, row_lengths
 from pyro_lvebm.validation import as_data
 
 Noise = Literal["diagonal", "low-rank", "full"]
@@ -40,7 +41,7 @@ class GeneratorBase(GaussianBase):
 
     Args:
         gaussian: That Gaussian over x, with its support.
-        generator: g, any `nn.Module` from z (*b, *z_shape) to (*b, *unconstrained shape of x), in
+        generator: g, any `nn.Module` from z (n, *z_shape) to (n, *unconstrained shape of x), in
             standard deviations of the columns; or to a pair of that and a log factor, of the same
             shape, on the standard deviation of the noise. None is g = 0: factor analysis.
         z_shape: Shape of one z.
@@ -48,7 +49,8 @@ class GeneratorBase(GaussianBase):
             ("low-rank"), or lower triangular ("full").
 
     Raises:
-        ValueError: If the generator returns other shapes or NaN, or noise is none of these.
+        ValueError: If the generator returns other shapes or NaN, is random, couples rows (BatchNorm
+            in training) or has no forward derivatives; or noise is none of these.
 
     Source:
         Xiao et al. (2021), VAEBM, arXiv 2010.00654 (decoder and energy); Kuntz, Lim and Johansen
@@ -84,8 +86,7 @@ class GeneratorBase(GaussianBase):
             raise ValueError(f'noise must be "diagonal", "low-rank" or "full"; got {noise!r}')
         self.z_shape, self.noise = torch.Size(z_shape), noise
         like, d, k = self.loc, self.dim, self.z_shape.numel()
-        tril = gaussian.tril
-        self.register_buffer("unit", tril.double().square().sum(1).sqrt().to(like))
+        self.register_buffer("unit", row_lengths(gaussian.tril.double()).to(like))
         self.offset = nn.Parameter(like.new_zeros(d))
         self.linear = nn.Parameter(like.new_zeros(d, k))
         self.log_noise = nn.Parameter(like.new_zeros(d))
@@ -95,7 +96,7 @@ class GeneratorBase(GaussianBase):
             self.noise_below = nn.Parameter(like.new_zeros(d, d))
         self.generator = None if generator is None else generator.to(like)
         if generator is not None:
-            _check_generator(self, generator)
+            check_generator(generator, self.z_shape, shape, self.loc)
 
     @classmethod
     def from_factor_analysis(
@@ -128,7 +129,7 @@ class GeneratorBase(GaussianBase):
         base = cls(gaussian, generator, z_shape, noise)
         wide = copy.deepcopy(gaussian).to(torch.float64)
         y = wide.support.unconstrain(x.detach().to(torch.float64)).flatten(1)
-        unit = wide.tril.square().sum(1).sqrt()
+        unit = row_lengths(wide.tril)
         rows = (y - wide.loc) / unit
         if rows.isnan().any():
             rows = rows_with_covariance(wide.tril / unit[:, None])
@@ -179,42 +180,44 @@ class GeneratorBase(GaussianBase):
     def log_prob_given(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the normalised log density (*b,) of x given z, in nats."""
         y = self.support.unconstrain(x)
-        epsilon, log_det = self._noise_of(self._flat(y), z)
+        epsilon, log_det = self._noise_of(self._standardised(y), z)
         constant = 0.5 * self.dim * math.log(2 * math.pi)
         log_prob = -0.5 * (epsilon * epsilon).sum(-1) - log_det - constant
         return log_prob - self.support.log_abs_det(y, x)
 
     def whiten_given(self, x: Tensor, z: Tensor) -> Tensor:
         """Return ε (*b, d)."""
-        return self._noise_of(self._flat(self.support.unconstrain(x)), z)[0]
+        return self._noise_of(self._standardised(self.support.unconstrain(x)), z)[0]
 
     def unwhiten_given(self, w: Tensor, z: Tensor) -> Tensor:
         """Return x (*b, *event_shape) for ε (*b, d) and z (*b, *z_shape)."""
-        y = self._from_noise(w, z)
+        y = self.loc + self.unit * self._from_noise(w, z)
         return self.support.constrain(y.reshape(*y.shape[:-1], *self.support.unconstrained_shape))
 
     def coordinates_of(self, epsilon: Tensor, z: Tensor) -> Tensor:
         """Return coordinates w (*b, d) of the Gaussian over x for ε (*b, d) and z."""
-        centred = self._from_noise(epsilon, z) - self.loc
+        centred = self.unit * self._from_noise(epsilon, z)
         return centred * self.inverse_scale if self.diagonal else centred @ self.inverse_scale.T
 
     def noise_and_log_det(self, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return ε (*b, d) for w, and log |dw/dε| (*b,), in nats."""
-        y = self.loc + (w * self.scale if self.diagonal else w @ self.scale.T)
-        epsilon, log_det = self._noise_of(y, z)
+        centred = w * self.scale if self.diagonal else w @ self.scale.T
+        epsilon, log_det = self._noise_of(centred / self.unit, z)
         return epsilon, log_det - self.log_det
 
-    def _flat(self, y: Tensor) -> Tensor:
+    def _standardised(self, y: Tensor) -> Tensor:
+        """Return (y − m) / s (*b, d)."""
         batch = y.shape[: y.dim() - len(self.support.unconstrained_shape)]
-        return y.reshape(*batch, self.dim)
+        return (y.reshape(*batch, self.dim) - self.loc) / self.unit
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean of (y − m) / s (*b, d), and the log factor (*b, d) on the noise if there is one."""
         batch = z.shape[: z.dim() - len(self.z_shape)]
-        mean = self.offset + z.reshape(*batch, -1) @ self.linear.T
+        mean = self.offset + z.reshape(*batch, self.z_shape.numel()) @ self.linear.T
         if self.generator is None:
             return mean, None
-        out = self.generator(z)
+        # Layers such as convolutions take one batch axis only.
+        out = self.generator(z.reshape(batch.numel(), *self.z_shape))
         if isinstance(out, tuple):
             return mean + out[0].reshape(mean.shape), out[1].reshape(mean.shape)
         return mean + out.reshape(mean.shape), None
@@ -230,11 +233,11 @@ class GeneratorBase(GaussianBase):
         tril: Tensor = torch.linalg.cholesky(sigma.square().diag() + w @ w.T)
         return tril
 
-    def _noise_of(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ε (*b, d) for flat y (*b, d), and log |dy/dε| (*b,)."""
+    def _noise_of(self, standardised: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ε (*b, d) for (y − m) / s (*b, d), and log |dy/dε| (*b,)."""
         mean, log_factor = self._parts(z)
         tril = self._tril()
-        r = (y - self.loc) / self.unit - mean
+        r = standardised - mean
         log_det = self.unit.log().sum()
         if log_factor is not None:
             r, log_det = r * (-log_factor).exp(), log_det + log_factor.sum(-1)
@@ -247,13 +250,13 @@ class GeneratorBase(GaussianBase):
         return (epsilon.mT if r.dim() > 1 else epsilon[:, 0]), log_det
 
     def _from_noise(self, epsilon: Tensor, z: Tensor) -> Tensor:
-        """Return flat y (*b, d) for ε (*b, d)."""
+        """Return (y − m) / s (*b, d) for ε (*b, d)."""
         mean, log_factor = self._parts(z)
         tril = self._tril()
         r = epsilon * tril if self.noise == "diagonal" else epsilon @ tril.T
         if log_factor is not None:
             r = r * log_factor.exp()
-        return self.loc + self.unit * (mean + r)
+        return mean + r
 
 
 def _gaussian_over(x: Tensor, support: Support | None) -> GaussianBase:
@@ -270,26 +273,3 @@ def _gaussian_over(x: Tensor, support: Support | None) -> GaussianBase:
         )
     shape = y.shape[1:]
     return GaussianBase(loc.to(x).reshape(shape), std.to(x).reshape(shape), support)
-
-
-def _check_generator(base: GeneratorBase, generator: nn.Module) -> None:
-    """Evaluate g at two z, and say what is wrong with the answers."""
-    z = torch.tensor([0.0, 0.5]).to(base.loc).reshape(2, *(1,) * len(base.z_shape))
-    z = z.expand(2, *base.z_shape)
-    wanted = (2, *base.support.unconstrained_shape)
-    try:
-        with torch.no_grad():
-            out = generator(z)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"the generator cannot be called with z of shape {tuple(z.shape)}: {error}"
-        ) from error
-    parts = out if isinstance(out, tuple) else (out,)
-    found = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
-    if len(parts) > 2 or any(shape != wanted for shape in found):
-        raise ValueError(
-            f"the generator must return the mean of x, or a pair of it and a log factor on the "
-            f"noise, each of shape {wanted} for z of shape {tuple(z.shape)}; got {found}"
-        )
-    if any(not p.isfinite().all() for p in parts):
-        raise ValueError("the generator is NaN or infinite at z = 0 or 0.5")

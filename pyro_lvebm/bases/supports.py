@@ -100,7 +100,8 @@ class Support:
     def log_abs_det(self, y: Tensor, x: Tensor) -> Tensor:
         """Return log |det dT/dy| (*b,) at y (*b, *unconstrained_shape) with x = T(y), in nats."""
         batch = y.shape[: y.dim() - len(self.unconstrained_shape)]
-        return self.log_derivatives(y, x).reshape(*batch, -1).sum(-1)
+        terms = self.log_derivatives(y, x)
+        return terms.flatten(len(batch)).sum(-1) if terms.dim() > len(batch) else terms
 
     def log_derivatives(self, y: Tensor, x: Tensor) -> Tensor:
         """Return log |dx_i/dy_i| (*b, *event_shape) where the support is elementwise.

@@ -73,3 +73,10 @@ def unit_rows(tril: Tensor) -> Tensor:
     rows = tril / power_of_two(tril.abs().amax(1))[:, None]
     result: Tensor = rows / rows.norm(dim=1, keepdim=True)
     return result
+
+
+def row_lengths(tril: Tensor) -> Tensor:
+    """Return the lengths (d,) of the rows of L (d, d), whatever their units."""
+    size = power_of_two(tril.abs().amax(1))
+    lengths: Tensor = size * (tril / size[:, None]).norm(dim=1)
+    return lengths

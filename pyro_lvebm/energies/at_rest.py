@@ -7,10 +7,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-COUPLED = (
-    "Normalise within a row (LayerNorm), or call .eval() on the energy if its statistics are meant "
-    "to stay"
-)
+from pyro_lvebm.validation import COUPLED as TEXT
+
+COUPLED = TEXT.format("energy")
 
 
 def check_at_rest(energy: nn.Module) -> None:

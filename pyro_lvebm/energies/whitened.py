@@ -12,7 +12,7 @@ from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.energies.at_rest import COUPLED, check_at_rest
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.sampling import value_and_grad
-from pyro_lvebm.validation import check_at_least
+from pyro_lvebm.validation import check_at_least, close_up_to_rounding
 
 
 class WhitenedEnergy(nn.Module):
@@ -133,18 +133,12 @@ def check_energy(
         )
     if torch.isnan(value[0]):
         raise ValueError(f"{arguments} is NaN at the mean of the bases")
-    if not _close(value, again):
+    if not close_up_to_rounding(value, again):
         raise ValueError(
             f"{arguments} is random: two calls differ. Draw nothing in it; dropout needs .eval()"
         )
-    if not _close(value[[3, 1]], alone):
+    if not close_up_to_rounding(value[[3, 1]], alone):
         raise ValueError(
             f"{arguments} of a row depends on the others in its batch, or on its place there: of "
             f"two rows it gives other values than of these among four. {COUPLED}"
         )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether values agree up to rounding, which differs with the size of a batch."""
-    scale = float(a.abs().nan_to_num(posinf=0.0).max())
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale + 1e-6, equal_nan=True)

@@ -191,9 +191,10 @@ class _Walk:
         self.state = init_state(self.f, start)  # u (*B, K, D)
         self.steps = step_size.expand(self.state.f.shape[:-1])  # (*B,)
         self.scale: Tensor | None = None  # (*B, D, D)
-        if block.residuals is not None and isinstance(self.kernel, MALA):
+        if block.residuals is not None:
             self.scale = gauss_newton_root(block.residuals, self.v)
-            self.steps = torch.full_like(self.steps, block.v.shape[-1] ** (-1 / 3))
+            if isinstance(self.kernel, MALA):
+                self.steps = torch.full_like(self.steps, block.v.shape[-1] ** (-1 / 3))
         self.acceptance = torch.zeros_like(self.state.f)  # (*B, K)
         self._open_window()
 

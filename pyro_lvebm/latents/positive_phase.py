@@ -37,6 +37,9 @@ _NOISY_KERNEL = MALA(target_acceptance=0.95)
 _SEARCHES = 0.25
 """Share of positive phases that look for modes."""
 
+_STEPS_TO_MODE = 8
+"""Damped Gauss–Newton steps to one."""
+
 
 class Moves(NamedTuple):
     """How particles move."""
@@ -102,7 +105,7 @@ def move_block(block: LatentBlock, guide: AutoParticles, moves: Moves) -> Tensor
     kernel, num_moves, generator = moves
     kernel = kernel_for(block, kernel)
     step_size = guide.step_size(block.columns[0].name)
-    if block.residuals is not None and len(block.v) > 1 and isinstance(kernel, MALA):
+    if block.residuals is not None:
         return _move_in_metric(block, guide, kernel, num_moves, generator)
     state = init_state(block.f, block.v)
     eta = step_size.clone()
@@ -128,15 +131,16 @@ def _store(block: LatentBlock, guide: AutoParticles, v: Tensor) -> None:
 def _move_in_metric(
     block: LatentBlock,
     guide: AutoParticles,
-    kernel: MALA,
+    kernel: Kernel,
     num_moves: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Move the particles of a block, each half of those of a datum in the metric of the others.
 
     The mean Gauss–Newton curvature at the other half does not vary with the half that moves, so
-    p(z | x) stays invariant. First every particle may go to a Gaussian near a mode of its datum:
-    from the base it is a long way to a sharp posterior.
+    p(z | x) stays invariant. One particle has no others, and takes the curvature near a mode, which
+    costs more. First every particle may go to a Gaussian near a mode of its datum: from the base it
+    is a long way to a sharp posterior.
 
     Returns:
         Mean acceptance probability, a scalar, of the moves in the metric.
@@ -145,11 +149,14 @@ def _move_in_metric(
     assert residuals is not None
     f, eta = particles_last(block.f), step_size.clone()
     state = init_state(f, block.v.movedim(0, -2).contiguous())  # u (*B, K, D)
-    state, _ = linearised_step(f, state, _proposal(block.v[0], residuals, generator), generator)
+    law = _proposal(block, residuals, generator)
+    state, _ = linearised_step(f, state, law, generator)
     halves = torch.arange(len(block.v), device=block.v.device).chunk(2)
     rates: list[Tensor] = []
-    for mine, others in (halves, halves[::-1]):
-        scale = gauss_newton_root(residuals, state.u[..., others, :].movedim(-2, 0))
+    for mine, others in zip(halves, halves[::-1], strict=True):
+        scale = law.tril
+        if others is not mine:
+            scale = gauss_newton_root(residuals, state.u[..., others, :].movedim(-2, 0))
         part = LangevinState(state.u[..., mine, :], state.f[..., mine], state.grad[..., mine, :])
         for _ in range(num_moves):
             part, accepted = kernel.step(f, part, float(eta), scale=scale, generator=generator)
@@ -161,17 +168,20 @@ def _move_in_metric(
     return torch.stack(rates).mean()
 
 
-def _proposal(like: Tensor, r: Residuals, generator: torch.Generator) -> Linearised:
+def _proposal(block: LatentBlock, r: Residuals, generator: torch.Generator) -> Linearised:
     """Return a Gaussian for each datum, that does not depend on its particles.
 
     It is the posterior that the datum would have if the generator were linear at 0; or, for one in
-    four moves, at what damped Gauss–Newton steps find from a draw of the base.
+    four moves, at what damped Gauss–Newton steps find from a draw of the base. A single particle
+    has that which they find from 0.
     """
-    coin = torch.rand((), generator=generator, device=like.device)
-    if float(coin) > _SEARCHES:
-        return linearise(r, torch.zeros_like(like))
-    start = torch.empty_like(like).normal_(generator=generator)
-    return linearise(r, find_mode(r, start, num_steps=8))
+    start = torch.zeros_like(block.v[0])
+    if len(block.v) > 1:
+        coin = torch.rand((), generator=generator, device=start.device)
+        if float(coin) > _SEARCHES:
+            return linearise(r, start)
+        start.normal_(generator=generator)
+    return linearise(r, find_mode(r, start, _STEPS_TO_MODE))
 
 
 def particles_last(f: ValueAndGrad) -> ValueAndGrad:

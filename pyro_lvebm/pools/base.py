@@ -42,6 +42,10 @@ class ResidualEnergy(Protocol):
     def base(self) -> Base:
         """The law of u where f = 0."""
 
+    @property
+    def is_base(self) -> bool:
+        """Whether f = 0 everywhere."""
+
     def residual_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return f(u) (*b,) and ∇f(u) (*b, d), without a graph."""
 
@@ -163,7 +167,19 @@ class Pool(nn.Module):
             raise
 
     def _refresh(self, ebm: ResidualEnergy, context: Tensor | None) -> None:
-        self._move(ebm)
+        if ebm.is_base:
+            self._draw_anew(ebm.base)
+        else:
+            self._move(ebm)
+
+    def _draw_anew(self, base: Base) -> None:
+        """Draw all chains from the base, which is the model, so that log Z = 0 exactly."""
+        self.u = base.draw(tuple(self.u.shape), self.u, self._generator(Stream.POOL_MOVES))
+        self.f, self.log_partition = torch.zeros_like(self.f), torch.zeros_like(self.log_partition)
+        equal = torch.full_like(self.log_weights, float(len(self.log_weights)))
+        self.log_weights = equal.log_().neg_()
+        self.acceptance = torch.ones_like(self.acceptance)
+        self.refreshes = self.refreshes + 1
 
     def _move(self, ebm: ResidualEnergy) -> None:
         generator = self._generator(Stream.POOL_MOVES)
@@ -304,6 +320,8 @@ class Pool(nn.Module):
         Returns:
             Whitened coordinates (num_draws, d). The pool itself is unchanged.
         """
+        if ebm.is_base:
+            return ebm.base.draw((num_draws, self.u.shape[-1]), self.u, generator)
         index = torch.multinomial(
             self.log_weights.exp(), num_draws, replacement=True, generator=generator
         )

@@ -74,6 +74,12 @@ class LadderPool(Pool):
         super().initialise(dim, base)
         self.fisher = torch.eye(dim).to(self.u).repeat(self.num_levels - 1, 1, 1)
 
+    def _draw_anew(self, base: Base) -> None:
+        super()._draw_anew(base)
+        self.log_z = torch.zeros_like(self.log_z)
+        self.log_z_variance = torch.zeros_like(self.log_z)
+        self.swap_rate = torch.ones_like(self.swap_rate)
+
     def _climb(
         self,
         ebm: ResidualEnergy,

@@ -15,6 +15,7 @@ from pyro_lvebm.sampling.gauss_newton import (
     Residuals,
     find_mode,
     gauss_newton_root,
+    jacobian,
     linearise,
     linearised_step,
     start_near,

@@ -87,7 +87,9 @@ def find_mode(r: Residuals, v: Tensor, num_steps: int = 20) -> Tensor:
             damping.double()[..., None] * metric.diagonal(dim1=-2, dim2=-1)
         )
         slope = (j.mT @ value[..., None]).double()
-        step = torch.cholesky_solve(slope, torch.linalg.cholesky(metric)).squeeze(-1).to(v)
+        factor, failed = torch.linalg.cholesky_ex(metric)  # a metric may be NaN far out
+        step = torch.cholesky_solve(slope, factor).squeeze(-1).to(v)
+        step = torch.where((failed == 0)[..., None], step, 0.0)
         new_value, new_j = jacobian(r, v - step)
         better = new_value.square().sum(-1) < value.square().sum(-1)  # false where NaN
         v = torch.where(better[..., None], v - step, v)

@@ -128,9 +128,14 @@ class ULA:
         *,
         inverse_temperature: float | Tensor = 1.0,
         base: Base | None = STANDARD_NORMAL,
+        scale: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[LangevinState, Tensor]:
         """Move every chain once.
+
+        With a `scale` L (*b', d, d), whose leading axes broadcast to those of u before its last
+        two, the move is one in coordinates L⁻¹ u: v = u − η L Lᵀ ∇E(u) + √(2η) L ξ. It suits
+        energies whose curvature is near (L Lᵀ)⁻¹.
 
         Args:
             f: Residual energy and its gradient.
@@ -138,6 +143,7 @@ class ULA:
             step_size: η, a number or a tensor that broadcasts to (*b,).
             inverse_temperature: β, a number or a tensor that broadcasts to (*b,).
             base: The base with U; None for U = 0.
+            scale: L; None is the identity.
             generator: Source of randomness; None means torch's global generator.
 
         Returns:
@@ -146,10 +152,10 @@ class ULA:
         """
         beta = inverse_temperature
         energy, grad = _total(state, beta, base)
-        new, xi = _propose(f, state, grad, step_size, generator)
+        new, xi = _propose(f, state, grad, step_size, generator, scale)
         if self.target_acceptance is None:
             return new, new.u.new_ones(())
-        log_alpha = _log_acceptance((energy, grad), _total(new, beta, base), xi, step_size)
+        log_alpha = _log_acceptance((energy, grad), _total(new, beta, base), xi, step_size, scale)
         return new, log_alpha.clamp_(max=0.0).exp_().nan_to_num_(0.0)
 
     def adapt(self, step_size: Tensor, acceptance: Tensor, rate: float = 0.1) -> Tensor:
@@ -205,10 +211,6 @@ class MALA:
         generator: torch.Generator | None = None,
     ) -> tuple[LangevinState, Tensor]:
         """Move every chain once; arguments as in `ULA.step`.
-
-        With a `scale` L (*b', d, d), whose leading axes broadcast to those of u before its last
-        two, the move is one in coordinates L⁻¹ u: v = u − η L Lᵀ ∇E(u) + √(2η) L ξ. It suits
-        energies whose curvature is near (L Lᵀ)⁻¹.
 
         Returns:
             The new state, and the acceptance probability (*b,).

@@ -238,18 +238,26 @@ def _differences(key: str, target: Tensor, value: Tensor) -> list[str]:
 def _of_other_bases(
     targets: dict[str, Tensor], saved: dict[str, Tensor], ebms: list[LVEBM]
 ) -> list[str]:
-    """Say so where a Gaussian base is to take a mixture, or the other way round."""
+    """Say so where a base is to take one of another kind."""
     found = []
     for i in range(len(ebms)):
-        key = f"ebm{i}/base_x.log_weights"
-        if f"ebm{i}/base_x.loc" not in saved or (key in saved) == (key in targets):
-            continue
-        kind, choice = ("mixture", "mixture") if key in saved else ("Gaussian", "gaussian")
-        found.append(
-            f"this file was written with a {kind} base of x; build with "
-            f"LVEBM.from_data(base='{choice}')"
-        )
+        prefix = f"ebm{i}/base_x."
+        kind, choice = _kind_of_base(prefix, saved)
+        if f"{prefix}loc" in saved and kind != _kind_of_base(prefix, targets)[0]:
+            found.append(
+                f"this file was written with a {kind} base of x; build with "
+                f"LVEBM.from_data({choice})"
+            )
     return found
+
+
+def _kind_of_base(prefix: str, tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """Name a base by its tensors, and how it is chosen."""
+    if f"{prefix}log_weights" in tensors:
+        return "mixture", "base='mixture'"
+    if f"{prefix}log_noise" in tensors:
+        return "generator", "generator=..."
+    return "Gaussian", "base='gaussian'"
 
 
 def _finite_where(value: Tensor, like: Tensor) -> bool:

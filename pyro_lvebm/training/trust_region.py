@@ -156,7 +156,7 @@ def bounded_step(
     """
     before = [p.detach().clone() for p in params]
     met = {id(p) for p in params if p.requires_grad}
-    moving = [ebm for ebm in ebms if any(id(p) in met for p in ebm.theta())]
+    moving = [e for e in ebms if not e.is_base and any(id(p) in met for p in e.theta())]
     halvings, kl, longer = 0, 0.0, 1.0
     try:
         optim(params)

@@ -371,6 +371,8 @@ def test_draws_leave_the_pool_and_repeat_by_generator(name: str) -> None:
 class Tilted:
     """An LVEBM whose energy a pool sees twice too high."""
 
+    is_base = False
+
     def __init__(self, density: Any) -> None:
         self.density, self.base = density, density.base
 
