@@ -25,7 +25,7 @@ ARVIZ1_TESTS = $(shell grep -rlE 'arviz|plot' tests --include='test_*.py') \
 	tests/whole/test_tutorials.py::test_tutorial_runs[posterior_analysis]
 
 .PHONY: help setup setup-arviz1 test test-all test-faults test-arviz1 coverage mutants demo lint docs clean
-.PHONY: bench bench-training bench-calibration bench-tightness bench-modes bench-prior
+.PHONY: bench bench-training bench-calibration bench-latents bench-tightness bench-modes bench-prior
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
@@ -100,6 +100,9 @@ bench-training: setup ## Train on every data set of the suite, beside peers; QUI
 
 bench-calibration: setup ## Check the stated errors of log Z and log C(x); QUICK=1 for a minute.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration $(if $(filter-out 0,$(QUICK)),--quick)
+
+bench-latents: setup ## What latents of generators carry, and R² of factors; QUICK=1 for half a minute.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.latents $(if $(filter-out 0,$(QUICK)),--quick)
 
 bench-tightness: setup ## Compare particles with restricted guides at one θ; QUICK=1 for a minute.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tightness $(if $(filter-out 0,$(QUICK)),--quick)
