@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether Langevin particles bound the evidence more tightly than restricted guides, at one θ.
 
-Prints one table and exits with status 1 if a row falls short. Real data and physical systems have a
-`GeneratorBase`, whose latents carry the data, and f on it. For every restricted guide the
-particles' ELBO minus its own, from paired draws, must exceed five standard errors, and 0.1 nats for
-mean field and the amortised encoder. Where z is a plane, the evidence by quadrature is the referee:
-the particles may lie at most 0.05 nats below it.
+Prints a table for each set as it comes, and exits with status 1 if a row falls short. Digits and
+physical systems have a `GeneratorBase`, whose latents carry the data, and f on it. For every
+restricted guide the particles' ELBO minus its own, from paired draws, must exceed five standard
+errors, and 0.1 nats for mean field and the amortised encoder. Where z is a plane, the evidence by
+quadrature is the referee: the particles may lie at most 0.05 nats below it.
 
 On the two oracles, whose posteriors are Gaussian, the best mean-field guide has a gap in closed
 form,
@@ -151,7 +151,7 @@ def by_quadrature(ebm: LVEBM, x: Tensor) -> float:
     return float(torch.stack(sums).logsumexp(1).double().mean()) + math.log(cell)
 
 
-def rows_of(name: str, num_steps: int, guide_steps: int) -> list[dict[str, Any]]:
+def rows_of(name: str, guide_steps: int, num_steps: int) -> list[dict[str, Any]]:
     """Fit, train the guides at frozen θ, and compare them with the particles."""
     torch.set_num_threads(1)
     pyro.clear_param_store()
@@ -225,18 +225,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one oracle and one system, briefly")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--data", nargs="+", choices=(*ORACLES, *DATA), help="these sets only")
     args = parser.parse_args(argv)
     names = (ORACLES[0], "epidemic") if args.quick else (*ORACLES, *DATA)
-    work = partial(
-        rows_of, num_steps=200 if args.quick else 800, guide_steps=1500 if args.quick else 10_000
+    names = args.data or names
+    # Guides of an oracle must come to rest, for their gap has a closed form.
+    steps = (
+        [2000 if name in ORACLES else 500 for name in names]
+        if args.quick
+        else [10_000] * len(names)
     )
+    work = partial(rows_of, num_steps=150 if args.quick else 800)
+    missed = False
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(work, names) for row in part]
-    frame = pd.DataFrame(rows)
-    frame["seconds"] = frame["seconds"].round(0)
-    frame["short"] = np.where(frame["short"], "SHORT", "")
-    print(frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}"))
-    return int((frame["short"] != "").any())
+        for rows in pool.map(work, names, steps):
+            frame = pd.DataFrame(rows)
+            missed |= bool(frame["short"].any())
+            frame["seconds"] = frame["seconds"].round(0)
+            frame["short"] = np.where(frame["short"], "SHORT", "")
+            text = frame.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.4g}")
+            print(text, flush=True)
+    return int(missed)
 
 
 if __name__ == "__main__":
