@@ -142,6 +142,7 @@ _FOLDERS = (
     "rng",
     "validation",
     "sampling",
+    "data",
     "generators",
     "bases",
     "energies",

@@ -292,6 +292,10 @@ def test_other_arguments_that_do_not_fit() -> None:
     x = normal((50, 3), 1)
     with pytest.raises(ValueError, match=r'generator must be an nn.Module or "linear"'):
         LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, generator="mlp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"in place of base='mixture'; give one of them"):
+        LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, generator="linear", base="mixture")
+    with pytest.raises(ValueError, match="is that of a generator, and there is none"):
+        LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, noise="full")
     one = GaussianBase(torch.zeros(1), torch.ones(1))
     with pytest.raises(ValueError, match=r"takes z of shape \(2,\); base_z has \(1,\)"):
         LVEBM(ZeroEnergy(3, 1), build(Sheet()), one)
