@@ -75,9 +75,8 @@ def _check_forward_derivatives(generator: nn.Module, z: Tensor, z_shape: torch.S
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             "the generator has no forward derivatives, of which the metric of p(z | x) is made: "
-            f"torch.func.jvp fails with “{str(error).splitlines()[0]}”. Use operations of torch "
-            "that have them, do not detach z or change tensors in place, and give an "
-            "autograd.Function of your own a setup_context and a jvp"
+            f"“{str(error).splitlines()[0]}”. Use operations of torch that have them, do not "
+            "detach z, and give an autograd.Function of your own a jvp"
         ) from error
 
 

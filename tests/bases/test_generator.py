@@ -267,8 +267,8 @@ def build(generator: nn.Module, z_dim: int = 2, noise: Any = "diagonal") -> Gene
         ("coupled", "depends on the others in its batch"),
         ("batch norm", "BatchNorm1d 'norm' of the generator"),
         ("double", "returns torch.float64 for z of torch.float32"),
-        ("numpy", "no forward derivatives"),
-        ("function", "no forward derivatives.*setup_context and a jvp"),
+        ("numpy", "no forward derivatives.*do not detach z"),
+        ("function", "no forward derivatives.*of your own a jvp"),
     ],
 )
 def test_generators_that_do_not_fit_are_refused(what: str, message: str) -> None:

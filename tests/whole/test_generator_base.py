@@ -214,7 +214,7 @@ def test_posterior_draws_have_their_gaussian() -> None:
 
 def test_particles_reach_the_maximum_likelihood_of_factor_analysis() -> None:
     """From half of its loadings, with a decreasing rate, within 0.005 nats a datum."""
-    x = linear_rows(200)
+    x = linear_rows(100)
     best = float(marginal(linear_ebm(x), x).mean())
     pyro.clear_param_store()
     ebm = linear_ebm(x)
@@ -224,7 +224,7 @@ def test_particles_reach_the_maximum_likelihood_of_factor_analysis() -> None:
     assert best - float(marginal(ebm, x).mean()) > 0.3
     model = plate_model(ebm)
     saddle = Saddle(model, AutoParticles(model, 6), Adam({"lr": 0.05}), num_moves=1, seed=1)
-    saddle.fit(x, num_steps=150, progress=False)
+    saddle.fit(x, num_steps=100, progress=False)
     gap = best - float(marginal(ebm, x).mean())
     assert -1e-4 < gap < 0.005
 
@@ -644,7 +644,7 @@ def test_draws_of_the_sites_are_those_of_the_model() -> None:
 def test_guides_per_datum_fit_a_generator_model() -> None:
     """Their ELBO is below the evidence, and near it where the posterior is Gaussian."""
     pyro.clear_param_store()
-    x = linear_rows(40)
+    x = linear_rows(30)
     ebm = linear_ebm(x)
     model = plate_model(ebm)
     guide = AutoPerDatumMultivariateNormal(model)
