@@ -152,6 +152,7 @@ _FOLDERS = (
     "validation",
     "data",
     "sampling",
+    "data",
     "generators",
     "bases",
     "energies",

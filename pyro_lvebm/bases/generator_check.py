@@ -24,7 +24,7 @@ def check_generator(
 
     Raises:
         ValueError: If it cannot be called so, returns other shapes, NaN, or a value that is random
-            or depends on other rows, or has no forward derivatives.
+            or depends on other rows, or cannot be differentiated.
     """
     if name := batch_norm_in_training(generator):
         raise ValueError(
@@ -62,10 +62,10 @@ def check_generator(
                 "what the generator returns for one z depends on the others in its batch, or on "
                 f"its place there. {COUPLED.format('generator')}"
             )
-    _check_forward_derivatives(generator, z.flatten(1), z_shape)
+    _check_derivatives(generator, z.flatten(1), z_shape)
 
 
-def _check_forward_derivatives(generator: nn.Module, z: Tensor, z_shape: torch.Size) -> None:
+def _check_derivatives(generator: nn.Module, z: Tensor, z_shape: torch.Size) -> None:
     def mean(v: Tensor) -> Tensor:
         value: Tensor = _parts(generator(v.reshape(-1, *z_shape)))[0]
         return value.reshape(*v.shape[:-1], -1)
@@ -74,10 +74,8 @@ def _check_forward_derivatives(generator: nn.Module, z: Tensor, z_shape: torch.S
         jacobian(mean, z)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            "the generator has no forward derivatives, of which the metric of p(z | x) is made: "
-            f"torch.func.jvp fails with “{str(error).splitlines()[0]}”. Use operations of torch "
-            "that have them, do not detach z or change tensors in place, and give an "
-            "autograd.Function of your own a setup_context and a jvp"
+            "the generator cannot be differentiated twice, as the metric of p(z | x) needs: "
+            f"“{str(error).splitlines()[0]}”. Use operations of torch, and do not detach z"
         ) from error
 
 

@@ -180,6 +180,10 @@ class LVEBM(Density):
         within = None if support is None else Support(support, x.shape[1:])
         if base not in ("auto", "gaussian", "mixture"):
             raise ValueError(f'base must be "auto", "gaussian" or "mixture"; got {base!r}')
+        if generator is not None and base != "auto":
+            raise ValueError(f"a generator stands in place of base={base!r}; give one of them")
+        if generator is None and noise != "diagonal":
+            raise ValueError(f"noise={noise!r} is that of a generator, and there is none")
         if generator is not None:
             network = _network(generator)
             base_x: GaussianBase = GeneratorBase.from_factor_analysis(

@@ -155,10 +155,12 @@ class Checkpoint:
         """Refuse parts that the saved state does not fit, before any of them is changed."""
         targets = _targets(parts.modules, parts.loose_params)
         saved = {k: v for k, v in self.tensors.items() if not k.startswith(_BESIDE)}
-        problems = _of_other_bases(targets, saved, parts.ebms)
-        if not problems:
-            problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
-            problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
+        if other := _of_other_bases(targets, saved, parts.ebms):
+            raise ValueError(
+                "the checkpoint does not fit this model and guide: " + "; ".join(sorted(other))
+            )
+        problems = [f"'{k}' is not in the file" for k in targets.keys() - saved.keys()]
+        problems += [f"'{k}' is only in the file" for k in saved.keys() - targets.keys()]
         for key in targets.keys() & saved.keys():
             problems += _differences(key, targets[key], saved[key])
         for key, value in _named("average/", self.tensors).items():

@@ -232,21 +232,7 @@ class Broken(nn.Module):
             "batch norm": lambda: self.norm(out),
             "double": lambda: out.double(),
             "numpy": lambda: torch.from_numpy(out.detach().numpy()),
-            "function": lambda: Square.apply(out),
         }[self.what]()
-
-
-class Square(torch.autograd.Function):
-    """Without forward derivatives."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return 2.0 * ctx.saved_tensors[0] * grad
 
 
 def build(generator: nn.Module, z_dim: int = 2, noise: Any = "diagonal") -> GeneratorBase:
@@ -267,8 +253,7 @@ def build(generator: nn.Module, z_dim: int = 2, noise: Any = "diagonal") -> Gene
         ("coupled", "depends on the others in its batch"),
         ("batch norm", "BatchNorm1d 'norm' of the generator"),
         ("double", "returns torch.float64 for z of torch.float32"),
-        ("numpy", "no forward derivatives"),
-        ("function", "no forward derivatives.*setup_context and a jvp"),
+        ("numpy", "differentiated twice.*do not detach z"),
     ],
 )
 def test_generators_that_do_not_fit_are_refused(what: str, message: str) -> None:
@@ -292,6 +277,10 @@ def test_other_arguments_that_do_not_fit() -> None:
     x = normal((50, 3), 1)
     with pytest.raises(ValueError, match=r'generator must be an nn.Module or "linear"'):
         LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, generator="mlp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"in place of base='mixture'; give one of them"):
+        LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, generator="linear", base="mixture")
+    with pytest.raises(ValueError, match="is that of a generator, and there is none"):
+        LVEBM.from_data(ZeroEnergy(3, 2), x, z_dim=2, noise="full")
     one = GaussianBase(torch.zeros(1), torch.ones(1))
     with pytest.raises(ValueError, match=r"takes z of shape \(2,\); base_z has \(1,\)"):
         LVEBM(ZeroEnergy(3, 1), build(Sheet()), one)

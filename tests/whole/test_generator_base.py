@@ -150,8 +150,8 @@ def test_the_evidence_of_a_pyro_model_is_too(missing: bool) -> None:
 
 
 def test_log_z_is_zero_exactly_and_draws_are_those_of_the_base() -> None:
-    """After training steps too: a pool has nothing to follow."""
-    for pool in (TemperedPool(3, 16), PersistentPool(16)):
+    """After training steps too: a pool has nothing to follow, and its chains are drawn anew."""
+    for pool in (TemperedPool(3, 40, num_moves=1), PersistentPool(40, num_moves=1)):
         pyro.clear_param_store()
         x = linear_rows(60)
         ebm = linear_ebm(x, pool=pool)
@@ -162,7 +162,8 @@ def test_log_z_is_zero_exactly_and_draws_are_those_of_the_base() -> None:
         assert float(ebm.log_partition) == 0.0 == float(ebm.log_norm())
         before = ebm.pool.u
         ebm.pool.refresh(ebm)
-        assert not (ebm.pool.u == before).any() and not ebm.pool.f.any()
+        alike = torch.stack([before[-1].flatten(), ebm.pool.u[-1].flatten()]).corrcoef()[0, 1]
+        assert abs(float(alike)) < 4.0 / math.sqrt(240) and not ebm.pool.f.any()
         one, two = (ebm.pool.draw(ebm, 500, generator=seeded(s)) for s in (1, 1))
         assert torch.equal(one, two) and len(one.unique(dim=0)) == 500
         found = log_partition(ebm, num_particles=16, num_runs=2, num_refreshes=2)
@@ -213,7 +214,7 @@ def test_posterior_draws_have_their_gaussian() -> None:
 
 def test_particles_reach_the_maximum_likelihood_of_factor_analysis() -> None:
     """From half of its loadings, with a decreasing rate, within 0.005 nats a datum."""
-    x = linear_rows(200)
+    x = linear_rows(100)
     best = float(marginal(linear_ebm(x), x).mean())
     pyro.clear_param_store()
     ebm = linear_ebm(x)
@@ -223,7 +224,7 @@ def test_particles_reach_the_maximum_likelihood_of_factor_analysis() -> None:
     assert best - float(marginal(ebm, x).mean()) > 0.3
     model = plate_model(ebm)
     saddle = Saddle(model, AutoParticles(model, 6), Adam({"lr": 0.05}), num_moves=1, seed=1)
-    saddle.fit(x, num_steps=150, progress=False)
+    saddle.fit(x, num_steps=100, progress=False)
     gap = best - float(marginal(ebm, x).mean())
     assert -1e-4 < gap < 0.005
 
@@ -643,7 +644,7 @@ def test_draws_of_the_sites_are_those_of_the_model() -> None:
 def test_guides_per_datum_fit_a_generator_model() -> None:
     """Their ELBO is below the evidence, and near it where the posterior is Gaussian."""
     pyro.clear_param_store()
-    x = linear_rows(40)
+    x = linear_rows(30)
     ebm = linear_ebm(x)
     model = plate_model(ebm)
     guide = AutoPerDatumMultivariateNormal(model)
