@@ -550,12 +550,12 @@ def test_demo_is_fit_on_the_digits(
     assert demo.status == 0 and seeds == [5]
     assert {p.name for p in demo.out.iterdir()} == OUTPUTS | {"latents.png"}
     assert demo.summary["base"]["class"] == "GeneratorBase"
-    assert demo.summary["data"] == {"train": [65, 8], "held_out": [18, 8], "validation": [7, 8]}
+    assert demo.summary["data"] == {"train": [64, 8], "held_out": [18, 8], "validation": [8, 8]}
     assert set(demo.table.index) == POSTERIORS
 
     ((shown, draws, masked, below, table, results),) = figures
     assert results.table is table and len(results.history) == 4
-    assert shown.shape == (65, 4, 2) and draws.shape == (100, 4, 2)
+    assert shown.shape == (64, 4, 2) and draws.shape == (100, 4, 2)
     assert masked.shape == (10, 4, 2) and below.shape == (30, 4, 2)
     # Grey levels, as they were before the noise.
     assert shown.min() >= 0.0 and shown.max() <= 3.0 and np.ptp(shown) > 2.0
