@@ -554,7 +554,7 @@ def test_demo_is_fit_on_the_digits(
     assert set(demo.table.index) == POSTERIORS
 
     ((shown, draws, masked, below, table, results),) = figures
-    assert results.table is table and len(results.history) == 4
+    assert results.table is table and results.history.index.max() == 4
     assert shown.shape == (64, 4, 2) and draws.shape == (100, 4, 2)
     assert masked.shape == (10, 4, 2) and below.shape == (30, 4, 2)
     # Grey levels, as they were before the noise.
