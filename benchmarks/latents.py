@@ -86,7 +86,7 @@ def of_pendulum(num_steps: int, seed: int) -> bool:
     text = ", ".join(f"{k} " + " ".join(f"{v:.3f}" for v in values) for k, values in found.items())
     print(f"pendulum, seed {seed}: {carried}; R² {text}; {evidence}", flush=True)
     short = any(r < goal for r, goal in zip(found["neighbours"], GOAL_R2, strict=True))
-    return short or carried.value < GOAL_PENDULUM
+    return short or carried.low < GOAL_PENDULUM
 
 
 def of_digits(num_steps: int, seed: int) -> bool:
@@ -96,7 +96,7 @@ def of_digits(num_steps: int, seed: int) -> bool:
     ebm = decoder(x, 4, num_steps, seed)
     carried = mutual_information(ebm, x_test, num_rows=512, seed=seed)
     print(f"digits, seed {seed}: {carried}; {log_evidence(ebm, x_test, seed=seed)}", flush=True)
-    return carried.value < GOAL_DIGITS
+    return carried.low < GOAL_DIGITS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

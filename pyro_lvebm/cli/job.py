@@ -177,7 +177,7 @@ def run_job(
     if table.carried is not None:
         summary["mutual_information"] = asdict(table.carried) | {
             "interval": list(table.carried.interval),
-            "units": "nats; value is low and upper is high, in expectation",
+            "units": "nats; low and high are so in expectation, value is their middle",
         }
     summary["elbo_table"] = table.to_dataframe().reset_index().to_dict("records")
     _write_summary(out, summary, said)
