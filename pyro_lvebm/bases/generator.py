@@ -16,12 +16,16 @@ from pyro_lvebm.bases.gaussian import GaussianBase
 from pyro_lvebm.bases.generator_check import check_generator
 from pyro_lvebm.bases.supports import Support
 from pyro_lvebm.bases.units import moments, row_lengths
+from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.validation import as_data
 
 Noise = Literal["diagonal", "low-rank", "full"]
 
 _FLOOR = 1e-3
 """Least standard deviation of the noise, in those of the columns: below it is resolution."""
+
+_START = 0.01
+"""Standard deviation of the entries of W at the start."""
 
 _MAX_RANK = 8
 """Columns of W in low-rank noise, or as many as x has entries."""
@@ -50,7 +54,7 @@ class GeneratorBase(GaussianBase):
 
     Raises:
         ValueError: If the generator returns other shapes or NaN, is random, couples rows (BatchNorm
-            in training) or has no forward derivatives; or noise is none of these.
+            in training) or cannot be differentiated twice; or noise is none of these.
 
     Source:
         Xiao et al. (2021), VAEBM, arXiv 2010.00654 (decoder and energy); Kuntz, Lim and Johansen
@@ -111,7 +115,8 @@ class GeneratorBase(GaussianBase):
         """Start at the factor analysis of rows x (N, *event_shape), by maximum likelihood.
 
         With a generator whose output starts at 0 and base_z = N(0, I) the base is that factor
-        analysis. Where entries are missing, it is that of the covariance of maximum likelihood.
+        analysis; low-rank noise adds W Wᵀ of about a thousandth of a variance. Where entries are
+        missing, it is that of the covariance of maximum likelihood.
 
         Args:
             x: Rows; NaN where an entry is missing.
@@ -138,9 +143,9 @@ class GeneratorBase(GaussianBase):
             base.linear.copy_(a)
             base.log_noise.copy_((psi.sqrt() - _FLOOR).clamp(min=_FLOOR).log())
             if noise == "low-rank":  # a W of zeros would have no gradient
-                draw = torch.Generator().manual_seed(0)
-                start = torch.randn(base.noise_factor.shape, generator=draw)
-                base.noise_factor.copy_(0.01 * start)
+                start = torch.empty(base.noise_factor.shape)
+                start.normal_(generator=generator_for(0, Stream.GENERATOR_WEIGHTS, "noise"))
+                base.noise_factor.copy_(_START * start)
         return base
 
     @property

@@ -109,7 +109,8 @@ def choose_base(
         return best, found
     assert found[0].values is not None and best.values is not None
     lead = found[0].values - best.values
-    loses = float(lead.mean()) > float(lead.std()) / math.sqrt(len(lead))
+    error = float(lead.std()) / math.sqrt(len(lead)) if len(lead) > 1 else 0.0
+    loses = float(lead.mean()) > error
     return (found[0] if loses else best), found
 
 

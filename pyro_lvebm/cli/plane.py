@@ -60,7 +60,7 @@ def telling_data(draws: np.ndarray, count: int = _SHOWN) -> list[int]:
                 break
             if inside[i] and all(np.linalg.norm(means[i] - means[j]) > 0.7 for j in chosen):
                 chosen.append(int(i))
-    return chosen
+    return chosen or [int(np.abs(means).max(1).argmin())]
 
 
 def plane_figure(
@@ -110,7 +110,8 @@ def plane_figure(
         num_cells=15,
         axes=left.subplots(),
     )
-    for k, (i, axes) in enumerate(zip(chosen, right.subplots(len(chosen), 1), strict=True)):
+    column = right.subplots(len(chosen), 1, squeeze=False)[:, 0]
+    for k, (i, axes) in enumerate(zip(chosen, column, strict=True)):
         row = levels(x[i : i + 1].double().numpy())[0]
         if shape is None:
             axes.plot(row, color=f"C{k}")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_lvebm.data import Split
 from pyro_lvebm.evidence import LogEvidence, latent_energy, log_evidence
-from pyro_lvebm.model import LVEBM, anneal_to_end
+from pyro_lvebm.model import LVEBM
 from pyro_lvebm.rng import Stream, generator_for
+from pyro_lvebm.sampling import anneal_problems
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,8 +96,8 @@ def latents(ebm: LVEBM, x: Tensor, seed: int) -> Latents:
         for chunk, part in enumerate(x.split(_CHUNK)):
             generator = generator_for(seed, Stream.FIGURE, "rows", chunk, device=x.device)
             f, r, dim, _ = latent_energy(ebm, part)
-            shape = (1, len(part), _PARTICLES, dim)
-            found = anneal_to_end(f, shape, x, r, generator)
+            shape = (len(part), _PARTICLES, dim)
+            found = anneal_problems(f, r, shape, x, generator=generator).state
             z = ebm.base_z.unwhiten(found.u[0, ..., : ebm.base_z.dim]).flatten(2)
             mean = z.mean(1)
             means.append(mean)

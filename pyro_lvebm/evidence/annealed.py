@@ -13,16 +13,7 @@ from pyro_lvebm.latents import (
     residuals_of_problems,
     run_chains,
 )
-from pyro_lvebm.sampling import (
-    MALA,
-    STANDARD_NORMAL,
-    Base,
-    Residuals,
-    ValueAndGrad,
-    anneal,
-    pilot,
-    start_near,
-)
+from pyro_lvebm.sampling import MALA, Residuals, ValueAndGrad, anneal_problems
 
 MAX_PARTICLES = 2**16
 
@@ -47,8 +38,7 @@ def anneal_latents(
         num_runs: Independent runs.
         num_moves: MALA steps at each temperature.
         relative_ess: Wanted ESS / n between temperatures in the pilot run.
-        residuals: r(v) on the same v with ½ |r|² the main part of ½ |v|² + f, if there is one:
-            annealing then starts at the modes of the problems too, and moves in their curvature.
+        residuals: r(v) with ½ |r|² the main part of ½ |v|² + f, as in `anneal_problems`.
         generator: Source of randomness.
 
     Returns:
@@ -56,20 +46,17 @@ def anneal_latents(
     """
     if not shape[-1]:  # nothing to integrate over
         return -f(like.new_empty(num_runs, shape[0], 1, 0))[0][..., 0]
-    base: Base = STANDARD_NORMAL
-    if residuals is not None:
-        f, base = start_near(f, residuals, shape, like, generator)
-    schedule = pilot(
+    return anneal_problems(
         f,
-        base.draw((1, *shape), like, generator),
-        base=base,
-        relative_ess=relative_ess,
+        residuals,
+        shape,
+        like,
+        num_runs=num_runs,
         num_moves=num_moves,
-        precondition=residuals is not None,
+        pilot_moves=num_moves,
+        relative_ess=relative_ess,
         generator=generator,
-    )
-    start = base.draw((num_runs, *shape), like, generator)
-    return anneal(f, start, schedule, base=base, num_moves=num_moves, generator=generator).log_ratio
+    ).log_ratio
 
 
 def anneal_block(

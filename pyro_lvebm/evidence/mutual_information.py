@@ -21,16 +21,7 @@ from pyro_lvebm.model import (
     residuals_given_x,
 )
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sampling import (
-    STANDARD_NORMAL,
-    Base,
-    Residuals,
-    ValueAndGrad,
-    anneal,
-    log_mean_exp,
-    pilot,
-    start_near,
-)
+from pyro_lvebm.sampling import Residuals, ValueAndGrad, anneal_problems, log_mean_exp
 from pyro_lvebm.validation import as_rows, check_at_least
 
 _RUNS, _PARTICLES = 4, 64
@@ -240,13 +231,7 @@ def _posteriors(
 
     Normalisers are relative to N(0, I); each mean is that of one of the independent runs.
     """
-    base: Base = STANDARD_NORMAL
-    if r is not None:
-        f, base = start_near(f, r, shape, like, generator)
-    start = base.draw((1, *shape), like, generator)
-    schedule = pilot(f, start, base=base, precondition=r is not None, generator=generator)
-    start = base.draw((_RUNS, *shape), like, generator)
-    found = anneal(f, start, schedule, base=base, num_moves=4, generator=generator)
+    found = anneal_problems(f, r, shape, like, num_runs=_RUNS, generator=generator)
     # A run counts by its weight, so that draws have the law of the posterior.
     run = torch.multinomial(
         torch.softmax(found.log_ratio, 0).T, num_draws, replacement=True, generator=generator

@@ -14,11 +14,11 @@ from torch import Tensor
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.energy import as_problems, residuals_of_problems
 from pyro_lvebm.latents.positive_phase import kernel_for, particles_last, step_factors
-from pyro_lvebm.model import anneal_to_end
 from pyro_lvebm.sampling import (
     MALA,
     Kernel,
     Residuals,
+    anneal_problems,
     gauss_newton_root,
     init_state,
     secant_root,
@@ -89,10 +89,11 @@ def chain_draws(
     """Run the particles of all blocks on as Markov chains, and keep every `thinning`-th position.
 
     One block takes one move in each step. Several take four moves each in turn, given the present
-    values of the others (Gibbs sampling). In the warm-up the step size adapts, separately for each
-    datum, and with MALA a metric too where more than an LVEBM steers the latents (`secant_root`),
-    from the positions and gradients of windows that grow by a half; its last quarter is for the
-    step sizes alone. Afterwards both are fixed.
+    values of the others (Gibbs sampling). Where a generator makes posteriors sharp, chains do not
+    begin at the particles but at annealed draws. In the warm-up the step size adapts, separately
+    for each datum, and with MALA a metric too where more than an LVEBM steers the latents, or a
+    generator (`secant_root`), from the positions and gradients of windows that grow by a half; its
+    last quarter is for the step sizes alone. Afterwards both are fixed.
 
     Args:
         blocks: The blocks of one minibatch, with all else fixed. Their `fix` is called.
@@ -156,15 +157,15 @@ def _annealed(block: LatentBlock, r: Residuals, generator: torch.Generator) -> T
     """
     batch, (count, dim) = block.v.shape[1:-1], (len(block.v), block.v.shape[-1])
     n = max(count, _MIN_STARTS)
-    found = anneal_to_end(
+    found = anneal_problems(
         as_problems(block.f, batch),
-        (1, batch.numel(), n, dim),
-        block.v,
         residuals_of_problems(r, batch),
-        generator,
+        (batch.numel(), n, dim),
+        block.v,
+        generator=generator,
     )
     picked = torch.randperm(n, generator=generator, device=block.v.device)[:count]
-    return found.u[0][:, picked].reshape(*batch, count, dim)
+    return found.state.u[0][:, picked].reshape(*batch, count, dim)
 
 
 _MIN_STARTS = 64

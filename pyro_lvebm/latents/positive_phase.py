@@ -154,7 +154,7 @@ def _move_in_metric(
     halves = torch.arange(len(block.v), device=block.v.device).chunk(2)
     rates: list[Tensor] = []
     for mine, others in zip(halves, halves[::-1], strict=True):
-        scale = law.tril
+        scale = law.root
         if others is not mine:
             scale = gauss_newton_root(residuals, state.u[..., others, :].movedim(-2, 0))
         part = LangevinState(state.u[..., mine, :], state.f[..., mine], state.grad[..., mine, :])

@@ -2,7 +2,6 @@
 """The LVEBM: a density, its pool, and what follows from it."""
 
 from pyro_lvebm.model.conditionals import (
-    anneal_to_end,
     draw_conditional,
     given_observed,
     given_x,

@@ -8,17 +8,7 @@ from torch import Tensor
 
 from pyro_lvebm.bases import Completion, GeneratorBase
 from pyro_lvebm.model.density import Density
-from pyro_lvebm.sampling import (
-    STANDARD_NORMAL,
-    Base,
-    LangevinState,
-    Residuals,
-    ValueAndGrad,
-    anneal,
-    pick_draws,
-    pilot,
-    start_near,
-)
+from pyro_lvebm.sampling import Residuals, ValueAndGrad, anneal_problems, pick_draws
 
 
 def given_x(density: Density, w_x: Tensor) -> ValueAndGrad:
@@ -131,24 +121,5 @@ def draw_conditional(
     residuals: Residuals | None = None,
 ) -> Tensor:
     """Draw one v (num_problems, dim) of every problem by a run of its own, fixed after a pilot."""
-    shape = (1, num_problems, num_particles, dim)
-    found = anneal_to_end(f, shape, like, residuals, None)
-    return pick_draws(found, None)[0]
-
-
-def anneal_to_end(
-    f: ValueAndGrad,
-    shape: tuple[int, int, int, int],
-    like: Tensor,
-    residuals: Residuals | None,
-    generator: torch.Generator | None,
-) -> LangevinState:
-    """Return particles (1, problems, particles, dim) of runs that are fixed after a pilot."""
-    base: Base = STANDARD_NORMAL
-    if residuals is not None:
-        f, base = start_near(f, residuals, shape[1:], like, generator)
-    sharp = residuals is not None
-    start = base.draw(shape, like, generator)
-    schedule = pilot(f, start, base=base, precondition=sharp, generator=generator)
-    start = base.draw(shape, like, generator)
-    return anneal(f, start, schedule, base=base, num_moves=4, generator=generator).state
+    shape = (num_problems, num_particles, dim)
+    return pick_draws(anneal_problems(f, residuals, shape, like, generator=None).state, None)[0]

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from pyro_lvebm.bases import Completion, observed_entries
 from pyro_lvebm.model.conditionals import (
-    anneal_to_end,
     given_observed,
     residuals_given_observed,
 )
 from pyro_lvebm.model.contexts import as_context_of_rows, context_rows
 from pyro_lvebm.model.density import Density
 from pyro_lvebm.rng import Stream, generator_for
-from pyro_lvebm.sampling import pick_draws
+from pyro_lvebm.sampling import anneal_problems, pick_draws
 from pyro_lvebm.validation import as_rows, check_at_least
 
 _NUM_PARTICLES = 256
@@ -63,11 +62,11 @@ def _complete(
     """Complete every row (n, *x_shape) once, by a run of its own."""
     completion = Completion(density.base_x, x[:, None], observed[:, None])
     k = density.base_z.dim
-    shape = (1, len(x), _NUM_PARTICLES, k + len(columns))
+    shape = (len(x), _NUM_PARTICLES, k + len(columns))
     with density.frozen(), torch.no_grad():
         f = given_observed(density, completion, columns)
         r = residuals_given_observed(density, completion, columns)
-        state = anneal_to_end(f, shape, x, r, generator)
+        state = anneal_problems(f, r, shape, x, generator=generator).state
     v = x.new_zeros(len(x), 1, completion.dim)
     v[..., columns] = pick_draws(state, generator)[0][:, None, k:]
     values = density.base_x.support.constrain(completion.unwhiten(v))

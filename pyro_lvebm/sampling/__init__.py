@@ -31,6 +31,7 @@ from pyro_lvebm.sampling.langevin import (
     value_and_grad,
 )
 from pyro_lvebm.sampling.preconditioning import inverse_root, secant_root
+from pyro_lvebm.sampling.problems import anneal_problems
 from pyro_lvebm.sampling.tempering import (
     SNAPSHOT_STRIDE,
     Tempered,

@@ -27,7 +27,7 @@ class Linearised(NamedTuple):
     """The Gaussian N(mean, L Lᵀ) of an energy whose residuals are made linear."""
 
     mean: Tensor  # (*b, k)
-    tril: Tensor  # L (*b, k, k), upper triangular in fact: any root serves
+    root: Tensor  # L (*b, k, k), upper triangular
     inverse: Tensor  # L⁻¹ (*b, k, k)
 
 
@@ -114,7 +114,7 @@ class DefensiveBase:
 
     def __init__(self, law: Linearised) -> None:
         self.mean = law.mean[:, None]
-        self.tril, self.inverse = law.tril, law.inverse
+        self.root, self.inverse = law.root, law.inverse
         self.log_det = law.inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)[:, None]
 
     def energy(self, u: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class DefensiveBase:
         """Return independent draws of a shape (runs, problems, particles, k)."""
         xi = standard_normal(shape, like, generator)
         picked = torch.rand(shape[:-1], dtype=like.dtype, device=like.device, generator=generator)
-        return torch.where(picked[..., None] < _SHARE, self.mean + xi @ self.tril.mT, xi)
+        return torch.where(picked[..., None] < _SHARE, self.mean + xi @ self.root.mT, xi)
 
     def _terms(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         xi = (u - self.mean) @ self.inverse.mT
@@ -204,7 +204,7 @@ def linearised_step(
         The new state, and the acceptance probability (*b, K).
     """
     xi = torch.empty_like(state.u).normal_(generator=generator)
-    new = init_state(f, law.mean[..., None, :] + xi @ law.tril.mT)
+    new = init_state(f, law.mean[..., None, :] + xi @ law.root.mT)
     old_xi = (state.u - law.mean[..., None, :]) @ law.inverse.mT
 
     def log_ratio(at: LangevinState, own: Tensor) -> Tensor:

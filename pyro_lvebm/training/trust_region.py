@@ -227,7 +227,7 @@ def _keep_near(
         return found
 
     scale_update([params[i] for i in energy], [before[i] for i in energy], longer)
-    halvings = shrink(energy)
+    halvings = shrink(energy) if energy else MAX_HALVINGS + 1
     # A generator moves the pool with it: its update is shrunk only where that of f does not do.
     if halvings > MAX_HALVINGS and len(theta) > len(energy):
         halvings = shrink(theta)

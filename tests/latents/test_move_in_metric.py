@@ -111,7 +111,7 @@ def test_the_check_fails_where_every_proposal_is_accepted(monkeypatch: pytest.Mo
     def accept(f: Any, state: Any, law: Any, generator: Any) -> Any:
         u = (
             law.mean[..., None, :]
-            + torch.empty_like(state.u).normal_(generator=generator) @ law.tril.mT
+            + torch.empty_like(state.u).normal_(generator=generator) @ law.root.mT
         )
         return init_state(f, u), None
 

@@ -20,7 +20,8 @@ from referee import ALPHA, CERTAIN, ks_p_value, mean_p_value, normal, variance_p
 from torch import Tensor
 
 from pyro_lvebm import LVEBM, QuadraticEnergy, TemperedPool
-from pyro_lvebm.model import conditionals, imputation
+from pyro_lvebm.model import imputation
+from pyro_lvebm.sampling import problems
 from pyro_lvebm.sampling.annealing import Annealed
 from pyro_lvebm.sampling.langevin import ValueAndGrad
 
@@ -109,13 +110,13 @@ def test_moments_check_fails_for_draws_of_the_base(monkeypatch: pytest.MonkeyPat
     ebm, observed = make_quadratic(full_z=True), mask(1, 2)
     x = draw_x(ebm, 4, seed=3)
 
-    anneal = conditionals.anneal
+    anneal = problems.anneal
 
     def stay(f: ValueAndGrad, v: Tensor, *args: Any, **options: Any) -> Annealed:
         result = anneal(f, v, *args, **options)
         return result._replace(state=result.state._replace(u=v))
 
-    monkeypatch.setattr(conditionals, "anneal", stay)
+    monkeypatch.setattr(problems, "anneal", stay)
     draws = ebm.impute(x, observed, num_samples=SAMPLES, seed=2)
     law = conditional(*joint_gaussian(ebm), x.numpy(), ~observed.numpy())
     assert moments_p_value(draws[..., ~observed], *law) < CERTAIN
@@ -307,14 +308,14 @@ def test_the_draw_of_a_run_is_like_any_of_its_particles(
     particles of low rank have seen less than half of the reweighting.
     """
     ebm = stiff_ebm()
-    anneal, particles = conditionals.anneal, []
+    anneal, particles = problems.anneal, []
 
     def record(*args: Any, **options: Any) -> Annealed:
         result = anneal(*args, **options)
         particles.append(result.state.u[0, :, :, 1:])
         return result
 
-    monkeypatch.setattr(conditionals, "anneal", record)
+    monkeypatch.setattr(problems, "anneal", record)
     if first:
         monkeypatch.setattr(imputation, "pick_draws", lambda state, generator: state.u[:, :, 0])
     x = torch.zeros(1, 17, dtype=torch.float64)

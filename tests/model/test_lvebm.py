@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from pyro_lvebm import LVEBM, MLPEnergy, PersistentPool, TemperedPool
 from pyro_lvebm.bases.fitting import cross_validated_shrinkage
 from pyro_lvebm.bases.gaussian import GaussianBase
-from pyro_lvebm.model import conditionals as package_conditionals
+from pyro_lvebm.sampling import problems
 from pyro_lvebm.sampling.langevin import value_and_grad
 
 
@@ -231,13 +231,13 @@ def test_posterior_draws_have_the_exact_moments() -> None:
 
 
 def test_posterior_check_fails_for_a_run_that_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = package_conditionals.anneal
+    real = problems.anneal
 
     def early(f: object, v: Tensor, schedule: tuple, **kwargs: object) -> object:
         cut = type(schedule)(0.7 * schedule.betas, schedule.step_sizes)
         return real(f, v, cut, **kwargs)
 
-    monkeypatch.setattr(package_conditionals, "anneal", early)
+    monkeypatch.setattr(problems, "anneal", early)
     assert posterior_p_value() < CERTAIN
 
 

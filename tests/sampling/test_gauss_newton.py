@@ -62,8 +62,8 @@ def test_linear_residuals_have_their_gaussian() -> None:
     for seed in (1, 2):
         law = linearise(straight, 3.0 * normal((4, 2), seed))
         torch.testing.assert_close(law.mean, mean)
-        torch.testing.assert_close(law.tril @ law.tril.mT, covariance)
-        torch.testing.assert_close(law.inverse @ law.tril, torch.eye(2).double().expand(4, 2, 2))
+        torch.testing.assert_close(law.root @ law.root.mT, covariance)
+        torch.testing.assert_close(law.inverse @ law.root, torch.eye(2).double().expand(4, 2, 2))
 
 
 def test_the_metric_is_a_mean_over_particles() -> None:
@@ -118,7 +118,7 @@ def test_its_gradient_is_that_of_autograd() -> None:
 def draws_p_value(axis: int, other: float) -> float:
     base = DefensiveBase(law())
     u = base.draw((1, 1, 4000, 2), torch.zeros(1).double(), seeded(1))[0, 0, :, axis]
-    cov = law().tril[0] @ law().tril[0].T
+    cov = law().root[0] @ law().root[0].T
     mean, std = float(law().mean[0, axis]), float(cov[axis, axis].sqrt())
 
     def energy(v: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def step_p_value(wrong: bool) -> float:
     f = value_and_grad(lambda v: target(v[..., 0]) - 0.5 * v.square().sum(-1))
     state = init_state(f, u[None, :, None])
     narrow = linearise(line, torch.zeros(1, 1).double())
-    proposal = Linearised(narrow.mean, 0.6 * narrow.tril, narrow.inverse / 0.6)
+    proposal = Linearised(narrow.mean, 0.6 * narrow.root, narrow.inverse / 0.6)
     if wrong:  # without the density of the way back
         proposal = proposal._replace(inverse=0.0 * proposal.inverse)
     generator = seeded(5)
