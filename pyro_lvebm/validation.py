@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -127,6 +128,16 @@ def as_rows(
     if x.dim() != 1 + len(event_shape):
         raise DataError(f"x has shape {tuple(x.shape)}; expected (N, *{tuple(event_shape)})")
     return x
+
+
+def check_widths(hidden: Sequence[int]) -> None:
+    """Refuse widths of hidden layers of which there is none, or one below 1.
+
+    Raises:
+        ValueError: If they are such.
+    """
+    if not hidden or any(width < 1 for width in hidden):
+        raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
 
 
 def check_at_least(least: int, **values: int) -> None:

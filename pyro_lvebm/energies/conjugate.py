@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase, unit_rows
+from pyro_lvebm.energies.mlp import (
+    FOURIER_SCALE,
+    KL_PENALTY_PER_DIM,
+    STANDARDISED_SCALE,
+    WHITENED_SCALE,
+)
 from pyro_lvebm.energies.whitened import WhitenedEnergy
 from pyro_lvebm.rng import Stream, isolated_rng
-from pyro_lvebm.validation import check_at_least
-
-_WHITENED_SCALE, _STANDARDISED_SCALE, _FOURIER_SCALE = 0.5, 2.0, 0.5
-"""Of the inputs of the network, as in an `MLPEnergy`."""
-
-_KL_PENALTY_PER_DIM = 8.0
-"""Nats, as in an `MLPEnergy`."""
+from pyro_lvebm.validation import check_at_least, check_widths
 
 _MAX_MEAN = 8.0
 """Largest |h|, in standard deviations of the posterior."""
@@ -82,11 +82,10 @@ class ConjugateEnergy(WhitenedEnergy):
         seed: int = 0,
     ) -> None:
         if kl_penalty is None:
-            kl_penalty = _KL_PENALTY_PER_DIM * (x_dim + z_dim)
+            kl_penalty = KL_PENALTY_PER_DIM * (x_dim + z_dim)
         super().__init__(x_dim, z_dim, kl_penalty=kl_penalty)
         check_at_least(1, z_dim=z_dim)
-        if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
+        check_widths(hidden)
         if fourier_features is None:
             fourier_features = 32 if self.dim <= 8 else 0
         if fourier_features < 0:
@@ -119,8 +118,8 @@ class ConjugateEnergy(WhitenedEnergy):
     def _mean(self, u_x: Tensor) -> Tensor:
         """Return h (*b, z_dim) at whitened x (*b, x_dim)."""
         phase = u_x @ self.frequencies
-        features = [_WHITENED_SCALE * u_x, _STANDARDISED_SCALE * (u_x @ self.standardise)]
-        features += [_FOURIER_SCALE * phase.sin(), _FOURIER_SCALE * phase.cos()]
+        features = [WHITENED_SCALE * u_x, STANDARDISED_SCALE * (u_x @ self.standardise)]
+        features += [FOURIER_SCALE * phase.sin(), FOURIER_SCALE * phase.cos()]
         h: Tensor = self.network(torch.cat(features, -1))
         return _MAX_MEAN * torch.tanh(h / _MAX_MEAN)
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from pyro_lvebm.bases import GaussianBase, moments, unit_rows
 from pyro_lvebm.energies.whitened import WhitenedEnergy
 from pyro_lvebm.rng import Stream, isolated_rng
+from pyro_lvebm.validation import check_widths
 
-_WHITENED_SCALE, _STANDARDISED_SCALE = 0.5, 2.0
+WHITENED_SCALE, STANDARDISED_SCALE = 0.5, 2.0
 """Of the inputs u_x and x̃ (measured on wine, breast cancer and digits, docs/training.md)."""
 
-_FOURIER_SCALE = 0.5
+FOURIER_SCALE = 0.5
 """Of the Fourier features (measured on 8 Gaussians and pinwheel, docs/training.md)."""
 
-_KL_PENALTY_PER_DIM = 8.0
+KL_PENALTY_PER_DIM = 8.0
 """Nats (measured on the same tables, docs/training.md)."""
 
 
@@ -83,7 +84,7 @@ class MLPEnergy(WhitenedEnergy):
         seed: int = 0,
     ) -> None:
         if kl_penalty is None:
-            kl_penalty = _KL_PENALTY_PER_DIM * (x_dim + z_dim)
+            kl_penalty = KL_PENALTY_PER_DIM * (x_dim + z_dim)
         super().__init__(x_dim, z_dim, kl_penalty=kl_penalty)
         if context_dim < 0:
             raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
@@ -91,8 +92,7 @@ class MLPEnergy(WhitenedEnergy):
         if context_dim:
             self.register_buffer("context_loc", torch.zeros(context_dim))
             self.register_buffer("context_scale", torch.ones(context_dim))
-        if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
+        check_widths(hidden)
         if fourier_features is None:
             fourier_features = 32 if self.dim <= 8 else 0
         if fourier_features < 0:
@@ -101,7 +101,7 @@ class MLPEnergy(WhitenedEnergy):
             bandwidth = 1.5 * min(1.0, 2.0 / x_dim)
             self.register_buffer("frequencies", bandwidth * torch.randn(x_dim, fourier_features))
             self.register_buffer("linear", self._linear_part())
-            self.register_buffer("fourier_scale", torch.tensor(_FOURIER_SCALE))
+            self.register_buffer("fourier_scale", torch.tensor(FOURIER_SCALE))
             widths = [self.linear.shape[1] + 2 * fourier_features + context_dim, *hidden]
             self.hidden = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
             self.out = nn.Linear(widths[-1], 1)
@@ -122,9 +122,9 @@ class MLPEnergy(WhitenedEnergy):
         standardise = unit_rows(self.base_x.tril)  # x̃ = standardise @ u_x
         eye = torch.eye(self.x_dim).to(scale)
         linear = torch.zeros(self.dim, self.dim + self.x_dim).to(scale)
-        linear[: self.x_dim, : self.x_dim] = _WHITENED_SCALE * eye
+        linear[: self.x_dim, : self.x_dim] = WHITENED_SCALE * eye
         linear[self.x_dim :, self.x_dim : self.dim] = torch.eye(self.z_dim).to(scale)
-        linear[: self.x_dim, self.dim :] = _STANDARDISED_SCALE * standardise.T
+        linear[: self.x_dim, self.dim :] = STANDARDISED_SCALE * standardise.T
         return linear
 
     def standardise(self, context: Tensor) -> None:

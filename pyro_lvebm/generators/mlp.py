@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lvebm.rng import Stream, isolated_rng
-from pyro_lvebm.validation import check_at_least
+from pyro_lvebm.validation import check_at_least, check_widths
 
 
 class MLPGenerator(nn.Module):
@@ -50,8 +50,7 @@ class MLPGenerator(nn.Module):
         super().__init__()
         self.z_dim, self.x_shape, self.scale = z_dim, torch.Size(x_shape), scale
         check_at_least(1, z_dim=z_dim, x_entries=self.x_shape.numel())
-        if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
+        check_widths(hidden)
         widths = [z_dim, *hidden]
         with isolated_rng(seed, Stream.GENERATOR_WEIGHTS):
             self.hidden = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))

@@ -25,7 +25,7 @@ from pyro_lvebm.guides.networks import zero_network
 from pyro_lvebm.guides.plates import KnownRows, open_plates
 from pyro_lvebm.model import expand_context
 from pyro_lvebm.sites import LatentSite, MissingSite
-from pyro_lvebm.validation import DataError
+from pyro_lvebm.validation import DataError, check_widths
 
 
 class AmortisedGuide(AutoGuide):
@@ -50,8 +50,7 @@ class AmortisedGuide(AutoGuide):
         hidden: Sequence[int] = (128, 128),
         seed: int = 0,
     ) -> None:
-        if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
+        check_widths(hidden)
         super().__init__(model)
         self._observations = (lambda x, *_, **__: x) if observations is None else observations
         self._hidden, self._seed = tuple(hidden), seed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_lvebm.guides.networks import as_pyro_params
 from pyro_lvebm.guides.per_datum import PerDatumGuide
 from pyro_lvebm.rng import Stream, isolated_rng
-from pyro_lvebm.validation import check_at_least
+from pyro_lvebm.validation import check_at_least, check_widths
 
 
 class AutoPerDatumIAFNormal(PerDatumGuide):
@@ -89,8 +89,7 @@ class AutoPerDatumIAFNormal(PerDatumGuide):
         seed: int = 0,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden must name at least one positive width; got {tuple(hidden)}")
+        check_widths(hidden)
         check_at_least(1, num_transforms=num_transforms, context_dim=context_dim)
         self._hidden, self._num_transforms = tuple(hidden), num_transforms
         self._context_dim, self._seed = context_dim, seed
