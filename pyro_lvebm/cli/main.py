@@ -218,7 +218,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _z_dim(text: str) -> int | None:
     """A number, or None for "auto"."""
-    return None if text == "auto" else int(text)
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a number or auto, not {text!r}") from error
 
 
 def _separator(text: str) -> str:

@@ -114,8 +114,8 @@ def mutual_information(
         seed: Fixes every random number.
 
     Raises:
-        ValueError: If entries of x are missing, x or context has another shape, or there are fewer
-            than two rows.
+        ValueError: If `ebm` is none, entries of x are missing, x or context has another shape, or
+            there are fewer than two rows.
         RuntimeError: If the energy is too rough for annealing.
 
     Source:
@@ -130,6 +130,8 @@ def mutual_information(
         >>> abs(mutual_information(ebm, x).value) < 0.01  # f = 0: the posterior is the prior
         True
     """
+    if not isinstance(ebm, LVEBM):
+        raise ValueError(f"mutual_information needs an LVEBM; got {type(ebm).__name__}")
     x = as_rows(x, ebm.x_shape, like=ebm.base_x.loc)
     ebm.base_x.support.check(x)
     context = None if context is None else as_context_of_rows(context, x)

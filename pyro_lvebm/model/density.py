@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lvebm.bases import GaussianBase, GeneratorBase, JointBase, MixtureBase
 from pyro_lvebm.energies import (
+    ConjugateEnergy,
     QuadraticEnergy,
     WhitenedEnergy,
     ZeroEnergy,
@@ -77,8 +78,11 @@ class Density(nn.Module):
                     f"the generator takes z of shape {tuple(base_x.z_shape)}; base_z has "
                     f"{tuple(base_z.event_shape)}"
                 )
-            if isinstance(energy, QuadraticEnergy):
-                raise ValueError("a QuadraticEnergy has closed forms on Gaussian bases only")
+            if isinstance(energy, ConjugateEnergy | QuadraticEnergy):
+                raise ValueError(
+                    f"a {type(energy).__name__} has closed forms only where base_x does not "
+                    "vary with z; leave the generator out, or give an MLPEnergy"
+                )
         if context_shape == ():
             raise ValueError("context_shape must have one axis at least, as (1,) for a number")
         shape = None if context_shape is None else torch.Size(context_shape)

@@ -182,6 +182,8 @@ class LVEBM(Density):
             raise ValueError(f'base must be "auto", "gaussian" or "mixture"; got {base!r}')
         if generator is not None and base != "auto":
             raise ValueError(f"a generator stands in place of base={base!r}; give one of them")
+        if generator is not None:
+            check_at_least(1, z_dim=z_dim)
         if generator is None and noise != "diagonal":
             raise ValueError(f"noise={noise!r} is that of a generator, and there is none")
         if generator is not None:

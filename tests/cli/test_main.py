@@ -648,7 +648,15 @@ def test_bad_settings(data: Path, tmp_path: Path, option: str, value: str, messa
 
 
 @pytest.mark.parametrize(
-    "arguments", [("fit",), ("train", "x.csv"), (), ("fit", "x.csv", "--steps", "many")]
+    "arguments",
+    [
+        ("fit",),
+        ("train", "x.csv"),
+        (),
+        ("fit", "x.csv", "--steps", "many"),
+        ("fit", "x.csv", "--z-dim", "two"),
+        ("fit", "x.csv", "--base", "cubic"),
+    ],
 )
 def test_arguments_that_do_not_parse(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     result = run(*arguments, out=tmp_path / "out")

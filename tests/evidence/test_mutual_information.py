@@ -227,6 +227,8 @@ def test_a_table_of_latents_that_carry_nothing_says_so() -> None:
 
 def test_what_it_refuses() -> None:
     ebm = quadratic_ebm(2, 1)
+    with pytest.raises(ValueError, match="needs an LVEBM; got function"):
+        mutual_information(lambda x: x, torch.zeros(5, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NaN"):
         mutual_information(ebm, torch.tensor([[0.0, torch.nan], [1.0, 2.0]]).double())
     with pytest.raises(ValueError, match="rows_of_x must be at least 2"):

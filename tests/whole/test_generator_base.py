@@ -35,6 +35,7 @@ from torch.distributions import MultivariateNormal, constraints
 from pyro_lvebm import (
     LVEBM,
     AutoParticles,
+    ConjugateEnergy,
     ContextPool,
     ConvGenerator,
     GeneratorBase,
@@ -513,9 +514,15 @@ def test_one_network_may_serve_two_models() -> None:
     assert ebms[0].base_x.generator is ebms[1].base_x.generator is network
 
 
-def test_an_energy_without_a_closed_form_here_is_refused() -> None:
-    with pytest.raises(ValueError, match="closed forms on Gaussian bases only"):
-        build(curved_rows(), QuadraticEnergy(3, 1))
+@pytest.mark.parametrize("energy", [QuadraticEnergy, ConjugateEnergy])
+def test_an_energy_without_a_closed_form_here_is_refused(energy: Any) -> None:
+    with pytest.raises(ValueError, match=f"a {energy.__name__} has closed forms only where base_x"):
+        build(curved_rows(), energy(3, 1))
+
+
+def test_a_generator_needs_something_to_generate_from() -> None:
+    with pytest.raises(ValueError, match="z_dim must be at least 1; got 0"):
+        LVEBM.from_data(ZeroEnergy(3, 0), curved_rows(), z_dim=0, generator="linear")
 
 
 # --- files ------------------------------------------------------------------------------------
