@@ -82,11 +82,15 @@ def _differences(
             f"{len(x)} rows are for training, and {rows} were: other data, --held-out or "
             "--validation"
         )
+    elif {key for key in saved.tensors if key.startswith(_BASE)} != {
+        f"{_BASE}{name}" for name in ebm.base_x.state_dict()
+    }:
+        yield "the base of x is of another kind: other data or another --base"
     elif settings.seed == saved.settings["seed"] and not _same_base(saved, ebm):
         yield "the training rows have other values: other data, order of columns or --dequantise"
 
 
-_PARTICLES = "guide/particles_observations_z"
+_BASE, _PARTICLES = "ebm0/base_x.", "guide/particles_observations_z"
 
 
 def _size(saved: Checkpoint, key: str, axis: int) -> int | None:
@@ -96,8 +100,11 @@ def _size(saved: Checkpoint, key: str, axis: int) -> int | None:
 
 
 def _same_base(saved: Checkpoint, ebm: LVEBM) -> bool:
-    """Whether the base of x, which is fitted to the training rows, is that in the file."""
-    now = {f"ebm0/base_x.{name}": value for name, value in ebm.base_x.state_dict().items()}
+    """Whether what the base of x has fitted to the training rows is what is in the file.
+
+    The parameters of a generator are trained on, and differ.
+    """
+    now = {f"{_BASE}{name}": value for name, value in ebm.base_x.named_buffers()}
     there = {key: saved.tensors[key] for key in now if key in saved.tensors}
     return all(
         key in there and there[key].dtype == value.dtype and torch.equal(there[key], value.cpu())

@@ -12,18 +12,32 @@ import torch
 from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, AutoParticles, QuadraticEnergy, Saddle, TemperedPool, lvebm
+from pyro_lvebm import (
+    LVEBM,
+    AutoParticles,
+    MLPEnergy,
+    QuadraticEnergy,
+    Saddle,
+    TemperedPool,
+    lvebm,
+)
 from pyro_lvebm.cli.resumed import load_fit
 from pyro_lvebm.cli.settings import JobSettings
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
 
 
-def parts(x: Tensor, z_dim: int = 1) -> tuple[Any, AutoParticles, Adam, LVEBM]:
+def parts(
+    x: Tensor, z_dim: int = 1, *, generator: bool = False
+) -> tuple[Any, AutoParticles, Adam, LVEBM]:
     pyro.clear_param_store()
     pool = TemperedPool(num_levels=2, num_chains=8)
-    energy = QuadraticEnergy(x.shape[1], z_dim)
-    ebm = LVEBM.from_data(energy, x, z_dim=z_dim, pool=pool, base="gaussian")
+    if generator:
+        energy = MLPEnergy(x.shape[1], z_dim, (4,))
+        ebm = LVEBM.from_data(energy, x, z_dim=z_dim, pool=pool, generator="linear")
+    else:
+        quadratic = QuadraticEnergy(x.shape[1], z_dim)
+        ebm = LVEBM.from_data(quadratic, x, z_dim=z_dim, pool=pool, base="gaussian")
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -85,3 +99,20 @@ def test_a_list_of_what_does_not_fit_is_short(saved: Path) -> None:
     model, guide, optim, _ = parts(X[:, :2], 2)
     with pytest.raises(ValueError, match=r"does not fit this model and guide: .*; and \d+ more$"):
         Saddle.load(saved, model, guide, optim, X[:, :2])
+
+
+def test_a_generator_that_has_been_trained_goes_on(tmp_path: Path) -> None:
+    """Its parameters are no longer those that were fitted to the rows, and its buffers are."""
+    path, settings = tmp_path / "model.safetensors", JobSettings(z_dim=1, num_steps=2, seed=3)
+    model, guide, optim, ebm = parts(X, generator=True)
+    start = ebm.base_x.linear.detach().clone()
+    Saddle(model, guide, optim, seed=3).fit(X, num_steps=2, checkpoint=path, progress=False)
+    assert not torch.equal(ebm.base_x.linear, start)
+    model, guide, optim, ebm = parts(X, generator=True)
+    assert load_fit(path, model, guide, optim, ebm, X, settings, False).step_count == 2
+    model, guide, optim, ebm = parts(X.flip(1), generator=True)
+    with pytest.raises(ValueError, match="the training rows have other values"):
+        load_fit(path, model, guide, optim, ebm, X.flip(1), settings, False)
+    model, guide, optim, ebm = parts(X)
+    with pytest.raises(ValueError, match="of another kind: other data or another --base"):
+        load_fit(path, model, guide, optim, ebm, X, settings, False)
