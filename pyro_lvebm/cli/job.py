@@ -196,7 +196,10 @@ def run_job(
         if has_plane(ebm):
             latents = posterior["posterior"][SITE].to_numpy()
             latents = latents.reshape(-1, *latents.shape[2:])
-            plane = plane_figure(ebm, model, x, latents, guides, seed, digits)
+            marked = table.labels()
+            named = {marked.get(name, name): guide for name, guide in guides.items()}
+            rows = data.train.row_labels()
+            plane = plane_figure(ebm, model, x, latents, named, seed, digits, rows)
             with out.writing("latents.png") as path:
                 save_figure(plane, path)
         with out.writing("posterior.nc") as path:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,7 @@ def plane_figure(
     guides: Mapping[str, Model],
     seed: int,
     digits: DigitsData | None,
+    labels: Sequence[object],
 ) -> Figure:
     """Draw the latent plane, posteriors of a few rows with the guides' ellipses, and these rows.
 
@@ -82,6 +83,7 @@ def plane_figure(
         guides: Fitted guides, by name; ellipses are of two standard deviations.
         seed: Fixes the draws from guides.
         digits: The data set, if rows are its images.
+        labels: What the input calls the rows (N).
     """
     chosen = telling_data(draws)
     program, ellipses = Program(model, (x,), {}), {}
@@ -122,5 +124,5 @@ def plane_figure(
         for spine in axes.spines.values():
             spine.set_color(f"C{k}")
             spine.set_linewidth(2.5)
-        axes.set_title(f"row {i}", fontsize=8)
+        axes.set_title(f"row {labels[i]}", fontsize=8)
     return figure

@@ -44,9 +44,11 @@ def test_one_row_far_out_is_drawn_all_the_same() -> None:
         guide(x)
     assert has_plane(ebm)
     draws = np.full((20, 60, 2), 9.0) + 0.1 * np.random.default_rng(0).normal(size=(20, 60, 2))
-    figure = plane_figure(ebm, model, x, draws, {"mean field": guide}, 0, None)
+    figure = plane_figure(ebm, model, x, draws, {"mean field": guide}, 0, None, range(101, 161))
     plane, row = (part.axes for part in figure.subfigs)
     assert len(plane) == 1 and len(row) == 1
+    shown = int(np.abs(draws.mean(0)).max(1).argmin())
+    assert row[0].get_title() == f"row {101 + shown}"
 
 
 def test_only_a_generator_of_a_plane_has_a_picture() -> None:
