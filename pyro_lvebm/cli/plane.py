@@ -71,7 +71,7 @@ def plane_figure(
     guides: Mapping[str, Model],
     seed: int,
     digits: DigitsData | None,
-    labels: Sequence[object],
+    labels: Sequence[object] | np.ndarray,
 ) -> Figure:
     """Draw the latent plane, posteriors of a few rows with the guides' ellipses, and these rows.
 
