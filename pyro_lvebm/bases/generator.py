@@ -185,14 +185,15 @@ class GeneratorBase(GaussianBase):
     def log_prob_given(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the normalised log density (*b,) of x given z, in nats."""
         y = self.support.unconstrain(x)
-        epsilon, log_det = self._noise_of(self._standardised(y), z)
+        epsilon, log_det = self._noise_of(self._standardised(y), z, self.whitener())
         constant = 0.5 * self.dim * math.log(2 * math.pi)
         log_prob = -0.5 * (epsilon * epsilon).sum(-1) - log_det - constant
         return log_prob - self.support.log_abs_det(y, x)
 
     def whiten_given(self, x: Tensor, z: Tensor) -> Tensor:
         """Return ε (*b, d)."""
-        return self._noise_of(self._standardised(self.support.unconstrain(x)), z)[0]
+        r = self._standardised(self.support.unconstrain(x))
+        return self._noise_of(r, z, self.whitener())[0]
 
     def unwhiten_given(self, w: Tensor, z: Tensor) -> Tensor:
         """Return x (*b, *event_shape) for ε (*b, d) and z (*b, *z_shape)."""
@@ -206,8 +207,31 @@ class GeneratorBase(GaussianBase):
 
     def noise_and_log_det(self, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return ε (*b, d) for w, and log |dw/dε| (*b,), in nats."""
-        centred = w * self.scale if self.diagonal else w @ self.scale.T
-        epsilon, log_det = self._noise_of(centred / self.unit, z)
+        return self.noise_at(self.standardised(w), z, self.whitener())
+
+    def standardised(self, w: Tensor) -> Tensor:
+        """Return (y − m) / s (*b, d) for w (*b, d)."""
+        return (w * self.scale if self.diagonal else w @ self.scale.T) / self.unit
+
+    def whitener(self) -> tuple[Tensor, Tensor]:
+        """Return R⁻¹ (d, d), or σ (d,) where it is diagonal, and log |R|, without a factor by z."""
+        tril = self._tril()
+        if self.noise == "diagonal":
+            return tril, tril.log().sum()
+        # One small inverse and a product are twice as fast as a solution for every row.
+        inverse: Tensor = torch.linalg.solve_triangular(
+            tril, torch.eye(self.dim).to(tril), upper=False
+        )
+        return inverse, tril.diagonal().log().sum()
+
+    def noise_at(
+        self, standardised: Tensor, z: Tensor, whitener: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ε (*b, d) and log |dw/dε| (*b,) for (y − m) / s, which expands to that of z.
+
+        With R from `whitener`, which whoever holds θ and x fixed asks for once.
+        """
+        epsilon, log_det = self._noise_of(standardised, z, whitener)
         return epsilon, log_det - self.log_det
 
     def _standardised(self, y: Tensor) -> Tensor:
@@ -238,21 +262,16 @@ class GeneratorBase(GaussianBase):
         tril: Tensor = torch.linalg.cholesky(sigma.square().diag() + w @ w.T)
         return tril
 
-    def _noise_of(self, standardised: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _noise_of(
+        self, standardised: Tensor, z: Tensor, whitener: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return ε (*b, d) for (y − m) / s (*b, d), and log |dy/dε| (*b,)."""
         mean, log_factor = self._parts(z)
-        tril = self._tril()
         r = standardised - mean
-        log_det = self.unit.log().sum()
+        log_det = self.unit.log().sum() + whitener[1]
         if log_factor is not None:
             r, log_det = r * (-log_factor).exp(), log_det + log_factor.sum(-1)
-        if self.noise == "diagonal":
-            return r / tril, log_det + tril.log().sum()
-        # One small inverse and a product are twice as fast as a solution for every row.
-        inverse: Tensor = torch.linalg.solve_triangular(
-            tril, torch.eye(self.dim).to(tril), upper=False
-        )
-        return r @ inverse.T, log_det + tril.diagonal().log().sum()
+        return r / whitener[0] if self.noise == "diagonal" else r @ whitener[0].T, log_det
 
     def _from_noise(self, epsilon: Tensor, z: Tensor) -> Tensor:
         """Return (y − m) / s (*b, d) for ε (*b, d)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_lvebm.bases import GaussianBase, moments, unit_rows
 from pyro_lvebm.energies.whitened import WhitenedEnergy
 from pyro_lvebm.rng import Stream, isolated_rng
+from pyro_lvebm.sampling import ValueAndGrad
 from pyro_lvebm.validation import check_widths
 
 WHITENED_SCALE, STANDARDISED_SCALE = 0.5, 2.0
@@ -157,17 +158,20 @@ class MLPEnergy(WhitenedEnergy):
 
     def _features(self, u: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Return (u_x, t, sin u_x B, cos u_x B, c); `_first_weight` has the scales."""
+        u_x, u_z = u.split([self.x_dim, self.z_dim], -1)
+        of_x = self._features_of_x(u_x, context)
+        return torch.cat([u_x, _bounded(u_z), *of_x], -1)
+
+    def _features_of_x(self, u_x: Tensor, context: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return sin u_x B and cos u_x B, where B has columns, and c, if there is one."""
         if len(context) != bool(self.context_dim):
             what = "a context" if self.context_dim else "no context"
             raise ValueError(f"an MLPEnergy with context_dim={self.context_dim} takes {what}")
-        u_x, u_z = u.split([self.x_dim, self.z_dim], -1)
-        # This is t = 2 tanh(u_z / 2); torch.tanh starts threads even for a few hundred entries.
-        flat = [u_x, 4.0 * torch.sigmoid(u_z) - 2.0]
+        found = []
         if self.frequencies.shape[1]:
             phase = u_x @ self.frequencies
-            flat += [phase.sin(), phase.cos()]
-        flat += [(c - self.context_loc) / self.context_scale for c in context]
-        return torch.cat(flat, -1)
+            found += [phase.sin(), phase.cos()]
+        return found + [(c - self.context_loc) / self.context_scale for c in context]
 
     def whitened(self, u: Tensor, *context: Tensor) -> Tensor:
         """Return f (*b,) at whitened coordinates u (*b, x_dim + z_dim), and (*b, context_dim)."""
@@ -196,22 +200,14 @@ class MLPEnergy(WhitenedEnergy):
     def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) by writing out the chain rule, without a graph.
 
-        This is what `autograd` computes on `whitened`, about a fifth faster.
+        This is what `autograd` computes on `whitened`, in two thirds of the time.
         """
         with torch.no_grad():
             flat = u.reshape(-1, self.dim)
             rows = tuple(c.reshape(-1, self.context_dim) for c in context)
-            features = h = self._features(flat, rows)
-            pre = []
-            layers = cast(list[nn.Linear], list(self.hidden))
-            weights = [self._first_weight(), *(layer.weight for layer in layers[1:])]
-            for layer, weight in zip(layers, weights, strict=True):
-                pre.append(torch.addmm(layer.bias, h, weight.T))
-                h = nn.functional.silu(pre[-1])
-            value = torch.addmv(self.out.bias, h, self.out.weight[0])
-            grad = self.out.weight.expand(len(flat), -1)
-            for weight, a in zip(reversed(weights), reversed(pre), strict=True):
-                grad = torch.ops.aten.silu_backward(grad, a) @ weight
+            features, weight = self._features(flat, rows), self._first_weight()
+            value, by_first = self._above(torch.addmm(self._first_bias(), features, weight.T))
+            grad = by_first @ weight
             count = self.frequencies.shape[1]
             if count or self.context_dim:
                 sizes = [self.dim, count, count, self.context_dim]
@@ -219,7 +215,64 @@ class MLPEnergy(WhitenedEnergy):
                 grad, by_sin, by_cos, _ = grad.split(sizes, -1)
                 grad = grad.clone()
                 if count:
-                    grad[:, : self.x_dim] += (by_sin * cos - by_cos * sin) @ self.frequencies.T
-            t, by_z = features[:, self.x_dim : self.dim], grad[:, self.x_dim :]
-            by_z.addcmul_(by_z * t, t, value=-0.25)  # dt/du_z = 1 − t²/4
+                    by_phase = (by_sin * cos).addcmul_(by_cos, sin, value=-1.0)
+                    grad[:, : self.x_dim].addmm_(by_phase, self.frequencies.T)
+            _through_bound(grad[:, self.x_dim :], features[:, self.x_dim : self.dim])
             return value.reshape(u.shape[:-1]), grad.reshape(u.shape)
+
+    def given_x(self, u_x: Tensor, *context: Tensor) -> ValueAndGrad:
+        """Return f and ∂f/∂u_z as a function of u_z; what layer 1 has of x is computed once."""
+        with torch.no_grad():
+            weight = self._first_weight()
+            of_x, of_z, of_rest = weight.split(
+                [self.x_dim, self.z_dim, weight.shape[1] - self.dim], -1
+            )
+            fixed = self._first_bias() + u_x @ of_x.T
+            if rest := self._features_of_x(u_x, context):
+                fixed = fixed + torch.cat(rest, -1) @ of_rest.T
+
+        def evaluate(u_z: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                t = _bounded(u_z)
+                pre = (t @ of_z.T).add_(fixed)
+                value, by_first = self._above(pre.reshape(-1, pre.shape[-1]))
+                grad = (by_first @ of_z).reshape(u_z.shape)
+                _through_bound(grad, t)
+                return value.reshape(u_z.shape[:-1]), grad
+
+        return evaluate
+
+    def _first_bias(self) -> Tensor:
+        return cast(nn.Linear, self.hidden[0]).bias
+
+    def _above(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f (n,) and its gradient (n, width) for what enters the first σ (n, width)."""
+        layers = cast(list[nn.Linear], list(self.hidden))[1:]
+        slopes = []
+        h, slope = _silu(pre)
+        slopes = [slope]
+        for layer in layers:
+            h, slope = _silu(torch.addmm(layer.bias, h, layer.weight.T))
+            slopes.append(slope)
+        value = torch.addmv(self.out.bias, h, self.out.weight[0])
+        grad = slopes.pop() * self.out.weight[0]
+        for layer in reversed(layers):
+            grad = (grad @ layer.weight).mul_(slopes.pop())
+        return value, grad
+
+
+def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return σ(a) = a s and σ′(a) = s + σ (1 − s), s the sigmoid: one exponential for both."""
+    s = torch.sigmoid(a)
+    h = a * s
+    return h, (s + h).addcmul_(h, s, value=-1.0)
+
+
+def _bounded(u_z: Tensor) -> Tensor:
+    """Return t = 2 tanh(u_z / 2); torch.tanh starts threads even for a few hundred entries."""
+    return 4.0 * torch.sigmoid(u_z) - 2.0
+
+
+def _through_bound(by_t: Tensor, t: Tensor) -> None:
+    """Turn ∂f/∂t into ∂f/∂u_z, in place: dt/du_z = 1 − t² / 4."""
+    by_t.addcmul_(by_t * t, t, value=-0.25)

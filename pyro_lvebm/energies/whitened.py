@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.energies.at_rest import COUPLED, check_at_rest
 from pyro_lvebm.rng import Stream, isolated_rng
-from pyro_lvebm.sampling import value_and_grad
+from pyro_lvebm.sampling import ValueAndGrad, value_and_grad
 from pyro_lvebm.validation import check_at_least, close_up_to_rounding
 
 
@@ -79,6 +79,23 @@ class WhitenedEnergy(nn.Module):
     def value_and_grad(self, u: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Return f (*b,) and ∇f (*b, d) at u, without a graph; by autograd unless overridden."""
         return value_and_grad(lambda u: self.whitened(u, *context))(u)
+
+    def given_x(self, u_x: Tensor, *context: Tensor) -> ValueAndGrad:
+        """Return f (*b,) and ∂f/∂u_z (*b, z_dim) as a function of u_z, at fixed x and θ.
+
+        Args:
+            u_x: Whitened x (*b', x_dim), whose batch shape expands to that of u_z.
+            context: A context (*b', *context_shape), if there is one.
+        """
+
+        def evaluate(u_z: Tensor) -> tuple[Tensor, Tensor]:
+            batch = u_z.shape[:-1]
+            u = torch.cat([u_x.expand(*batch, -1), u_z], -1)
+            rows = (c.expand(*batch, *c.shape[u_x.dim() - 1 :]) for c in context)
+            value, grad = self.value_and_grad(u, *rows)
+            return value, grad[..., self.x_dim :]
+
+        return evaluate
 
 
 def _same(a: GaussianBase, b: GaussianBase) -> bool:

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from pyro_lvebm.bases import Completion, GeneratorBase
 from pyro_lvebm.model.density import Density
-from pyro_lvebm.sampling import Residuals, ValueAndGrad, anneal_problems, pick_draws
+from pyro_lvebm.sampling import (
+    Residuals,
+    ValueAndGrad,
+    anneal_problems,
+    pick_draws,
+    value_and_grad,
+)
 
 
 def given_x(density: Density, w_x: Tensor) -> ValueAndGrad:
@@ -19,11 +25,24 @@ def given_x(density: Density, w_x: Tensor) -> ValueAndGrad:
         w_x: Coordinates of x (*b, x_dim) by `base_x.whiten`, whose batch shape expands to that of
             z.
     """
-    f = density.at_coordinates if density.base_x.depends_on_z else density.residual_and_grad
+    f = density.residual_given_x(w_x)
+    base = density.base_x
+    if not isinstance(base, GeneratorBase):
+        return f
+    standardised, whitener = base.standardised(w_x), base.whitener()
+    constant = -0.5 * w_x.square().sum(-1)
+
+    def beyond(v: Tensor) -> Tensor:
+        epsilon, log_det = base.noise_at(standardised, density.base_z.unwhiten(v), whitener)
+        return 0.5 * (epsilon * epsilon).sum(-1) + constant + log_det
+
+    own = value_and_grad(beyond)
+    if density.is_base:
+        return own
 
     def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = f(torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1))
-        return value, grad[..., w_x.shape[-1] :]
+        (value, grad), (f_value, f_grad) = own(v), f(v)
+        return value + f_value, grad + f_grad
 
     return evaluate
 
@@ -68,10 +87,11 @@ def residuals_given_x(density: Density, w_x: Tensor) -> Residuals | None:
     base = density.base_x
     if not isinstance(base, GeneratorBase):
         return None
+    standardised, whitener = base.standardised(w_x), base.whitener()
 
     def residuals(v: Tensor) -> Tensor:
         z = density.base_z.unwhiten(v)
-        return torch.cat([base.noise_and_log_det(w_x.expand(*v.shape[:-1], -1), z)[0], v], -1)
+        return torch.cat([base.noise_at(standardised, z, whitener)[0], v], -1)
 
     return residuals
 

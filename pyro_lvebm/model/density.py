@@ -23,7 +23,7 @@ from pyro_lvebm.energies import (
     check_energy,
 )
 from pyro_lvebm.model.contexts import as_context, context_rows, expand_context
-from pyro_lvebm.sampling import STANDARD_NORMAL, Base, value_and_grad
+from pyro_lvebm.sampling import STANDARD_NORMAL, Base, ValueAndGrad, value_and_grad
 from pyro_lvebm.validation import as_like
 
 
@@ -246,6 +246,32 @@ class Density(nn.Module):
             value, by_w = self.f.value_and_grad(w.detach(), *given)
             (grad,) = torch.autograd.grad(w, u, by_w)
         return value, grad
+
+    def residual_given_x(self, w_x: Tensor) -> ValueAndGrad:
+        """Return f alone and its gradient in whitened z, as a function of that, at the present θ.
+
+        Args:
+            w_x: Coordinates of x (*b, x_dim) that do not vary with z, whose batch shape expands to
+                that of z.
+        """
+        d = w_x.shape[-1]
+        if isinstance(self.f, WhitenedEnergy):
+            rows = context_rows(self.context, self._held_shape)
+            batch = torch.broadcast_shapes(rows, w_x.shape[:-1])
+            return self.f.given_x(w_x.expand(*batch, -1), *self._contexts(None, batch))
+
+        def f(w: Tensor) -> Tensor:
+            return self.residual_of(
+                self.base_x.unwhiten(w[..., :d]), self.base_z.unwhiten(w[..., d:])
+            )
+
+        both = value_and_grad(f)
+
+        def evaluate(v: Tensor) -> tuple[Tensor, Tensor]:
+            value, grad = both(torch.cat([w_x.expand(*v.shape[:-1], -1), v], -1))
+            return value, grad[..., d:]
+
+        return evaluate
 
     def at_coordinates(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return E(x, z) − ½ |w|² + const (*b,) at w = (w_x, ζ) (*b, dim), and its gradient in w.

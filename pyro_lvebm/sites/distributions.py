@@ -154,6 +154,7 @@ class ObservedSite(TorchDistribution):
     ) -> None:
         self.ebm, self.z, self.pairing, self.missing = ebm, z, pairing, missing
         self.context = context
+        self._known: tuple[Tensor, Tensor] | None = None  # a value, and log_base_x − f there
         if batch_shape is None:
             batch_shape = z.shape[: z.dim() - len(ebm.z_shape)]
         super().__init__(torch.Size(batch_shape), ebm.x_shape, validate_args=False)
@@ -191,14 +192,19 @@ class ObservedSite(TorchDistribution):
         x, z = self._pairs(value)
         base = self.ebm.base_x.log_prob_given(x, z)
         log_prob = base - self.ebm.residual_of(x, z, self.context)
+        self._known = (value, log_prob.detach())
         if self.missing is not None:
             completion, entries = self.missing
             log_prob = log_prob - completion.log_prob_missing(entries)
         return log_prob - self.ebm.log_norm(self.context)
 
     def energy(self, value: Tensor) -> Tensor:
-        """Return E_θ(x, z) (*b,), in nats."""
-        return self.ebm.energy(*self._pairs(value), self.context)
+        """Return E_θ(x, z) (*b,), in nats, without a graph; what `log_prob` found there serves."""
+        with torch.no_grad():
+            x, z = self._pairs(value)
+            if self._known is None or self._known[0] is not value:
+                return self.ebm.energy(x, z, self.context)
+            return -self._known[1] - self.ebm.base_z.log_prob(z)
 
     def _pairs(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.missing is not None:

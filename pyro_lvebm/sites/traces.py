@@ -168,9 +168,8 @@ class PositivePairs(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], ObservedSite):
-            self.sites[msg["name"]] = (msg["fn"], msg["value"].detach())
+            self.sites[msg["name"]] = (msg["fn"], msg["value"])
 
-    @torch.no_grad()
     def mean_energies(self) -> dict[str, float]:
         """Return the mean of E_θ over the pairs, in nats, by the site of x."""
         return {name: float(fn.energy(x).mean()) for name, (fn, x) in self.sites.items()}

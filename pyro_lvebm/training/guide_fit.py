@@ -43,7 +43,12 @@ _BEFORE_DECAY = 5.0
 """Gain of a window, in units of the tolerance, at which the learning rate falls."""
 
 _EVALUATIONS = 16
-"""Paired evaluations of the ELBO at each look."""
+"""Paired evaluations of the ELBO at each look, at most."""
+
+_LEAST_EVALUATIONS = 4
+
+_CLEAR = 4.0
+"""Standard errors from what decides at which a look ends early."""
 
 _EVALUATION_DRAWS = 16
 """Draws in an evaluation for each in a gradient, where they are vectorised."""
@@ -152,7 +157,7 @@ def fit_guide(
         loss = default_loss(program, guide, seed) if loss is None else loss
         optim = Adam(_default_rates) if optim is None else optim
         trainer = make_trainer(held, guide, optim, loss, seed=seed)
-        looks = _Looks(trainer, held, guide, batches, kwargs, seed, _num_data(program))
+        looks = _Looks(trainer, held, guide, batches, kwargs, seed, _num_data(program), tolerance)
         options = look_of_a_bar() | {"desc": description, "unit": "step"}
         with tqdm(total=max_steps, disable=not progress, **options) as bar:
             losses, gain = _train(trainer, first, stream, kwargs, looks, max_steps, tolerance, bar)
@@ -253,7 +258,9 @@ class _Looks:
         kwargs: dict[str, Any],
         seed: int,
         num_data: tuple[int, int],
+        tolerance: float,
     ) -> None:
+        self._tolerance = tolerance
         self._trainer, self._batches, self._kwargs = trainer, batches, kwargs
         self._model, self._guide = GivenRows()(model), GivenRows()(guide)
         self._elbo: Any
@@ -283,34 +290,40 @@ class _Looks:
         if before is None:
             return math.inf, math.inf
         self._count += 1
-        data = self._data()
-        old, new = (self._evaluate(at, data) for at in (before, after))
-        return _mean([a - b for a, b in zip(old, new, strict=True)])
+        gains: list[float] = []
+        for number, args in enumerate(self._data()):
+            old, new = (self._evaluate(at, number, args) for at in (before, after))
+            gains.append(old - new)
+            if len(gains) >= _LEAST_EVALUATIONS:
+                mean, error = _mean(gains)
+                still = mean - _CLEAR * error > _BEFORE_DECAY * self._tolerance
+                if still or mean + _CLEAR * error < self._tolerance:
+                    break
+        return _mean(gains)
 
     def elbo(self) -> tuple[float, float]:
         """Return the ELBO of the averages and its standard error."""
         self._count += 1
-        mean, error = _mean(self._evaluate(self._trainer.average.copy(), self._data()))
+        at = self._trainer.average.copy()
+        mean, error = _mean([self._evaluate(at, n, args) for n, args in enumerate(self._data())])
         return -mean, error
 
     def _data(self) -> list[tuple[Any, ...]]:
         with isolated_rng(self._seed, Stream.GUIDE_FIT, self._count):
             return list(itertools.islice(self._batches(), _EVALUATIONS))
 
-    def _evaluate(self, at: dict[Tensor, Tensor], data: list[tuple[Any, ...]]) -> list[float]:
+    def _evaluate(self, at: dict[Tensor, Tensor], number: int, args: tuple[Any, ...]) -> float:
         """Evaluate the loss, in nats per datum, with parameters at given values."""
-        now, losses = _values(list(at)), []
+        now = _values(list(at))
         assign(at)
         try:
-            for number, args in enumerate(data):
-                device = self._trainer.device(args, self._kwargs)
-                key = (Stream.GUIDE_FIT, self._count, number)
-                with isolated_rng(self._seed, *key, device=device), torch.no_grad():
-                    loss = self._elbo.loss(self._model, self._guide, *args, **self._kwargs)
-                losses.append(float(loss) / self._size)
+            device = self._trainer.device(args, self._kwargs)
+            key = (Stream.GUIDE_FIT, self._count, number)
+            with isolated_rng(self._seed, *key, device=device), torch.no_grad():
+                loss = self._elbo.loss(self._model, self._guide, *args, **self._kwargs)
         finally:
             assign(now)
-        return losses
+        return float(loss) / self._size
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

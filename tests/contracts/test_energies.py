@@ -181,6 +181,20 @@ def test_value_and_grad_is_that_of_autograd(name: str, batch: tuple[int, ...]) -
 
 
 @every
+def test_given_x_it_is_the_same_energy(name: str) -> None:
+    """Contexts have more rows than x where they wish."""
+    density = trained(name)
+    u, context = inputs(density, (4, 5))
+    at = density.given(context)
+    u[..., :X] = u[:1, :, :X]
+    value, grad = density.residual_and_grad(u, context)
+    for w_x in (u[0, :, :X], u[..., :X]):
+        ours = at.residual_given_x(w_x)(u[..., X:])
+        torch.testing.assert_close(ours, (value, grad[..., X:]), rtol=1e-9, atol=1e-9)
+        assert not any(part.requires_grad for part in ours)
+
+
+@every
 def test_it_is_smooth(name: str) -> None:
     """The gradient is that of central differences, and does not jump within a small step."""
     density = trained(name)

@@ -4,12 +4,19 @@ from __future__ import annotations
 import pytest
 import torch
 from referee import normal
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_lvebm import LVEBM, QuadraticEnergy
+from pyro_lvebm import LVEBM, MLPEnergy, QuadraticEnergy, ZeroEnergy
+from pyro_lvebm.bases import Noise
 from pyro_lvebm.bases.completion import Completion
 from pyro_lvebm.bases.gaussian import GaussianBase
-from pyro_lvebm.model.conditionals import draw_conditional, given_observed, given_x, given_z
+from pyro_lvebm.model.conditionals import (
+    draw_conditional,
+    given_observed,
+    given_x,
+    given_z,
+    residuals_given_x,
+)
 from pyro_lvebm.sampling.langevin import ValueAndGrad, value_and_grad
 
 
@@ -35,6 +42,36 @@ def test_given_x_is_the_residual_at_fixed_x(full: bool) -> None:
     ebm, w_x, v = make_ebm(full), normal((3, 4), 6), normal((5, 3, 2), 7)
     expected = value_and_grad(lambda v: ebm.residual(torch.cat([w_x.expand(5, 3, 4), v], -1)))
     assert_same(given_x(ebm, w_x), expected, v)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "low-rank", "full"])
+@pytest.mark.parametrize("energy", ["zero", "mlp", "own"])
+def test_given_x_on_a_generator_is_what_the_joint_has(noise: Noise, energy: str) -> None:
+    """The noise may vary with z, and the energy not depend on it."""
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return torch.tanh(x.flatten(-2)).sum(-1)
+
+    class Wide(nn.Module):
+        def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            mean = torch.stack([z.sin().sum(-1), z.square().sum(-1)], -1)[:, None]
+            return mean.expand(-1, 2, 2), 0.3 * mean.tanh().expand(-1, 2, 2)
+
+    energies = {"zero": ZeroEnergy(4, 2), "mlp": MLPEnergy(4, 2, (8,), 3).double(), "own": Own()}
+    rows = normal((30, 2, 2), 8)
+    ebm = LVEBM.from_data(energies[energy], rows, z_dim=2, generator=Wide(), noise=noise)
+    with torch.no_grad():
+        for k, p in enumerate(ebm.parameters()):
+            p.add_(0.2 * normal(tuple(p.shape), k))
+    w_x, v = ebm.base_x.whiten(rows[:3]), normal((5, 3, 2), 7)
+    value, grad = ebm.at_coordinates(torch.cat([w_x.expand(5, 3, 4), v], -1))
+    ours = given_x(ebm, w_x)(v)
+    torch.testing.assert_close(ours, (value, grad[..., 4:]))
+    residuals = residuals_given_x(ebm, w_x)
+    assert residuals is not None
+    epsilon = ebm.base_x.noise_and_log_det(w_x.expand(5, 3, 4), ebm.base_z.unwhiten(v))[0]
+    torch.testing.assert_close(residuals(v), torch.cat([epsilon, v], -1))
 
 
 def test_given_z_is_the_residual_at_fixed_z() -> None:
