@@ -99,6 +99,7 @@ class Stream(IntEnum):
     GENERATOR_WEIGHTS = auto()
     MUTUAL_INFORMATION = auto()
     GENERATOR_CHECK = auto()
+    CARRIED = auto()
 
 
 def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

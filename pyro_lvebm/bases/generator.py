@@ -27,6 +27,9 @@ _FLOOR = 1e-3
 _START = 0.01
 """Standard deviation of the entries of W at the start."""
 
+NOISE_PENALTY_PER_DIM = 4.0
+"""Rows for each entry of x (measured on digits, docs/training.md)."""
+
 _MAX_RANK = 8
 """Columns of W in low-rank noise, or as many as x has entries."""
 
@@ -40,6 +43,11 @@ class GeneratorBase(GaussianBase):
     the bijection to the support of x, the identity where x is unbounded. Together with z ~ base_z
     it is a decoder model: under f = 0 an LVEBM on it is that model, with log Z = 0.
 
+    Noise with correlations has d (d − 1) / 2 of them to learn. A `Saddle` holds them back as if
+    `noise_penalty` more rows had been seen with noise of the same variances and no correlations:
+    it adds so many times KL(N(0, diag S) ‖ N(0, S)), S = R Rᵀ, to its loss, which is 0 where the
+    noise is diagonal. So few rows do not overfit; many overrule it.
+
     Coordinates that do not vary with z, for energies and missing entries, are those of a Gaussian
     over all x.
 
@@ -51,10 +59,14 @@ class GeneratorBase(GaussianBase):
         z_shape: Shape of one z.
         noise: R is a "diagonal", the Cholesky factor of diag(σ²) + W Wᵀ with 8 columns of W
             ("low-rank"), or lower triangular ("full").
+        noise_penalty: Number of rows that speak against correlations of the noise; 4 for each entry
+            of x if None, and 0 leaves maximum likelihood. Where the model is scaled, such as by
+            1 / N, scale it likewise.
 
     Raises:
         ValueError: If the generator returns other shapes or NaN, is random, couples rows (BatchNorm
-            in training) or cannot be differentiated twice; or noise is none of these.
+            in training) or cannot be differentiated twice; noise is none of these; or the penalty
+            is negative or not finite.
 
     Source:
         Xiao et al. (2021), VAEBM, arXiv 2010.00654 (decoder and energy); Kuntz, Lim and Johansen
@@ -79,6 +91,8 @@ class GeneratorBase(GaussianBase):
         generator: nn.Module | None,
         z_shape: torch.Size,
         noise: Noise = "diagonal",
+        *,
+        noise_penalty: float | None = None,
     ) -> None:
         shape = gaussian.support.unconstrained_shape
         super().__init__(
@@ -88,7 +102,12 @@ class GeneratorBase(GaussianBase):
         )
         if noise not in ("diagonal", "low-rank", "full"):
             raise ValueError(f'noise must be "diagonal", "low-rank" or "full"; got {noise!r}')
+        if noise_penalty is None:
+            noise_penalty = NOISE_PENALTY_PER_DIM * self.dim
+        if not 0 <= noise_penalty < math.inf:
+            raise ValueError(f"noise_penalty must be finite and not negative; got {noise_penalty}")
         self.z_shape, self.noise = torch.Size(z_shape), noise
+        self.noise_penalty = 0.0 if noise == "diagonal" else noise_penalty
         like, d, k = self.loc, self.dim, self.z_shape.numel()
         self.register_buffer("unit", row_lengths(gaussian.tril.double()).to(like))
         self.offset = nn.Parameter(like.new_zeros(d))
@@ -111,6 +130,7 @@ class GeneratorBase(GaussianBase):
         *,
         support: Support | None = None,
         noise: Noise = "diagonal",
+        noise_penalty: float | None = None,
     ) -> GeneratorBase:
         """Start at the factor analysis of rows x (N, *event_shape), by maximum likelihood.
 
@@ -124,6 +144,7 @@ class GeneratorBase(GaussianBase):
             generator: g; see the class.
             support: Where x lies; the real vectors if None.
             noise: See the class.
+            noise_penalty: See the class.
 
         Raises:
             ValueError: As `GaussianBase.fit` but for few rows: with no more rows than entries, the
@@ -131,7 +152,7 @@ class GeneratorBase(GaussianBase):
         """
         x = as_data(x, missing=True)
         gaussian = _gaussian_over(x, support)
-        base = cls(gaussian, generator, z_shape, noise)
+        base = cls(gaussian, generator, z_shape, noise, noise_penalty=noise_penalty)
         wide = copy.deepcopy(gaussian).to(torch.float64)
         y = wide.support.unconstrain(x.detach().to(torch.float64)).flatten(1)
         unit = row_lengths(wide.tril)
@@ -177,6 +198,15 @@ class GeneratorBase(GaussianBase):
             ValueError: Always.
         """
         raise ValueError("under a GeneratorBase x has a law given z only")
+
+    def noise_divergence(self) -> Tensor:
+        """Return KL(N(0, diag S) ‖ N(0, S)) (), in nats, for the S = R Rᵀ of the noise."""
+        if self.noise == "diagonal":
+            return self.log_noise.new_zeros(())
+        variance = self._tril().square().sum(1)
+        inverse, log_det = self.whitener()
+        trace = (inverse.square() * variance).sum() - self.dim
+        return 0.5 * (trace - variance.log().sum()) + log_det
 
     def mean(self, z: Tensor) -> Tensor:
         """Return T(E[y | z]) (*b, *event_shape), what the generator makes of z (*b, *z_shape)."""

@@ -13,6 +13,7 @@ from pyro_lvebm.evidence.log_partition import (
 )
 from pyro_lvebm.evidence.mutual_information import (
     LITTLE,
+    Effort,
     MutualInformation,
     mutual_information,
     mutual_information_of,

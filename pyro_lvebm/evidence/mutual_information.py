@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from pyro_lvebm.bases import Completion
 from pyro_lvebm.evidence.annealed import fit_gaussian
-from pyro_lvebm.latents import Sweep, as_problems, latent_blocks, residuals_of_problems
+from pyro_lvebm.latents import Program, Sweep, as_problems, latent_blocks, residuals_of_problems
 from pyro_lvebm.model import (
     LVEBM,
     as_context_of_rows,
@@ -22,17 +24,16 @@ from pyro_lvebm.model import (
 )
 from pyro_lvebm.rng import Stream, generator_for
 from pyro_lvebm.sampling import Residuals, ValueAndGrad, anneal_problems, log_mean_exp
+from pyro_lvebm.sites import Model, subsample_nodes
 from pyro_lvebm.validation import as_rows, check_at_least
-
-_RUNS, _PARTICLES = 4, 64
-"""Annealing runs for each row, and their particles."""
 
 _ACTIVE = 0.01
 """Variance of posterior means, in units of base_z, from which a dimension counts as active."""
 
 _MAX_EVALUATIONS = 2**17
 
-_MAX_ROWS = 1024
+MAX_ROWS = 1024
+"""Rows whose pairs can be compared."""
 
 _LEFT = 0.1
 """Share of high − low that the middle may be off, as measured: see docs/estimators.md."""
@@ -42,6 +43,33 @@ _FEW_ROWS = 0.5
 
 LITTLE = 0.1
 """Nats below which guides have next to nothing to lose."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work an estimate is given.
+
+    Args:
+        num_rows: Rows that are taken, at random where there are more.
+        num_draws: Draws of each posterior.
+        num_runs: Annealing runs for each row, two or more.
+        num_particles: Particles of a run.
+    """
+
+    num_rows: int
+    num_draws: int = 16
+    num_runs: int = 4
+    num_particles: int = 64
+
+
+@runtime_checkable
+class FittedModel(Protocol):
+    """A Pyro model with parameters to evaluate it at, as a `Saddle` has them."""
+
+    model: Model
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the model the parameters to evaluate, inside the block."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,7 @@ class MutualInformation:
 
 
 def mutual_information(
-    ebm: LVEBM,
+    ebm: LVEBM | FittedModel,
     x: Tensor | np.ndarray,
     *,
     context: Tensor | np.ndarray | None = None,
@@ -106,7 +134,9 @@ def mutual_information(
     exact, and a comparison of guides says nothing.
 
     Args:
-        ebm: The LVEBM; unchanged.
+        ebm: The LVEBM, or a `Saddle` that has taken a step: its model is then taken at its averaged
+            parameters and, with x and the context as its arguments, with all that it observes; rows
+            are those of a minibatch. It is unchanged.
         x: Observations (N, *x_shape), complete.
         context: Contexts (N, *context_shape) of a conditional LVEBM; it is then I(x, c; z).
         num_rows: Rows that are taken, at random where there are more.
@@ -115,7 +145,8 @@ def mutual_information(
 
     Raises:
         ValueError: If `ebm` is none, entries of x are missing, x or context has another shape, or
-            there are fewer than two rows.
+            there are fewer than two rows; if the latents of a datum in the model of a `Saddle` do
+            not lie in the same plates.
         RuntimeError: If the energy is too rough for annealing.
 
     Source:
@@ -130,14 +161,18 @@ def mutual_information(
         >>> abs(mutual_information(ebm, x).value) < 0.01  # f = 0: the posterior is the prior
         True
     """
+    check_at_least(2, num_rows=num_rows)
+    check_at_least(1, num_draws=num_draws)
+    effort = Effort(num_rows, num_draws)
+    if isinstance(ebm, FittedModel):
+        return _of_fitted(ebm, (x,) if context is None else (x, context), effort, seed)
     if not isinstance(ebm, LVEBM):
         raise ValueError(f"mutual_information needs an LVEBM; got {type(ebm).__name__}")
     x = as_rows(x, ebm.x_shape, like=ebm.base_x.loc)
     ebm.base_x.support.check(x)
     context = None if context is None else as_context_of_rows(context, x)
     context_rows(context, ebm.context_shape)
-    check_at_least(2, rows_of_x=len(x), num_rows=num_rows)
-    check_at_least(1, num_draws=num_draws)
+    check_at_least(2, rows_of_x=len(x))
     generator = generator_for(seed, Stream.MUTUAL_INFORMATION, device=x.device)
     if len(x) > num_rows:
         rows = torch.randperm(len(x), generator=generator, device=x.device)[:num_rows]
@@ -146,37 +181,65 @@ def mutual_information(
     with ebm.frozen(), torch.no_grad():
         at = ebm.given(None if context is None else context[:, None])
         w_x = ebm.base_x.whiten(x)[:, None]
-        shape = (len(x), _PARTICLES, ebm.base_z.dim)
+        shape = (len(x), effort.num_particles, ebm.base_z.dim)
         problem = (given_x(at, w_x), residuals_given_x(at, w_x))
-        return _estimate(*problem, shape, x, num_draws, generator)
+        return _estimate(*problem, shape, x, effort, generator)
 
 
-def mutual_information_of(sweep: Sweep, num_draws: int = 16) -> MutualInformation | None:
-    """Estimate I(x; z) of a model, for the latents of each datum of its first minibatch.
+def _of_fitted(
+    fitted: FittedModel, args: tuple[Any, ...], effort: Effort, seed: int
+) -> MutualInformation:
+    """I(x; z) of the model of a `Saddle` at its averaged parameters."""
+    sweep = Sweep(Program(fitted.model, args, {}), seed)
+    with fitted.averaged(), sweep.program.at_rest(seed, Stream.CARRIED):
+        found = mutual_information_of(sweep, effort)
+    if found is None:
+        raise ValueError(
+            "mutual_information of a model needs data whose latents all lie in the same plates, at "
+            f"least two and at most {MAX_ROWS} in a minibatch, and complete x"
+        )
+    return found
+
+
+def mutual_information_of(
+    sweep: Sweep, effort: Effort = Effort(MAX_ROWS)
+) -> MutualInformation | None:
+    """Estimate I(x; z) of a model, for the latents of each datum of one random minibatch.
 
     Args:
         sweep: The model and its data, with θ frozen; its seed fixes the random numbers.
-        num_draws: Draws of each posterior.
+        effort: How much work to do; all rows are taken where an LVEBM does not stand alone.
 
     Returns:
         The estimate; None where the latents of a datum are not one block, entries of x are missing,
-        or there are more data than pairs of them can be compared.
+        there are fewer than two rows, or more than pairs of them can be compared.
     """
     program = sweep.program
-    _, trace = next(iter(program.traces(program.probe, program.probe.num_particles)))
+    if not program.integrated():
+        return None
+    # The minibatch of the prototype is random: the first rows may all be of one class.
+    minibatch = program.vectorised(program.probe, 1, dict(subsample_nodes(program.prototype)))
+    trace = program.trace(minibatch)
     blocks, _ = latent_blocks(program, program.probe, trace)
     block = blocks[0]
     batch = block.v.shape[1:-1]
     whole = len(blocks) == 1 and not block.is_global and not block.rows
     incomplete = any(isinstance(column.gaussian, Completion) for column in block.columns)
-    if not whole or incomplete or not 2 <= batch.numel() <= _MAX_ROWS:
+    if not whole or incomplete or batch.numel() < 2:
         return None
     generator = generator_for(
         sweep.seed, Stream.MUTUAL_INFORMATION, "program", device=block.v.device
     )
-    r = None if block.residuals is None else residuals_of_problems(block.residuals, batch)
-    shape = (batch.numel(), _PARTICLES, block.v.shape[-1])
-    return _estimate(as_problems(block.f, batch), r, shape, block.v, num_draws, generator)
+    f, r = block.f, block.residuals
+    if block.of_rows is not None and batch.numel() > effort.num_rows:
+        order = torch.randperm(batch.numel(), generator=generator, device=block.v.device)
+        batch = torch.Size([effort.num_rows])
+        f, r = block.of_rows(order[: effort.num_rows])
+    if batch.numel() > MAX_ROWS:
+        return None
+    r = None if r is None else residuals_of_problems(r, batch)
+    shape = (batch.numel(), effort.num_particles, block.v.shape[-1])
+    return _estimate(as_problems(f, batch), r, shape, block.v, effort, generator)
 
 
 def _estimate(
@@ -184,11 +247,11 @@ def _estimate(
     r: Residuals | None,
     shape: tuple[int, int, int],
     like: Tensor,
-    num_draws: int,
+    effort: Effort,
     generator: torch.Generator,
 ) -> MutualInformation:
     """The estimate for rows whose latents have energies f, and r, on v (runs, N, particles, k)."""
-    draws, log_c, means = _posteriors(f, r, shape, like, num_draws, generator)
+    draws, log_c, means = _posteriors(f, r, shape, like, effort, generator)
     n = shape[0]
     log_density = _log_densities(f, draws, log_c)  # (N rows k, N, S)
     own = log_density.diagonal(dim1=0, dim2=1).T  # (N, S)
@@ -226,19 +289,22 @@ def _posteriors(
     r: Residuals | None,
     shape: tuple[int, int, int],
     like: Tensor,
-    num_draws: int,
+    effort: Effort,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws v (N, S, k) of each posterior, log C (N,), its normaliser, and means (N, runs, k).
 
     Normalisers are relative to N(0, I); each mean is that of one of the independent runs.
     """
-    found = anneal_problems(f, r, shape, like, num_runs=_RUNS, generator=generator)
+    found = anneal_problems(f, r, shape, like, num_runs=effort.num_runs, generator=generator)
     # A run counts by its weight, so that draws have the law of the posterior.
     run = torch.multinomial(
-        torch.softmax(found.log_ratio, 0).T, num_draws, replacement=True, generator=generator
+        torch.softmax(found.log_ratio, 0).T,
+        effort.num_draws,
+        replacement=True,
+        generator=generator,
     )
-    particle = torch.randint(_PARTICLES, run.shape, generator=generator, device=like.device)
+    particle = torch.randint(shape[1], run.shape, generator=generator, device=like.device)
     rows = torch.arange(shape[0], device=like.device)[:, None]
     means = found.state.u.mean(2).transpose(0, 1)
     return found.state.u[run, rows, particle], log_mean_exp(found.log_ratio, 0), means

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from pyro_lvebm.sites import LatentSite, MissingSite, Node, is_prior, plates_of
 
 _NO_ROWS = torch.Size()
 
+OfRows = Callable[[Tensor], tuple[ValueAndGrad, Residuals | None]]
+"""Maps indices (n,) of data of a minibatch (B,) to f and r on v (K, n, D)."""
+
 
 @dataclass(frozen=True)
 class LatentBlock:
@@ -33,6 +36,7 @@ class LatentBlock:
     at: ModelAt  # the model in which the other blocks are fixed, shared by all blocks
     is_direct: bool = False  # f is that of one LVEBM on a base of x that does not vary with z
     residuals: Residuals | None = None  # r(v) with ½ |r|² the main part of ½ |v|² + f, if known
+    of_rows: OfRows | None = None  # the same two for some of the data, where an LVEBM stands alone
 
     @property
     def rows(self) -> torch.Size:

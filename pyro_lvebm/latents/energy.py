@@ -28,6 +28,7 @@ from pyro_lvebm.latents.blocks import (
     BlockAxes,
     LatentBlock,
     LatentColumns,
+    OfRows,
     whitening,
 )
 from pyro_lvebm.latents.enumeration import check_latents_held
@@ -35,6 +36,7 @@ from pyro_lvebm.latents.masks import free_rows, hidden_prior, is_masked
 from pyro_lvebm.latents.model_at import ModelAt, check_particles_apart, depends_on
 from pyro_lvebm.latents.program import Program
 from pyro_lvebm.model import (
+    context_rows,
     given_observed,
     given_x,
     log_base_of,
@@ -139,6 +141,7 @@ def _block(
         at,
         found.is_direct,
         found.residuals,
+        found.of_rows,
     )
 
 
@@ -174,6 +177,7 @@ class _Energy(NamedTuple):
     offset: Tensor
     is_direct: bool = False
     residuals: Residuals | None = None
+    of_rows: OfRows | None = None
 
 
 def _energy(columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: BlockAxes) -> _Energy:
@@ -192,7 +196,7 @@ def _energy(columns: list[LatentColumns], at: ModelAt, trace: Trace, axes: Block
     depending, log_rest = _split_others(names, others, at, axes)
     offset = own.log_base + log_rest / own.scale
     if not depending:
-        return _Energy(own.f, offset, own.residuals is None, own.residuals)
+        return _Energy(own.f, offset, own.residuals is None, own.residuals, own.of_rows)
     log_prob = _traced_log_prob(columns, at, axes, depending)
     f = _sum(own.f, value_and_grad(lambda v: -log_prob(v)))
     return _Energy(f, offset, False, own.residuals)
@@ -207,6 +211,7 @@ class _OwnPart:
     x_name: str
     scale: Tensor | float
     residuals: Residuals | None  # r(v) with ½ |r|² its main part, where there is one
+    of_rows: OfRows | None = None  # the same two for some of the data
 
 
 def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPart | None:
@@ -236,12 +241,29 @@ def _own_part(columns: list[LatentColumns], at: ModelAt, trace: Trace) -> _OwnPa
         w_x = fn.ebm.base_x.whiten(x)
         f, residuals = given_x(density, w_x), residuals_given_x(density, w_x)
         log_base = log_base_of(density, x)
+        of_rows = _of_rows(fn, w_x)
     else:
         entries = torch.arange(completion.dim, device=completion.mean.device)
         f = given_observed(density, completion, entries)
         residuals = residuals_given_observed(density, completion, entries)
         log_base = completion.log_base()
-    return _OwnPart(f, log_base - fn.ebm.log_partition, x_name, first["scale"], residuals)
+        of_rows = None
+    log_base = log_base - fn.ebm.log_partition
+    return _OwnPart(f, log_base, x_name, first["scale"], residuals, of_rows)
+
+
+def _of_rows(fn: ObservedSite, w_x: Tensor) -> OfRows | None:
+    """Return the energy of some of the observations w_x (B, d), where they lie in one plate."""
+    c = fn.context
+    one_each = c is None or context_rows(c, fn.ebm.context_shape) == w_x.shape[:1]
+    if w_x.dim() != 2 or not one_each:
+        return None
+
+    def of_rows(rows: Tensor) -> tuple[ValueAndGrad, Residuals | None]:
+        density = fn.ebm.given(None if c is None else c[rows])
+        return given_x(density, w_x[rows]), residuals_given_x(density, w_x[rows])
+
+    return of_rows
 
 
 def _is_moved(x_name: str, names: list[str], at: ModelAt) -> bool:

@@ -205,7 +205,12 @@ def _describe_base(base: GaussianBase, role: str, tensors: dict[str, Tensor]) ->
         )
     own: dict[str, Any] = {}
     if isinstance(base, GeneratorBase):
-        own = {"z_shape": list(base.z_shape), "noise": base.noise, "generator": None}
+        own = {
+            "z_shape": list(base.z_shape),
+            "noise": base.noise,
+            "noise_penalty": base.noise_penalty,
+            "generator": None,
+        }
         if base.generator is not None:
             own["generator"] = _described(base.generator, _GENERATORS, "generator")
     return own | {
@@ -330,7 +335,13 @@ def _base(described: dict[str, Any], role: str, tensors: dict[str, Tensor]) -> G
         if network is not None:
             kinds = {kind.__name__: kind for kind in _GENERATORS}
             network = kinds[network["class"]](**network["settings"])
-        return GeneratorBase(base, network, torch.Size(described["z_shape"]), described["noise"])
+        return GeneratorBase(
+            base,
+            network,
+            torch.Size(described["z_shape"]),
+            described["noise"],
+            noise_penalty=described["noise_penalty"],
+        )
     if described["class"] != "MixtureBase":
         raise ValueError(f"{role} is a {described['class']}")
     parts = (tensors[f"{role}.{name}"] for name in ("log_weights", "means", "trils"))

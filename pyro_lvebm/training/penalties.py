@@ -3,8 +3,8 @@
 
 Each function here returns a penalty: a function that maps an `LVEBM` to a scalar in nats. The loss
 it is added to is a sum over all data, so a strength per datum is to be multiplied by their number.
-An `MLPEnergy` brings `kl_to_base` along. Training needs no others; they are for a smoother
-energy, or fewer effective parameters.
+An `MLPEnergy` brings `kl_to_base` along, and a `GeneratorBase` a prior on the correlations of its
+noise. Training needs no others; they are for a smoother energy, or fewer effective parameters.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_lvebm.bases import GeneratorBase
 from pyro_lvebm.model import LVEBM
 
 Penalty = Callable[[LVEBM], Tensor]
@@ -95,7 +96,7 @@ def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
     """Add the gradients of penalties on energies that are not frozen, and return their sum.
 
     Each energy that has a `kl_penalty` gets its own beside them, once, even if it serves two
-    LVEBMs.
+    LVEBMs, and so does a trained base with a `noise_penalty`.
     """
     total = 0.0
     met: set[int] = set()
@@ -103,8 +104,15 @@ def add_penalties(penalties: Sequence[Penalty], ebms: Sequence[LVEBM]) -> float:
         strength = 0.0 if id(ebm.f) in met else getattr(ebm.f, "kl_penalty", 0.0)
         met.add(id(ebm.f))
         chosen = [*penalties, *([kl_to_base(strength)] if strength else [])]
-        if chosen and any(p.requires_grad for p in ebm.f.parameters()):
-            penalty = torch.stack([p(ebm) for p in chosen]).sum()
+        trained = any(p.requires_grad for p in ebm.f.parameters())
+        terms = [p(ebm) for p in chosen] if trained else []
+        base = ebm.base_x
+        if isinstance(base, GeneratorBase) and base.noise_penalty and id(base) not in met:
+            met.add(id(base))
+            divergence = base.noise_divergence()
+            terms += [base.noise_penalty * divergence] if divergence.requires_grad else []
+        if terms:
+            penalty = torch.stack(terms).sum()
             penalty.backward()
             total += float(penalty.detach())
     return total

@@ -14,7 +14,7 @@ from generator_models import Sheet, base_of, conditional
 from referee import global_seed, normal
 from small_models import same, snapshot
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import MultivariateNormal, biject_to, constraints
 
 from pyro_lvebm import LVEBM, GeneratorBase, MLPGenerator, ZeroEnergy
 from pyro_lvebm.bases import GaussianBase, Support
@@ -135,6 +135,17 @@ def test_single_precision_is_close_to_double(noise: Any) -> None:
     found = single.log_prob_given(x.float(), z.float())
     assert found.dtype is torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@every_noise
+def test_the_divergence_from_noise_without_correlations(noise: Any) -> None:
+    base = base_of(None, 1, (4,), noise)
+    cov = conditional(base, torch.zeros(1).double()).covariance_matrix
+    zero = torch.zeros(4).double()
+    apart, together = (MultivariateNormal(zero, c) for c in (cov.diagonal().diag(), cov))
+    expected = torch.distributions.kl_divergence(apart, together)
+    torch.testing.assert_close(base.noise_divergence(), expected)
+    assert (expected.item() > 1e-3) is (noise != "diagonal")
 
 
 @every_noise

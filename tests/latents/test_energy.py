@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conditional_models import linear_ebm, model_of
 from latent_models import Model, bent_ebm, blocks_of, mean_model
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
@@ -14,7 +15,7 @@ from referee import ALPHA, CERTAIN, mean_p_value, normal
 from small_models import data_of, exact_joint, plate_model, quadratic_ebm, warm
 from torch import Tensor
 
-from pyro_lvebm import LVEBM, AutoParticles, lvebm
+from pyro_lvebm import LVEBM, AutoParticles, MLPEnergy, lvebm
 from pyro_lvebm.latents import energy as package
 from pyro_lvebm.latents.blocks import LatentBlock
 from pyro_lvebm.latents.energy import as_problems
@@ -45,6 +46,35 @@ EBMS = {
 
 
 # --- the fast path and the traced path ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "conditional", "generator"])
+def test_some_rows_of_an_lvebm_alone_have_the_energies_that_they_have_among_all(kind: str) -> None:
+    if kind == "conditional":
+        ebm, x, c = linear_ebm()
+        (block,), _ = blocks_of(model_of(ebm), x, c)
+    else:
+        x = normal((12, 3), 1).float()
+        generator = "linear" if kind == "generator" else None
+        ebm = LVEBM.from_data(MLPEnergy(3, 1, (8,)), x, z_dim=1, generator=generator)
+        torch.nn.init.normal_(ebm.f.out.weight, generator=torch.Generator().manual_seed(0))
+        (block,), _ = blocks_of(plate_model(ebm), x)
+    v, rows = at(block), torch.tensor([4, 1, 9])
+    assert block.of_rows is not None
+    f, r = block.of_rows(rows)
+    with frozen([ebm]):
+        for part, whole in zip(f(v[:, rows]), block.f(v), strict=True):
+            torch.testing.assert_close(part, whole[:, rows])
+    assert (r is None) is (kind != "generator")
+    if r is not None:
+        torch.testing.assert_close(r(v[:, rows]), block.residuals(v)[:, rows])
+
+
+def test_rows_do_not_stand_alone_beside_another_site() -> None:
+    ebm = quadratic_ebm(2, 1)
+    model = regression(ebm, normal((1,), 2), 0.5)
+    (block,), _ = blocks_of(model, data_of(ebm, 6), normal((6,), 3))
+    assert block.of_rows is None
 
 
 @pytest.mark.parametrize("kind", EBMS)

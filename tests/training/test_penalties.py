@@ -15,6 +15,7 @@ from pool_models import LINEAR, PRECISION, frozen_ebm
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, Adam
 from referee import ALPHA, CERTAIN, gaussian_draws, gaussian_moments, mean_p_value, normal
+from scipy.optimize import brentq
 from small_models import data_of, plate_model, quadratic_ebm, tiny_pool, warm
 from torch import Tensor, nn
 
@@ -22,12 +23,15 @@ from pyro_lvebm import (
     LVEBM,
     AutoParticles,
     ContextPool,
+    GeneratorBase,
     MLPEnergy,
     PersistentPool,
     Saddle,
     TemperedPool,
+    ZeroEnergy,
     lvebm,
 )
+from pyro_lvebm.bases import GaussianBase
 from pyro_lvebm.training.penalties import (
     Penalty,
     add_penalties,
@@ -508,3 +512,88 @@ def test_a_penalty_that_raises_leaves_no_gradient() -> None:
     with pytest.raises(RuntimeError, match="broken penalty"):
         saddle.step(x)
     assert not any(p.grad is not None and p.grad.any() for p in ebm.f.parameters())
+
+
+# --- the noise of a generator ---------------------------------------------------------------
+
+
+def pairs(num_rows: int, r: float) -> Tensor:
+    """Rows of two columns with means 0, variances 1 and correlation r, exactly."""
+    x = normal((num_rows, 2), 8)
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(x.T @ x / num_rows), x.T, upper=False
+    ).T
+    return white @ torch.tensor([[1.0, r], [0.0, (1 - r**2) ** 0.5]]).double()
+
+
+def noise_model(x: Tensor, noise: Any, strength: float | None) -> LVEBM:
+    base = GeneratorBase.from_factor_analysis(
+        x, torch.Size([1]), noise=noise, noise_penalty=strength
+    )
+    with torch.no_grad():
+        base.linear.zero_()
+    base.linear.requires_grad_(False)
+    base_z = GaussianBase(torch.zeros(1).double(), torch.ones(1).double())
+    return LVEBM(ZeroEnergy(2, 1).double(), base, base_z, tiny_pool())
+
+
+@pytest.mark.parametrize("strength", [0.0, 20.0, 300.0])
+@pytest.mark.parametrize("noise", ["full", "low-rank"])
+def test_correlations_of_the_noise_are_shrunk_as_calculus_says(noise: Any, strength: float) -> None:
+    """Two columns of equal variance, whose estimate is the root of an equation in one unknown."""
+    n, r = 50, 0.7
+    x = pairs(n, r)
+    ebm = noise_model(x, noise, strength)
+    base = ebm.base_x
+    free = [p for p in base.parameters() if p.requires_grad]
+    optimiser = torch.optim.LBFGS(free, max_iter=400, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = -base.log_prob_given(x, torch.zeros(n, 1).double()).sum()
+        value.backward()
+        return value.detach() + add_penalties([], [ebm])
+
+    optimiser.step(loss)
+
+    def slope(rho: float) -> float:
+        fit = n * (rho - r) / ((1 - rho * r) * (1 - rho**2))
+        return fit + strength * rho * (1 + rho**2) / (1 - rho**2) ** 2
+
+    expected = brentq(slope, 0.0, 0.999)
+    tril = base._tril().detach()
+    cov = tril @ tril.T
+    assert float(cov[0, 1] / (cov[0, 0] * cov[1, 1]).sqrt()) == pytest.approx(expected, abs=2e-3)
+    assert (expected < 0.6) is (strength > 0)
+
+
+@pytest.mark.parametrize("noise", ["full", "diagonal"])
+def test_a_saddle_adds_the_prior_of_the_noise_once(noise: Any) -> None:
+    x = pairs(20, 0.5)
+    found = []
+    for strength in (0.0, 3.0):
+        ebm = noise_model(x, noise, strength)
+        if noise == "full":
+            with torch.no_grad():
+                ebm.base_x.noise_below.fill_(0.4)
+        divergence = ebm.base_x.noise_divergence().item()
+        pyro.clear_param_store()
+        model = plate_model(ebm)
+        saddle = Saddle(model, AutoParticles(model), Adam({"lr": 1e-3}), num_moves=1)
+        found.append(saddle.step(x))
+    assert found[1] - found[0] == pytest.approx(3.0 * divergence, abs=1e-6)
+    assert (divergence > 0.01) is (noise == "full")
+    assert add_penalties([], [ebm, ebm]) == pytest.approx(
+        3.0 * ebm.base_x.noise_divergence().item()
+    )
+
+
+def test_frozen_noise_has_no_prior() -> None:
+    ebm = noise_model(pairs(20, 0.5), "full", None)
+    assert ebm.base_x.noise_penalty == 8.0
+    for p in ebm.base_x.parameters():
+        p.requires_grad_(False)
+    assert add_penalties([], [ebm]) == 0.0
+    with pytest.raises(ValueError, match="noise_penalty must be finite and not negative; got -1"):
+        noise_model(pairs(20, 0.5), "full", -1.0)

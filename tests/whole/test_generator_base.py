@@ -570,8 +570,10 @@ def test_a_file_of_another_base_is_refused(written: str, tmp_path: Path) -> None
 def test_a_model_in_a_folder(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     x = curved_rows().to(dtype)
     ebm, _ = trained(x, 2, **copy.deepcopy(options))
+    ebm.base_x.noise_penalty = 7.0
     ebm.save(tmp_path / "model")
     again = LVEBM.load(tmp_path / "model")
+    assert again.base_x.noise_penalty == (0.0 if ebm.base_x.noise == "diagonal" else 7.0)
     z = normal((80, 1), 1).to(dtype)
     assert torch.equal(again.energy(x, z), ebm.energy(x, z))
     assert same(snapshot(again), snapshot(ebm))

@@ -143,6 +143,7 @@ def test_a_network_learns_two_modes() -> None:
     assert mean_p_value(error * math.exp(exact), 1.0) < CERTAIN  # as if log Z were 0
 
 
+@pytest.mark.filterwarnings("ignore:.*the latents carry next to nothing")
 @pytest.mark.slow
 def test_two_moons() -> None:
     """log Z within 0.05 nats of quadrature, and as good as the best Gaussian mixture − 0.03.
@@ -192,6 +193,7 @@ def test_digits_improve_on_their_gaussian_base() -> None:
     assert mean_p_value(gain[:, None], 0.0) < CERTAIN
 
 
+@pytest.mark.filterwarnings("ignore:.*the latents carry next to nothing")
 @pytest.mark.slow
 def test_digits_beat_every_baseline_by_two_nats() -> None:
     """Held-out log p(x), with the upper end of log Z, above Gaussian, factors and mixtures.

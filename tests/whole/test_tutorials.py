@@ -49,6 +49,7 @@ def run(tutorial: Path, out: Path) -> subprocess.CompletedProcess[str]:
         "particle_maximum_likelihood",
         "regression_with_missing_inputs",
         "energy_prior",
+        "latents_that_carry_the_data",
         "lorenz63",
         "when_training_goes_wrong",
     ],
