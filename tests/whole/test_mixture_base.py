@@ -384,13 +384,17 @@ def errors(x: Tensor, base: str) -> Iterator[float]:
 
 
 def test_a_rare_mode_does_not_break_training() -> None:
-    """log Z online stays within 0.05 of quadrature. From a Gaussian base it wanders.
+    """log Z online stays within 0.05 of quadrature.
 
     `make bench-modes` fits many seeds, shares and distances.
     """
-    x = rare_rows(1500, 5)
-    assert max(errors(x, "auto")) < 0.05
-    assert any(error > 0.3 for error in errors(x, "gaussian"))  # asks no further than needed
+    assert max(errors(rare_rows(1500, 5), "auto")) < 0.05
+
+
+@pytest.mark.slow
+def test_from_a_gaussian_base_log_z_online_of_a_rare_mode_wanders() -> None:
+    """Slow: it does so after a hundred steps, not before."""
+    assert max(errors(rare_rows(1500, 5), "gaussian")) > 0.3
 
 
 def test_persistent_chains_start_in_every_mode() -> None:
