@@ -283,8 +283,10 @@ def few_components(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixtures, "QUICK_COMPONENTS", (1, 2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_grid")
 def test_the_right_number_of_components_is_found() -> None:
+    """Slow: a grid of candidates, each fitted to several folds; the quick grid is tested below."""
     centres = [-12.0, -4.0, 4.0, 12.0]
     train, test = line(600, centres, 0), line(400, centres, 1)
     best = best_mixture(train, test, seed=0)

@@ -90,7 +90,7 @@ def test_every_baseline_is_a_density_of_x(fit: Callable[[np.ndarray, np.ndarray]
 
 
 def test_units_shift_every_row_of_the_table_alike() -> None:
-    train, test = two_blobs(400, 0), two_blobs(100, 1)
+    train, test = two_blobs(200, 0), two_blobs(100, 1)
     table = evaluate_baselines(train, test, seed=0)
     scaled = evaluate_baselines(1e-3 * train + 7.0, 1e-3 * test + 7.0, seed=0)
     assert list(scaled["baseline"]) == list(table["baseline"])
@@ -100,7 +100,7 @@ def test_units_shift_every_row_of_the_table_alike() -> None:
 
 
 def test_table() -> None:
-    train, test = two_blobs(700, 0), two_blobs(100, 1)
+    train, test = two_blobs(650, 0), two_blobs(100, 1)
     table = evaluate_baselines(train, test, seed=0)
     assert list(table.columns) == ["baseline", "log_evidence", "std_error"]
     assert list(table.index) == list(range(len(table)))
@@ -134,7 +134,7 @@ def test_table_keeps_to_the_rows_and_columns_there_are() -> None:
 
 
 def test_the_seed_fixes_the_table() -> None:
-    train, test = one_factor(400, 4, 0), one_factor(50, 4, 1)
+    train, test = one_factor(200, 4, 0), one_factor(50, 4, 1)
     state = np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
     table = evaluate_baselines(train, test, seed=2)
     assert table.equals(evaluate_baselines(train, test, seed=2))

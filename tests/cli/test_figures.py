@@ -541,7 +541,7 @@ def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
     before, backend = plt.get_fignums(), matplotlib.get_backend()
     save_figure(make_image_figure(), tmp_path / "a.png")
     save_figure(table_figure(np.ones((3, 2)), np.zeros((3, 2)), elbo_table()), tmp_path / "b.png")
-    save_figure(history_figure(make_history()), tmp_path / "c.png")
+    save_figure(history_figure(make_history(3)), tmp_path / "c.png")
     assert plt.get_fignums() == before and matplotlib.get_backend() == backend
 
 

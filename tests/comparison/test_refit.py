@@ -64,7 +64,7 @@ def test_every_fit_starts_from_the_same_place_and_leaves_no_trace() -> None:
         "second": builder(model, AutoNormal),
     }
     table = compare_elbo(
-        model, rows, x, theta="refit", num_steps=15, held_out=(held_out,), num_samples=8
+        model, rows, x, theta="refit", num_steps=8, held_out=(held_out,), num_samples=8
     )
     after = state(ebm)
     same(before, after)

@@ -174,11 +174,11 @@ def test_guides_of_one_theta_have_the_same_values(ebm: LVEBM, x: Tensor) -> None
         pyro.clear_param_store()
         with torch.random.fork_rng():
             guide(x)
-        idata = to_arviz(guide, x, num_samples=40, num_predictive=0, num_log_likelihood=40)
+        idata = to_arviz(guide, x, num_samples=20, num_predictive=0, num_log_likelihood=20)
         found = log_likelihood(idata)
-        assert found.shape == (1, 40, N)
+        assert found.shape == (1, 20, N)
         mean = np.log(np.exp(found - exact).mean((0, 1)))
-        error = np.exp(found - exact).std((0, 1)) / 40**0.5
+        error = np.exp(found - exact).std((0, 1)) / 20**0.5
         assert (np.abs(mean) < 5.0 * error + 0.01).all()
 
 
@@ -195,7 +195,7 @@ def test_other_sites_of_a_datum_count(ebm: LVEBM, x: Tensor) -> None:
     guide = AutoNormal(model, init_scale=0.3)
     with torch.random.fork_rng():
         guide(x, y)
-    idata = to_arviz(guide, x, y, num_samples=40, num_predictive=0, num_log_likelihood=40)
+    idata = to_arviz(guide, x, y, num_samples=20, num_predictive=0, num_log_likelihood=20)
     found = log_likelihood(idata, "scene+y")[0]
     w = torch.from_numpy(idata["posterior"]["w"].to_numpy())[0]
     with torch.no_grad():
@@ -261,10 +261,10 @@ def test_loo_of_nuts_draws_agrees_too(ebm: LVEBM, x: Tensor) -> None:
     with torch.random.fork_rng(), ebm.frozen():
         torch.manual_seed(0)
         mcmc = MCMC(
-            NUTS(model, max_tree_depth=4), num_samples=60, warmup_steps=50, disable_progbar=True
+            NUTS(model, max_tree_depth=3), num_samples=40, warmup_steps=25, disable_progbar=True
         )
         mcmc.run(x)
-        idata = to_arviz(mcmc, x, num_predictive=0, num_log_likelihood=60)
+        idata = to_arviz(mcmc, x, num_predictive=0, num_log_likelihood=40)
     exact = exact_leave_one_out(ebm, x).sum()
     found = loo(idata)  # of few draws, for NUTS is slow here
     assert abs(elpd(found) - exact) < 0.3 * found.se

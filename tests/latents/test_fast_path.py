@@ -70,7 +70,7 @@ def model_of(ebm: LVEBM, size: int | None, weight: float | None) -> Callable[[Te
 
 
 def trained(kind: str, size: int | None, holes: bool, weight: float | None) -> tuple[Any, ...]:
-    """Losses, θ and pool, particles and step sizes after 10 steps, and traces of the model."""
+    """Losses, θ and pool, particles and step sizes after 6 steps, and traces of the model."""
     pyro.clear_param_store()
     ebm = EBMS[kind]()
     model = model_of(ebm, size, weight)
@@ -87,7 +87,7 @@ def trained(kind: str, size: int | None, holes: bool, weight: float | None) -> t
         # Where other sites steer the latents, one move in ten is short, on either path.
         patch.setattr(positive, "step_factors", lambda block, kernel, n, generator: [1.0] * n)
         saddle = Saddle(model, guide, Adam({"lr": 1e-2}), num_moves=4, seed=3)
-        losses = [saddle.step(rows(ebm, holes)) for _ in range(10)]
+        losses = [saddle.step(rows(ebm, holes)) for _ in range(6)]
     return losses, snapshot(ebm), snapshot(guide), count[0]
 
 
@@ -102,16 +102,13 @@ def test_training_without_traces_is_training_with_them_bit_for_bit(
     assert "particles_scene_missing" in particles or not holes
     # One at the first look; one for the plates of each step; and one for what depends on z, and one
     # for each gradient.
-    assert traces == 1 + 10 and other_traces == 1 + 10 * (1 + 1 + 5)
+    assert traces == 1 + 6 and other_traces == 1 + 6 * (1 + 1 + 5)
 
 
-@pytest.mark.parametrize(("kind", "size", "holes"), CASES)
-def test_the_check_fails_for_energies_that_differ_in_the_last_digits(
-    kind: str, size: int | None, holes: bool
-) -> None:
+def test_the_check_fails_for_energies_that_differ_in_the_last_digits() -> None:
     """A slope of 1e-13 in z is enough."""
-    losses, _, particles, _ = trained(kind, size, holes, None)
-    other_losses, _, other_particles, _ = trained(kind, size, holes, 1e-13)
+    losses, _, particles, _ = trained("bent", 5, False, None)
+    other_losses, _, other_particles, _ = trained("bent", 5, False, 1e-13)
     assert losses != other_losses and not same(particles, other_particles)
 
 
@@ -161,9 +158,9 @@ def accepted(block: Any, ebm: LVEBM, num_steps: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", EBMS)
 @pytest.mark.parametrize("holes", [False, True])
 def test_a_trace_for_all_accepts_the_same_moves(kind: str, holes: bool) -> None:
-    """All of 120 × 3 × 12 decisions, of which some are refusals; positions agree to rounding."""
+    """All of 60 × 3 × 12 decisions, of which some are refusals; positions agree to rounding."""
     ebm, fast, traced = both_paths(kind, holes)
-    (ours, u), (theirs, v) = accepted(fast, ebm, 120), accepted(traced, ebm, 120)
+    (ours, u), (theirs, v) = accepted(fast, ebm, 60), accepted(traced, ebm, 60)
     assert torch.equal(ours, theirs) and 0.3 < float(ours.double().mean()) < 0.999
     torch.testing.assert_close(u, v, rtol=0.0, atol=1e-13)
 

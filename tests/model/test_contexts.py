@@ -255,13 +255,13 @@ def gradient_p_value(num_pools: int) -> float:
 
 
 def test_gradient_of_log_norm_is_that_of_the_mean_log_partition() -> None:
-    assert gradient_p_value(12) > ALPHA
+    assert gradient_p_value(8) > ALPHA
 
 
 def test_gradient_of_chains_with_young_contexts_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_pool, "_BURN_IN_MOVES", 1)
     monkeypatch.setattr(context_pool, "_LIFETIME", 2)
-    assert gradient_p_value(12) < CERTAIN
+    assert gradient_p_value(8) < CERTAIN
 
 
 def online_errors(num_pools: int) -> np.ndarray:

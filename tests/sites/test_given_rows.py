@@ -206,11 +206,11 @@ def test_training_from_a_loader_reaches_the_exact_mle() -> None:
     """
     generator = torch.Generator().manual_seed(1)
     loading = torch.randn(2, 4, generator=generator)
-    x = torch.randn(600, 2, generator=generator) @ loading
-    x = x + 0.5 * torch.randn(600, 4, generator=generator)
+    x = torch.randn(300, 2, generator=generator) @ loading
+    x = x + 0.5 * torch.randn(300, 4, generator=generator)
     standard = [dist.Normal(torch.zeros(d), 1.0).to_event(1) for d in (4, 2)]
     energy = QuadraticEnergy(4, 2)
-    ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, seed=0))
+    ebm = LVEBM(energy, *standard, pool=TemperedPool(3, 128, num_moves=5, seed=0))
 
     def fitted_to(rows: Tensor) -> Tensor:
         law = dist.MultivariateNormal(rows.mean(0), torch.cov(rows.T, correction=0))
@@ -218,10 +218,10 @@ def test_training_from_a_loader_reaches_the_exact_mle() -> None:
 
     mle = fitted_to(x)
     assert mle - energy.log_evidence(x).mean() > 0.1  # the start is not already there
-    assert mle - fitted_to(x[:300]) > 0.003
-    model = loader_model(ebm, 600)
+    assert mle - fitted_to(x[:150]) > 0.003
+    model = loader_model(ebm, 300)
     saddle = Saddle(model, AutoParticles(model, 2), Adam({"lr": 2e-2}), num_moves=1)
-    saddle.fit(num_steps=100, batches=loader(x, 256), progress=False)
+    saddle.fit(num_steps=100, batches=loader(x, 128), progress=False)
     assert mle - energy.log_evidence(x).mean().detach() < 0.003
 
 

@@ -186,7 +186,7 @@ def test_fit_and_posterior_draws_go_on_too(tmp_path: Path) -> None:
     assert again.step(x) == saddle.step(x)
 
 
-@pytest.mark.parametrize("guide", ["particles", "AutoNormal", "amortised"])
+@pytest.mark.parametrize("guide", ["particles", "amortised"])
 def test_a_fit_to_held_out_data_goes_on(guide: str, tmp_path: Path) -> None:
     """Evaluations, the choice of the best, the average and the history, in which gaps remain."""
     saddle, x = saved(tmp_path / "run", guide=guide)

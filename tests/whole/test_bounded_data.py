@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ class Wave(nn.Module):
 LINE = {"positive": constraints.positive, "interval": constraints.interval(-1.0, 2.0)}
 
 
+@cache
 def line_ebm(name: str) -> LVEBM:
     x = Support(LINE[name], torch.Size([1])).constrain(0.4 + 0.8 * normal((300, 1), 3))
     return LVEBM.from_data(Wave(), x, z_dim=1, support=LINE[name], pool=tiny_pool())
@@ -310,11 +312,11 @@ def test_predictive_draws_lie_on_the_support(constraint: Constraint) -> None:
             lvebm("scene", ebm)
 
     with global_seed(0), ebm.frozen():
-        prior = Predictive(model, num_samples=20)()
+        prior = Predictive(model, num_samples=4)()
         given = {"scene_z": prior["scene_z"].flip(0)}
         posterior = Predictive(model, posterior_samples=given)()
     for draws in (prior["scene"], posterior["scene"]):
-        assert draws.shape == (20, 5, *ebm.x_shape)
+        assert draws.shape == (4, 5, *ebm.x_shape)
         ebm.base_x.support.check(draws)
 
 

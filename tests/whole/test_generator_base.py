@@ -122,14 +122,14 @@ def holed(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("noise", ["diagonal", "low-rank", "full"])
-@pytest.mark.parametrize("missing", [False, True])
-def test_the_evidence_of_an_untrained_model_is_that_of_factor_analysis(
-    noise: Any, missing: bool
-) -> None:
-    """Mean over 12 rows within 4 standard errors (false alarms: 1e-4), which are small."""
+def test_the_evidence_of_an_untrained_model_is_that_of_factor_analysis(noise: Any) -> None:
+    """Mean over 12 rows, a third of them complete, within 4 standard errors, which are small.
+
+    False alarms: 1e-4.
+    """
     x = linear_rows()
     ebm = linear_ebm(x, noise=noise, generator=MLPGenerator(Z, (DIM,), (4,)))
-    rows = (holed(x) if missing else x)[:12]
+    rows = holed(x)[:12]
     found = log_evidence(ebm, rows, num_particles=64, num_runs=6)
     error = float(found.std_error.square().sum().sqrt()) / len(rows)
     assert found.log_partition.estimate == found.log_partition.std_error == 0.0
@@ -137,10 +137,8 @@ def test_the_evidence_of_an_untrained_model_is_that_of_factor_analysis(
     assert abs(gap) < 4.0 * error + 1e-6 < 0.05
 
 
-@pytest.mark.parametrize("missing", [False, True])
-def test_the_evidence_of_a_pyro_model_is_too(missing: bool) -> None:
-    x = linear_rows()
-    x = holed(x) if missing else x
+def test_the_evidence_of_a_pyro_model_is_too() -> None:
+    x = holed(linear_rows())
     ebm = linear_ebm(x)
     model = plate_model(ebm)
     with ebm.frozen():
@@ -225,7 +223,7 @@ def test_particles_reach_the_maximum_likelihood_of_factor_analysis() -> None:
     assert best - float(marginal(ebm, x).mean()) > 0.3
     model = plate_model(ebm)
     saddle = Saddle(model, AutoParticles(model, 6), Adam({"lr": 0.05}), num_moves=1, seed=1)
-    saddle.fit(x, num_steps=100, progress=False)
+    saddle.fit(x, num_steps=80, progress=False)
     gap = best - float(marginal(ebm, x).mean())
     assert -1e-4 < gap < 0.005
 
@@ -453,18 +451,17 @@ def test_training_moves_generator_and_energy() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        {"support": constraints.positive},
-        {"support": constraints.interval(-1.0, 1e3)},
-        {"noise": "low-rank"},
-        {"noise": "full"},
-        {"generator": MLPGenerator(1, (3,), (6,), scale=True)},
-        {"pool": PersistentPool(24, num_moves=1)},
+        ({"support": constraints.positive}, torch.float64),
+        ({"support": constraints.interval(-1.0, 1e3)}, torch.float32),
+        ({"noise": "low-rank"}, torch.float32),
+        ({"noise": "full"}, torch.float64),
+        ({"generator": MLPGenerator(1, (3,), (6,), scale=True)}, torch.float32),
+        ({"pool": PersistentPool(24, num_moves=1)}, torch.float64),
     ],
-    ids=lambda o: next(iter(o)),
+    ids=["positive", "interval", "low-rank", "full", "scale", "persistent"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_missing_entries_on_any_base(options: dict[str, Any], dtype: torch.dtype) -> None:
     """A few steps, evidence, and completed rows on the support."""
     x = curved_rows().to(dtype)
@@ -530,15 +527,15 @@ def test_a_generator_needs_something_to_generate_from() -> None:
 
 def test_a_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     x, file = curved_rows(), tmp_path / "fit.safetensors"
-    whole, _ = trained(x, 6)
-    _, saddle = trained(x, 3)
+    whole, _ = trained(x, 4)
+    _, saddle = trained(x, 2)
     saddle.save(file)
     pyro.clear_param_store()
     ebm = build(x)
     model = plate_model(ebm, 40)
     optim = ClippedAdam({"lr": 0.02})
     again = Saddle.load(file, model, AutoParticles(model, 3), optim, x)
-    for _ in range(3):
+    for _ in range(2):
         again.step(x)
     assert same(snapshot(ebm), snapshot(whole))
 
@@ -558,15 +555,14 @@ def test_a_file_of_another_base_is_refused(written: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        {"energy": ZeroEnergy(3, 1)},
-        {"noise": "full", "generator": MLPGenerator(1, (3,), (6, 5), scale=True)},
-        {"noise": "low-rank", "generator": "linear"},
+        ({"energy": ZeroEnergy(3, 1)}, torch.float64),
+        ({"noise": "full", "generator": MLPGenerator(1, (3,), (6, 5), scale=True)}, torch.float32),
+        ({"noise": "low-rank", "generator": "linear"}, torch.float64),
     ],
     ids=["zero", "full", "linear"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_model_in_a_folder(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     x = curved_rows().to(dtype)
     ebm, _ = trained(x, 2, **copy.deepcopy(options))
@@ -603,7 +599,7 @@ def test_a_network_of_a_user_is_not_written(tmp_path: Path) -> None:
 def test_what_looks_at_a_model_takes_a_generator() -> None:
     matplotlib.use("Agg")
     x = curved_rows()
-    ebm, saddle = trained(x, 8)
+    ebm, saddle = trained(x, 3)
     values = torch.tensor([-1.0, 1.0]).double()
     walk = traverse(ebm, x[:2], 0, values, num_runs=2)
     assert walk.mean.shape == (2, 2, 3) and np.isfinite(walk.mean.numpy()).all()
@@ -658,9 +654,9 @@ def test_guides_per_datum_fit_a_generator_model() -> None:
     model = plate_model(ebm)
     guide = AutoPerDatumMultivariateNormal(model)
     with ebm.frozen(), global_seed(1):
-        svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO(num_particles=4))
-        for _ in range(150):
+        svi = SVI(model, guide, Adam({"lr": 0.08}), Trace_ELBO(num_particles=4))
+        for _ in range(100):
             svi.step(x)
-        elbo = -np.mean([svi.evaluate_loss(x) for _ in range(40)]) / len(x)
+        elbo = -np.mean([svi.evaluate_loss(x) for _ in range(20)]) / len(x)
     best = float(marginal(ebm, x).mean())
     assert best - 0.15 < elbo < best + 0.02

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,7 +254,7 @@ def test_evidence_of_observed_entries_is_that_of_quadrature() -> None:
     """Within four standard errors and a hundredth; that with the Gaussian's marginal is not."""
     ebm = warm(mixture_ebm(TemperedPool(4, 200, seed=1)))
     log_z = log_partition(ebm, num_particles=100, num_runs=4, num_refreshes=5)
-    found = log_evidence(ebm, HOLED, log_z=log_z, num_particles=256, num_runs=6)
+    found = log_evidence(ebm, HOLED, log_z=log_z, num_particles=128, num_runs=6)
     expected = observed_log_c(ebm) - log_z.estimate
     error = 4.0 * (found.std_error**2 + log_z.std_error**2) ** 0.5 + 0.01
     assert (abs(found.value - expected) < error).all()
@@ -373,25 +374,27 @@ def trained(
     return ebm, saddle
 
 
-def worst_error(x: Tensor, base: str) -> float:
-    """Largest distance of log Z online from quadrature, after 60, 80 and 100 steps."""
+def errors(x: Tensor, base: str) -> Iterator[float]:
+    """Distances of log Z online from quadrature, after 60, 80 and 100 steps."""
     ebm, saddle = trained(x, base, num_steps=40)
-    errors = []
     for _ in range(3):
         for _ in range(20):
             saddle.step(x)
-        errors.append(abs(float(ebm.log_partition) - exact_log_z(ebm, half_width=12.0)))
-    return max(errors)
+        yield abs(float(ebm.log_partition) - exact_log_z(ebm, half_width=12.0))
 
 
 def test_a_rare_mode_does_not_break_training() -> None:
-    """log Z online stays within 0.05 of quadrature. From a Gaussian base it wanders.
+    """log Z online stays within 0.05 of quadrature.
 
     `make bench-modes` fits many seeds, shares and distances.
     """
-    x = rare_rows(1500, 5)
-    assert worst_error(x, "auto") < 0.05
-    assert worst_error(x, "gaussian") > 0.3
+    assert max(errors(rare_rows(1500, 5), "auto")) < 0.05
+
+
+@pytest.mark.slow
+def test_from_a_gaussian_base_log_z_online_of_a_rare_mode_wanders() -> None:
+    """Slow: it does so after a hundred steps, not before."""
+    assert max(errors(rare_rows(1500, 5), "gaussian")) > 0.3
 
 
 def test_persistent_chains_start_in_every_mode() -> None:

@@ -338,9 +338,13 @@ def test_validation_changes_nothing(validation: bool) -> None:
         assert len({*losses}) == 2 and torch.isfinite(torch.tensor(svi.step(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_compiled_energy_is_the_same_energy() -> None:
-    """`torch.compile` renames parameters; the energy is compiled after the LVEBM is built."""
+    """`torch.compile` renames parameters; the energy is compiled after the LVEBM is built.
+
+    Slow: loading torch's compiler alone takes twenty times as long as the rest.
+    """
     x = normal((30, 3), 0, torch.float32)
     ebm = LVEBM.from_data(
         MLPEnergy(3, 2, hidden=(4,)), x, z_dim=2, base="gaussian", pool=tiny_pool()
