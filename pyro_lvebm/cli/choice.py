@@ -137,13 +137,13 @@ def _generators(
     else:
         z_dims = [k for k in _Z_DIMS if k < d] or [1]
         z_dims = z_dims if validation is not None else z_dims[:1]
-    noises: list[Noise] = ["diagonal"]
+    noises: list[tuple[Noise, bool]] = [("diagonal", False)]
     if validation is not None and 1 < d <= _MAX_FULL_DIM and len(x) > 2 * d:
-        noises.append("full")
+        noises.append(("full", True))  # the same for every z it is not as good (docs/training.md)
     found = []
     for z_dim in z_dims:
-        for noise in noises:
-            generator = MLPGenerator(z_dim, (d,), seed=seed)
+        for noise, varies in noises:
+            generator = MLPGenerator(z_dim, (d,), scale=varies, seed=seed)
             ebm = LVEBM.from_data(
                 ZeroEnergy(d, z_dim),
                 x,
@@ -152,7 +152,7 @@ def _generators(
                 noise=noise,
                 pool=TemperedPool(seed=seed),
             )
-            name = f"generator, z {z_dim}-D, {noise} noise"
+            name = f"generator, z {z_dim}-D, {noise} noise" + " that varies with z" * varies
             ready()
             _train(ebm, x, validation, settings, name, progress)
             found.append(Candidate(ebm, name, _evaluate(ebm, validation, seed)))
