@@ -340,7 +340,7 @@ def _base(described: dict[str, Any], role: str, tensors: dict[str, Tensor]) -> G
             network,
             torch.Size(described["z_shape"]),
             described["noise"],
-            noise_penalty=described["noise_penalty"],
+            noise_penalty=described.get("noise_penalty"),
         )
     if described["class"] != "MixtureBase":
         raise ValueError(f"{role} is a {described['class']}")
