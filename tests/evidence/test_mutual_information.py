@@ -168,9 +168,12 @@ def exact_of_bent(ebm: LVEBM, seed: int) -> float:
     return float((p * (p.clamp(min=1e-300).log() - prior)).sum(1).mean())
 
 
-@pytest.mark.slow  # 100 repeats of each, or a share has no two digits
+@pytest.mark.slow
 def test_coverage_in_a_hundred_repeats() -> None:
-    """Goal 90 to 99 of 100; at a coverage of 95 % outside 88 … 100 has a probability of 0.002."""
+    """Goal 90 to 99 of 100; at a coverage of 95 % outside 88 … 100 has a probability of 0.002.
+
+    Slow: in fewer repeats a share has no two digits.
+    """
     of_quadratics = sum(coverage(100))
     of_sharp = 0
     for seed in range(100):

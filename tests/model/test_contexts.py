@@ -275,10 +275,10 @@ def online_errors(num_pools: int) -> np.ndarray:
         for step in range(30):
             ebm.pool.refresh(ebm, c)
             active = ebm.pool.age > ebm.pool.burn_in
-            if step % 5 == 4:
+            if step in (14, 19, 24, 29):
                 exact = quadrature(ebm, ebm.pool.context[active]).mean()
                 found.append(float(ebm.log_partition - exact))
-        errors.append(np.mean(found[2:]))
+        errors.append(np.mean(found))
     return np.array(errors)
 
 
@@ -334,7 +334,7 @@ def test_the_rows_of_a_minibatch_are_taken_equally_often() -> None:
         assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == expected
 
 
-@pytest.mark.parametrize(("num_contexts", "num_moves"), [(8, 8), (9, 4), (24, 2), (50, 8)])
+@pytest.mark.parametrize(("num_contexts", "num_moves"), [(8, 8), (9, 4), (24, 2)])
 def test_few_contexts_are_young(num_contexts: int, num_moves: int) -> None:
     """On average one in eight is, and never more than its share and one."""
     ebm, _, c = linear_ebm(0, ContextPool(3, num_contexts, num_moves=num_moves))

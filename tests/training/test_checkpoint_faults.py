@@ -386,4 +386,5 @@ def test_two_hundred_mutants_are_refused_or_train_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_five_thousand_mutants_are_refused_or_train_on(tmp_path: Path) -> None:
+    """Slow: the rare ways in which a file may be damaged need thousands of tries."""
     assert 0 < survivors(tmp_path, range(1000, 6000)) < 1500

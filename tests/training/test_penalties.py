@@ -375,7 +375,7 @@ def noise_fitted(**options: float) -> LVEBM:
     ebm = LVEBM.from_data(energy, x, z_dim=1, base="gaussian", pool=pool)
     model = plate_model(ebm)
     Saddle(model, AutoParticles(model, 2), Adam({"lr": 0.006}), num_moves=2).fit(
-        x, num_steps=60, progress=False
+        x, num_steps=45, progress=False
     )
     return ebm
 

@@ -302,4 +302,5 @@ def test_a_killed_fit_goes_on_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fit_that_is_killed_twenty_times_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """Slow: kills fall anywhere in a fit that is long enough for twenty of them."""
     check_killed(tmp_path, num_steps=400, kills=20, seed=1)

@@ -343,7 +343,7 @@ def test_validation_changes_nothing(validation: bool) -> None:
 def test_a_compiled_energy_is_the_same_energy() -> None:
     """`torch.compile` renames parameters; the energy is compiled after the LVEBM is built.
 
-    Slow: loading torch's compiler alone takes twenty times as long as the rest.
+    Slow: loading torch's compiler takes longer than the rest.
     """
     x = normal((30, 3), 0, torch.float32)
     ebm = LVEBM.from_data(

@@ -96,7 +96,10 @@ def test_a_loss_that_is_being_compiled_is_refused_too(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_torch_compile_is_heard() -> None:
-    """Compiled code that raises is run again, without being compiled, and must raise there."""
+    """Compiled code that raises is run again, without being compiled, and must raise there.
+
+    Slow: loading torch's compiler takes longer than the rest.
+    """
     ebm, _, _, x = parts()
     compiled = torch.compile(lambda x: own_loss(ebm, x), backend="eager")
     with pytest.raises(ValueError, match="log Z is read in a loss that is traced or compiled"):
