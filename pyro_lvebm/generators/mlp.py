@@ -12,6 +12,10 @@ from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.validation import check_at_least, check_widths
 
 
+_MAX_LOG_FACTOR = 4.0
+"""Noise that varies with z is between exp(−4) and exp(4) times its level."""
+
+
 class MLPGenerator(nn.Module):
     """A generator with SiLU layers whose last layer starts at 0.
 
@@ -24,7 +28,8 @@ class MLPGenerator(nn.Module):
         x_shape: Shape of what it returns: that of one x, unconstrained if x is bounded.
         hidden: Widths of the layers.
         scale: Also return a log factor on the standard deviation of the noise of each entry, which
-            then varies with z.
+            then varies with z: 4 tanh(h / 4) of a last layer h. Without a bound it would run away
+            where no data have taken z, and take the gradients of guides with it.
         seed: Fixes the initial weights.
 
     Raises:
@@ -65,4 +70,6 @@ class MLPGenerator(nn.Module):
             h = nn.functional.silu(layer(h))
         out: Tensor = self.out(h)
         parts = [p.reshape(*z.shape[:-1], *self.x_shape) for p in out.chunk(1 + self.scale, -1)]
-        return (parts[0], parts[1]) if self.scale else parts[0]
+        if not self.scale:
+            return parts[0]
+        return parts[0], _MAX_LOG_FACTOR * torch.tanh(parts[1] / _MAX_LOG_FACTOR)
