@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pyro_lvebm.rng import Stream, isolated_rng
 from pyro_lvebm.validation import check_at_least, check_widths
 
-
 _MAX_LOG_FACTOR = 4.0
 """Noise that varies with z is between exp(−4) and exp(4) times its level."""
 
