@@ -235,10 +235,10 @@ def test_summary_and_table_agree(fitted: Run) -> None:
     assert states.pop("Langevin particles") is None and states.pop("prior") is True
     assert set(states.values()) == {False}  # after ten steps
     assert table["elbo"].is_monotonic_decreasing
-    # After so short a fit the encoder is as good as exact, and may be first by noise.
-    best, particles = table.iloc[0], table.loc["Langevin particles"]
     assert "Langevin particles" in table.index[:2]
-    assert best.elbo - particles.elbo < 3.0 * np.hypot(best.elbo_se, particles.elbo_se)
+    # After so short a fit the prior is as good as exact, and the Gaussian that particles are
+    # annealed from nearly so.
+    assert abs(table.loc["Langevin particles"].kl_gap) < 0.01
     assert np.ptp(table["elbo"] + table["kl_gap"]) < 1e-9
 
 
