@@ -179,10 +179,10 @@ def guide_weights(
 def test_weights_in_a_guide_beside_particles_are_near_their_exact_posterior() -> None:
     """A mean-field guide of w and z would be less than half as wide.
 
-    Other seeds end within 0.1 standard deviations, at 0.80 to 0.97 times the exact sd: gradient
-    noise of so few steps makes a guide narrow.
+    Two other seeds end within 0.35 standard deviations, at 0.80 to 0.87 times the exact sd:
+    gradient noise of so few steps moves a guide and makes it narrow.
     """
-    error, ratio = guide_weights(150, lr=0.03, average_decay=0.97, num_moves=4)
+    error, ratio = guide_weights(150, lr=0.03, average_decay=0.97)
     assert (error.abs() < 0.25).all()
     assert ((ratio > 0.7) & (ratio < 1.1)).all()
 
