@@ -15,7 +15,7 @@ class JobSettings:
 
     z_dim: int | None = 2  # None is chosen by validation rows
     num_steps: int = 1500
-    guide_steps: int = 6000  # at most, for each guide
+    guide_steps: int = 12000  # at most, for each guide
     batch_size: int = 512
     num_particles: int = 2
     learning_rate: float = 3e-3

@@ -69,9 +69,9 @@ class AutoAmortisedNormal(AmortisedGuide):
     def _law(outputs: Tensor, base: GaussianBase) -> dist.TorchDistribution:
         mean, log_scale = outputs.chunk(2, -1)
         if not base.diagonal:
-            return _gaussian(base, mean, log_scale.exp().diag_embed())
+            return _gaussian(base, mean, _scale(log_scale).diag_embed())
         shape = (*mean.shape[:-1], *base.event_shape)
-        scale = (base.scale * log_scale.exp()).reshape(shape)
+        scale = (base.scale * _scale(log_scale)).reshape(shape)
         normal = dist.Normal(base.unwhiten(mean), scale)
         q: dist.TorchDistribution = normal.to_event(len(base.event_shape))
         return q
@@ -133,10 +133,20 @@ class AutoAmortisedMultivariateNormal(AmortisedGuide):
     def _law(outputs: Tensor, base: GaussianBase) -> dist.TorchDistribution:
         d = base.dim
         mean, log_scale, below = outputs.split([d, d, d * (d - 1) // 2], -1)
-        tril = log_scale.exp().diag_embed()
+        tril = _scale(log_scale).diag_embed()
         rows, columns = torch.tril_indices(d, d, -1, device=outputs.device)
         tril[..., rows, columns] = below
         return _gaussian(base, mean, tril)
+
+
+def _scale(a: Tensor) -> Tensor:
+    """Return exp(a), with a bent from −9 and 1 on so that it stays between −10 and 2.
+
+    On a sharp posterior the first steps of an encoder overshoot, and exp would overflow, or end
+    at 0. Where q is sensible nothing is bent.
+    """
+    inside = a.clamp(-9.0, 1.0)
+    return (inside + torch.tanh(a - inside)).exp()
 
 
 def _gaussian(base: GaussianBase, mean: Tensor, tril: Tensor) -> dist.TorchDistribution:

@@ -135,3 +135,19 @@ def test_models_with_other_latents_are_refused() -> None:
         for _ in range(2):  # the same refusal again, and not a half-built guide
             with pytest.raises(ValueError, match="AutoAmortisedMultivariateNormal needs a model"):
                 guide(x)
+
+
+@pytest.mark.parametrize("guide", [AutoAmortisedNormal, AutoAmortisedMultivariateNormal])
+@pytest.mark.parametrize("far", [-200.0, 200.0])
+def test_an_encoder_that_overshoots_has_a_law(guide: type[AutoAmortisedNormal], far: float) -> None:
+    """Scales stay finite and above 0 with a gradient of 0 at worst; sensible ones are exp(a)."""
+    base_z = quadratic_ebm(4, 2).base_z
+    outputs = torch.zeros(3, guide._num_outputs(2), dtype=torch.float64)
+    outputs[:, 2:4] = torch.tensor([far, -4.0])
+    outputs.requires_grad_(True)
+    law = guide._law(outputs, base_z)
+    scale = law.variance.sqrt() / base_z.scale
+    assert math.exp(-10.01) < scale[0, 0] < math.exp(2.01)
+    torch.testing.assert_close(scale[:, 1], torch.full_like(scale[:, 1], math.exp(-4.0)))
+    (grad,) = torch.autograd.grad(law.log_prob(torch.zeros(3, 2).double()).sum(), outputs)
+    assert grad.isfinite().all()
